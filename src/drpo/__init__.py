@@ -1,0 +1,46 @@
+"""Policy-gradient objectives for language models with a smooth trust region (DRPO, arXiv 2606.09821) and their relatives."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drpo.advantage import group_advantage
+    from drpo.aggregate import Counts, aggregate, token_scale
+    from drpo.metrics import TrustRegion, TrustRegionMetrics
+    from drpo.objectives import OBJECTIVES, Objective, make_objective
+    from drpo.tokens import TokenBatch
+    from drpo.trainer import DRPOConfig, DRPOTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OBJECTIVES",
+    "Counts",
+    "DRPOConfig",
+    "DRPOTrainer",
+    "Objective",
+    "TokenBatch",
+    "TrustRegion",
+    "TrustRegionMetrics",
+    "aggregate",
+    "group_advantage",
+    "make_objective",
+    "token_scale",
+]
+
+_MODULES = {
+    "advantage": ("group_advantage",),
+    "aggregate": ("Counts", "aggregate", "token_scale"),
+    "metrics": ("TrustRegion", "TrustRegionMetrics"),
+    "objectives": ("OBJECTIVES", "Objective", "make_objective"),
+    "tokens": ("TokenBatch",),
+    "trainer": ("DRPOConfig", "DRPOTrainer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and TRL take seconds to import: the command line's help and error messages do not wait for them.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"drpo.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

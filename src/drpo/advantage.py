@@ -1,0 +1,51 @@
+"""From rewards to advantages, within the group of completions of one prompt."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from drpo.names import unknown_name
+
+Advantage = Literal["mean", "mean-std", "leave-one-out"]
+
+
+def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") -> Tensor:
+    """Advantages [N] of rewards [N] in which each run of ``group_size`` shares a prompt.
+
+    A group whose rewards are all equal gets exact zeros, in any dtype. NaN marks a completion
+    that could not be scored: it counts in no mean and gets 0.
+
+    Args:
+        rewards: [N], any floating-point dtype; computed in fp32, or fp64 if it comes in fp64.
+        group_size: completions a prompt; N must be a multiple. A group of one gets 0.
+        mode: ``mean``, minus the group's mean (the paper's); ``mean-std``, that divided by the
+            group's standard deviation (GRPO's); ``leave-one-out``, minus the mean of the others
+            (RLOO's).
+
+    Raises:
+        ValueError: an unknown mode, an infinite reward, or an N that is not whole groups.
+    """
+    if mode not in get_args(Advantage):
+        raise ValueError(unknown_name("advantage", mode, get_args(Advantage)))
+    if rewards.dim() != 1 or group_size < 1 or rewards.numel() % group_size:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected one dimension, a multiple of group_size={group_size}")
+    if rewards.isinf().any():
+        row = rewards.isinf().nonzero()[0].item()
+        raise ValueError(f"reward of completion {row} is {rewards[row].item()}; expected a finite number, or NaN if it could not be scored")
+    groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
+    scored = ~groups.isnan()
+    size = scored.sum(dim=1, keepdim=True)
+    advantage = groups - groups.nanmean(dim=1, keepdim=True)
+    # Rewards that are equal need not have a mean equal to them: eight times 0.1 averages to 0.10000000149.
+    lowest = torch.where(scored, groups, torch.inf).amin(dim=1, keepdim=True)
+    highest = torch.where(scored, groups, -torch.inf).amax(dim=1, keepdim=True)
+    advantage = torch.where(scored & (highest > lowest), advantage, 0.0)
+    if mode == "mean-std":
+        std = (advantage.square().sum(dim=1, keepdim=True) / (size - 1).clamp(min=1)).sqrt()
+        advantage = torch.where(std > 0, advantage / std, 0.0)
+    elif mode == "leave-one-out":
+        advantage = advantage * size / (size - 1).clamp(min=1)
+    return advantage.flatten()

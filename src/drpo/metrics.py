@@ -1,0 +1,167 @@
+"""What the trust region did, for any objective, from the tokens and their gradient weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drpo.tokens import TokenBatch
+
+UNCHANGED = 1e-3
+"""A weight within this of 1 counts as unchanged, within this of 0 as zeroed."""
+
+DIVERGENCE_EDGES = torch.logspace(-8, 0, 161, dtype=torch.float64)
+"""Edges of the |π − μ| histogram, twenty bins a decade: its quantiles are exact to 12 %."""
+
+_STEPS = torch.logspace(-4.1, 1.1, 27, dtype=torch.float64)
+WEIGHT_EDGES = 1 + torch.cat([-_STEPS.flip(0), _STEPS])
+"""Edges of the gradient-weight histogram, five bins a decade of |w − 1| on each side; w = 0 lies inside a bin."""
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_SIGNS = ("positive", "negative")
+_EFFECTS = ("attenuated", "zeroed", "reversed", "amplified")
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """Measurements over all tokens seen.
+
+    Args:
+        scalars: by name. ``ratio/mean``, ``ratio/max``; ``divergence/mean`` | ``p50`` | ``p90`` |
+            ``p99`` | ``max``, of |π − μ|; ``kl/k1``, ``kl/k3``, estimates of KL(μ‖π) in nats;
+            ``effective_sample_size``, (Σr)² / (N·Σr²); ``weight/mean``;
+            ``weight/EFFECT_SIGN``, the share of the tokens whose advantage has that sign that the
+            objective attenuates (0 < w < 1), zeroes, reverses (w < 0) or amplifies (w > 1);
+            ``entropy`` in nats. A measurement that does not apply is absent.
+        divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin below.
+        weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and
+            one bin at either end.
+    """
+
+    scalars: dict[str, float]
+    divergence_histogram: list[int]
+    weight_histogram: list[int]
+
+
+class TrustRegionMetrics:
+    """Accumulates sums, counts and maxima over batches, so that splits into micro-batches and ranks combine exactly."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, batch: TokenBatch, weight: Tensor, entropy: Tensor | None = None) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            batch: the tokens, [B, T].
+            weight: [B, T], the objective's gradient weight.
+            entropy: [B, T], of π at each token, in nats; the same choice in every call.
+        """
+        # MPS has no fp64.
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        counted = batch.mask
+        ratio, log_ratio = batch.ratio.to(dtype), batch.log_ratio.to(dtype)
+        divergence, weight = batch.shift.abs().to(dtype), weight.to(dtype)
+        per_token = {
+            "tokens": torch.ones_like(ratio),
+            "ratio": ratio,
+            "ratio_squared": ratio.square(),
+            "divergence": divergence,
+            "k1": -log_ratio,
+            "k3": log_ratio.expm1() - log_ratio,
+        }
+        if entropy is not None:
+            per_token["entropy"] = entropy.to(dtype)
+        effects = dict(
+            zip(
+                _EFFECTS,
+                (
+                    (weight > UNCHANGED) & (weight < 1 - UNCHANGED),
+                    weight.abs() <= UNCHANGED,
+                    weight < -UNCHANGED,
+                    weight > 1 + UNCHANGED,
+                ),
+                strict=True,
+            )
+        )
+        steered = counted & (batch.advantage != 0)
+        per_token["weight"] = torch.where(steered, weight, 0.0)
+        for sign, has_sign in zip(_SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
+            per_token[f"tokens_{sign}"] = has_sign.to(dtype)
+            for effect, affected in effects.items():
+                per_token[f"{effect}_{sign}"] = (affected & has_sign).to(dtype)
+
+        sums = {name: torch.where(counted, value, 0.0).sum() for name, value in per_token.items()}
+        sums["divergence_histogram"] = _histogram(divergence, DIVERGENCE_EDGES, counted)
+        sums["weight_histogram"] = _histogram(weight, WEIGHT_EDGES, steered)
+        maxima = {name: torch.where(counted, value, 0.0).amax() for name, value in (("ratio", ratio), ("divergence", divergence))}
+        self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
+        self._maxima = {name: torch.maximum(self._maxima.get(name, value), value) for name, value in maxima.items()}
+
+    def compute(self, gather: Callable[[Tensor], Tensor] = lambda t: t) -> TrustRegion | None:
+        """Everything measured since the last reset; None if no token was.
+
+        Args:
+            gather: concatenates a one-dimensional tensor over ranks, as ``Accelerator.gather`` does.
+        """
+        if not self._sums:
+            return None
+        shapes = [value.numel() for value in self._sums.values()]
+        sums = torch.cat([value.flatten() for value in self._sums.values()])
+        maxima = torch.stack(list(self._maxima.values()))
+        sums = gather(sums).view(-1, sums.numel()).sum(dim=0)
+        maxima = gather(maxima).view(-1, maxima.numel()).amax(dim=0)
+        # The one place where the device is waited for.
+        values = torch.cat([sums, maxima]).cpu()
+        totals = dict(zip(self._sums, values[: sum(shapes)].split(shapes), strict=True))
+        largest = dict(zip(self._maxima, values[sum(shapes) :].tolist(), strict=True))
+        divergence_histogram = totals.pop("divergence_histogram")
+        weight_histogram = totals.pop("weight_histogram").long().tolist()
+        total = {name: value.item() for name, value in totals.items()}
+        if not total["tokens"]:
+            return None
+        return TrustRegion(_scalars(total, largest, divergence_histogram), divergence_histogram.long().tolist(), weight_histogram)
+
+    def reset(self) -> None:
+        self._sums, self._maxima = {}, {}
+
+
+def _histogram(values: Tensor, edges: Tensor, counted: Tensor) -> Tensor:
+    edges = edges.to(values)
+    bins = torch.bucketize(values.flatten(), edges)
+    return torch.zeros(len(edges) + 1, dtype=values.dtype, device=values.device).scatter_add_(0, bins, counted.flatten().to(values.dtype))
+
+
+def _quantile(histogram: Tensor, quantile: float) -> float:
+    reached = (histogram.cumsum(0) >= quantile * histogram.sum()).nonzero()[0].item()
+    return 0.0 if reached == 0 else DIVERGENCE_EDGES[min(int(reached), len(DIVERGENCE_EDGES) - 1)].item()
+
+
+def _scalars(total: dict[str, float], largest: dict[str, float], divergence_histogram: Tensor) -> dict[str, float]:
+    tokens = total["tokens"]
+    scalars = {
+        "ratio/mean": total["ratio"] / tokens,
+        "ratio/max": largest["ratio"],
+        "divergence/mean": total["divergence"] / tokens,
+        "divergence/max": largest["divergence"],
+        "kl/k1": total["k1"] / tokens,
+        "kl/k3": total["k3"] / tokens,
+        "effective_sample_size": total["ratio"] ** 2 / (tokens * total["ratio_squared"]),
+    }
+    for name, quantile in QUANTILES.items():
+        scalars[f"divergence/{name}"] = min(_quantile(divergence_histogram, quantile), largest["divergence"])
+    if "entropy" in total:
+        scalars["entropy"] = total["entropy"] / tokens
+    steered = sum(total[f"tokens_{sign}"] for sign in _SIGNS)
+    if steered:
+        scalars["weight/mean"] = total["weight"] / steered
+    for sign in _SIGNS:
+        for effect in _EFFECTS:
+            if total[f"tokens_{sign}"]:
+                scalars[f"weight/{effect}_{sign}"] = total[f"{effect}_{sign}"] / total[f"tokens_{sign}"]
+    return scalars

@@ -1,0 +1,76 @@
+"""Behaviour log-probs from Transformers generation, recorded as the tokens are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+
+class LogProbRecorder:
+    """Sees the final scores of each step as the last logits processor, and the token drawn from them as a stopping criterion.
+
+    Only one step's scores [B, V] are held at a time, and one fp32 log-prob a token is kept: of
+    the distribution that was sampled from, after temperature and every filter.
+    """
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._steps: list[Tensor] = []
+
+    def _see_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._scores = scores
+        return scores
+
+    def _see_draw(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
+        assert self._scores is not None
+        drawn = self._scores.gather(1, input_ids[:, -1:]).squeeze(1)
+        self._steps.append((drawn - self._scores.logsumexp(dim=1)).float())
+        self._scores = None
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Transformers' own sampling loop with this recorder in it (a ``custom_generate`` method)."""
+        # Transformers sets synced_gpus for its own decoding methods only.
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        return model._sample(
+            input_ids,
+            LogitsProcessorList([*logits_processor, self._see_scores]),
+            StoppingCriteriaList([*stopping_criteria, self._see_draw]),
+            generation_config,
+            synced_gpus=sharded and ranks > 1,
+            **model_kwargs,
+        )
+
+    def log_probs(self, lengths: Sequence[int]) -> list[list[float]]:
+        """The log-probs of the first ``lengths[i]`` tokens drawn in each row i."""
+        steps = torch.stack(self._steps, dim=1).cpu()
+        return [row[:length].tolist() for row, length in zip(steps, lengths, strict=True)]
+
+
+@contextmanager
+def record_log_probs(model: Any) -> Iterator[LogProbRecorder]:
+    """Within this context ``model.generate`` samples through a recorder."""
+    recorder = LogProbRecorder()
+    model.generate = partial(model.generate, custom_generate=recorder.sample)
+    try:
+        yield recorder
+    finally:
+        del model.generate

@@ -1,0 +1,78 @@
+"""The built-in task: chained additions and subtractions, solved one running total at a time.
+
+A problem is a prompt such as ``17+25-8+34=``; a solution writes the running total after every
+operation, ``42,34,68``, and its last number is the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+
+Split = Literal["train", "heldout"]
+
+MODEL_PATH = Path(__file__).parent / "arithmetic_model"
+"""The model pretrained on this task (Qwen3 architecture, character tokenizer), made by ``scripts/pretrain_arithmetic.py``."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and the running totals that solve it; the last one is the answer."""
+
+    prompt: str
+    totals: tuple[int, ...]
+
+    @property
+    def answer(self) -> str:
+        return str(self.totals[-1])
+
+    @property
+    def solution(self) -> str:
+        return ",".join(map(str, self.totals))
+
+
+def sample_problem(rng: random.Random, terms: int = 5, largest: int = 49, largest_total: int = 99) -> Problem:
+    """Draw a problem whose running totals all lie in [0, largest_total]."""
+    total = rng.randint(1, largest)
+    prompt, totals = str(total), []
+    for _ in range(terms - 1):
+        operand = rng.randint(1, largest)
+        signs = [sign for sign in (1, -1) if 0 <= total + sign * operand <= largest_total]
+        sign = rng.choice(signs)
+        total += sign * operand
+        prompt += f"{'+' if sign > 0 else '-'}{operand}"
+        totals.append(total)
+    return Problem(prompt + "=", tuple(totals))
+
+
+def split_of(prompt: str) -> Split:
+    """The split a prompt belongs to: a hash of its text decides, so no prompt can be in both."""
+    return "heldout" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
+
+
+def sample_problems(split: Split, size: int, seed: int) -> list[Problem]:
+    """``size`` distinct problems of a split, the same for the same seed."""
+    rng = random.Random(f"{split}-{seed}")
+    problems: dict[str, Problem] = {}
+    while len(problems) < size:
+        problem = sample_problem(rng)
+        if split_of(problem.prompt) == split:
+            problems[problem.prompt] = problem
+    return list(problems.values())
+
+
+def make_dataset(split: Split, size: int, seed: int = 0) -> Dataset:
+    """A dataset with columns ``prompt`` and ``answer``."""
+    problems = sample_problems(split, size, seed)
+    return Dataset.from_dict({"prompt": [p.prompt for p in problems], "answer": [p.answer for p in problems]})
+
+
+def exact_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1.0 where the last number of the completion is the answer, else 0.0 (a TRL reward function)."""
+    return [float(c.rsplit(",", 1)[-1].strip() == a) for c, a in zip(completions, answer, strict=True)]

@@ -1,0 +1,317 @@
+"""DRPO and its relatives in TRL: GRPOTrainer's rollouts and rewards, this library's objective, anchored on the sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from drpo.advantage import Advantage, group_advantage
+from drpo.aggregate import Aggregation, Counts, aggregate
+from drpo.metrics import TrustRegion, TrustRegionMetrics
+from drpo.objectives import make_objective
+from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes
+from drpo.rollout.record import record_log_probs
+from drpo.tokens import TokenBatch
+
+_FILTER = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
+
+REFUSED: dict[str, str] = {
+    "beta": "no reference model is kept; the objective keeps π near μ by itself",
+    "loss_type": "set objective= (what is maximised) and aggregation= (how tokens are averaged)",
+    "epsilon": "set objective='ppo', objective_kwargs={'clip_low': ...}",
+    "epsilon_high": "set objective='ppo', objective_kwargs={'clip_high': ...}",
+    "delta": "this is TRL's two-sided clip; DRPO's δ is objective_kwargs={'delta': ...}",
+    "importance_sampling_level": "the objective decides what the ratio is taken over",
+    "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
+    "scale_rewards": "set advantage= ('mean', 'mean-std' or 'leave-one-out')",
+    "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
+    "vllm_importance_sampling_correction": "it would multiply by π_old/μ a loss whose ratio is anchored on μ already",
+    "vllm_importance_sampling_mode": "there is no correction to configure: the ratio is anchored on μ",
+    "vllm_importance_sampling_clip_max": "there is no correction to configure: the ratio is anchored on μ",
+    "vllm_importance_sampling_clip_min": "there is no correction to configure: the ratio is anchored on μ",
+    "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
+    "top_entropy_quantile": "every completion token is trained on",
+    "entropy_coef": "there is no entropy bonus",
+    "use_adaptive_entropy": "there is no entropy bonus",
+    "sync_ref_model": "no reference model is kept",
+    "top_p": _FILTER,
+    "top_k": _FILTER,
+    "min_p": _FILTER,
+    "repetition_penalty": _FILTER,
+    "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
+    "sapo_temperature_neg": _OTHER_OBJECTIVE,
+    "sapo_temperature_pos": _OTHER_OBJECTIVE,
+    "vespo_k_pos": _OTHER_OBJECTIVE,
+    "vespo_k_neg": _OTHER_OBJECTIVE,
+    "vespo_lambda_pos": _OTHER_OBJECTIVE,
+    "vespo_lambda_neg": _OTHER_OBJECTIVE,
+}
+"""Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults are accepted."""
+
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+@dataclass
+class DRPOConfig(GRPOConfig):
+    """GRPOConfig with an objective of this library.
+
+    One rollout is per_device_train_batch_size × processes × gradient_accumulation_steps ×
+    updates_per_rollout completions, split into that many disjoint updates. TRL's
+    ``steps_per_generation``, ``generation_batch_size`` and ``num_iterations`` follow from it.
+
+    Options of GRPOConfig that this trainer would ignore (``beta``, ``loss_type``, ``epsilon``...)
+    are refused with what to set instead; :data:`REFUSED` lists them.
+
+    Args:
+        objective: a name of :data:`drpo.OBJECTIVES`.
+        objective_kwargs: its hyperparameters; its own defaults where absent.
+        updates_per_rollout: optimizer steps on each rollout's samples.
+        aggregation: how token losses become one number; see :func:`drpo.token_scale`.
+        horizon: tokens, for the aggregation ``seq-mean-token-sum-norm``.
+        advantage: how rewards become advantages; see :func:`drpo.group_advantage`.
+        audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
+            training stops. None takes 1e-3 where one fp32 model samples and trains, else 0.1.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]
+
+    objective: str = field(default="drpo", metadata={"help": "Objective to optimise."})
+    objective_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
+    updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps on each rollout's samples."})
+    aggregation: Aggregation = field(default="token-mean", metadata={"help": "How token losses become one number."})
+    horizon: int | None = field(default=None, metadata={"help": "Tokens, for seq-mean-token-sum-norm."})
+    advantage: Advantage = field(default="mean", metadata={"help": "How rewards become advantages."})
+    audit_threshold: float | None = field(
+        default=None, metadata={"help": "Mean |log pi - log mu| before the first update above which training stops."}
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
+    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
+
+    def __post_init__(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, instead in REFUSED.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
+        if self.updates_per_rollout < 1:
+            raise ValueError(f"updates_per_rollout is {self.updates_per_rollout}; expected at least 1")
+        asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
+        self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
+        self.generation_batch_size = None
+        super().__post_init__()
+        self._refuse_contradictions(asked_steps, asked_size)
+        self._align_checkpoints()
+        # Refused here rather than after the model was loaded.
+        make_objective(self.objective, **(self.objective_kwargs or {}))
+        aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
+        group_advantage(torch.zeros(1), 1, self.advantage)
+
+    def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
+        if asked_steps not in (None, self.steps_per_generation):
+            raise ValueError(
+                f"steps_per_generation={asked_steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; leave it out"
+            )
+        if asked_size not in (None, self.generation_batch_size):
+            raise ValueError(
+                f"generation_batch_size={asked_size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
+                f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
+                f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
+            )
+
+    def _align_checkpoints(self) -> None:
+        # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
+        if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
+            if self.save_steps < 1:
+                raise ValueError(f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout")
+            self.save_steps += self.updates_per_rollout - self.save_steps % self.updates_per_rollout
+
+
+class DRPOTrainer(GRPOTrainer):
+    """GRPOTrainer with the objective of its :class:`DRPOConfig`.
+
+    The ratio is π/μ with μ the sampler's own log-probs, recorded as the tokens are drawn, also
+    when Transformers generates. Before the first update they are compared with the trainer's
+    (:class:`~drpo.rollout.audit.Audit`); a run whose sampler and trainer disagree stops there.
+
+    Arguments as for ``trl.GRPOTrainer``.
+
+    Attributes:
+        objective: the objective being optimised.
+        audit: the comparison made before the first update; None until then.
+        trust_region: what was measured over the updates last logged, on every rank.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "drpo"]
+    _name = "DRPO"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Rethinking the Divergence Regularization in LLM RL",
+        "id": "2606.09821",
+        "citation": textwrap.dedent("""\
+            @article{yao2026rethinking,
+                title  = {{Rethinking the Divergence Regularization in LLM RL}},
+                author = {Yao and Zhou and Qi and Lee and Bo and Pang},
+                year   = 2026,
+                eprint = {arXiv:2606.09821},
+            }"""),
+    }
+
+    args: DRPOConfig
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: DRPOConfig | None = None, **kwargs: Any) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DRPO")
+        if not isinstance(args, DRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        self.objective = make_objective(args.objective, **(args.objective_kwargs or {}))
+        self.audit: Audit | None = None
+        self.trust_region: TrustRegion | None = None
+        self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
+        self._differences: list[Tensor] = []
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
+        with record_log_probs(self.accelerator.unwrap_model(self.model_wrapped)) as recorder:
+            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
+        return completion_ids, recorder.log_probs([len(ids) for ids in completion_ids])
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if "sampling_per_token_logps" not in output:
+            raise ValueError(
+                "the rollout returned no log-probs, so there is no behaviour policy to anchor the ratio on; "
+                "return them from rollout_func as 'logprobs', or let Transformers or vLLM generate"
+            )
+        rewards = self._rewards_per_func
+        unscored = rewards.isnan().all(dim=1)
+        rewards = (rewards * self.reward_weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        advantages = group_advantage(rewards, group_size, self.args.advantage)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = advantages[first : first + len(inputs)]
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            self._counts = self._count([inputs])
+        elif self._step % self.args.gradient_accumulation_steps == 0:
+            # The denominators of an update span all its micro-batches and ranks.
+            first = self._step % self.args.steps_per_generation
+            self._counts = self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
+        return inputs
+
+    def _count(self, micro_batches: list[dict[str, Any]]) -> Counts:
+        counts = [Counts.of(_loss_mask(inputs)) for inputs in micro_batches]
+        local = torch.stack([sum(c.tokens for c in counts), sum(c.sequences for c in counts)])
+        tokens, sequences = self.accelerator.reduce(local, reduction="sum")
+        return Counts(tokens=tokens, sequences=sequences)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in _MULTIMODAL},
+        )
+        batch = TokenBatch(
+            logp=logp,
+            behavior_logp=inputs["sampling_per_token_logps"],
+            advantage=inputs["advantages"],
+            mask=_loss_mask(inputs),
+        )
+        if self.audit is None and mode == "train":
+            self._audit(batch)
+        self._measured[mode].update(batch, self.objective.gradient_weight(batch), entropy)
+        loss = aggregate(
+            self.objective.loss(batch), batch.mask, self.args.aggregation, counts=self._counts, horizon=self.args.horizon
+        )
+        # Data parallelism averages gradients over ranks; the counts already span them.
+        loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            parts = self.current_gradient_accumulation_steps if mode == "train" else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss / parts
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        return loss
+
+    def _audit(self, batch: TokenBatch) -> None:
+        difference = (batch.logp.detach() - batch.behavior_logp).abs()
+        self._differences.append(torch.stack([difference.sum(), difference.amax(), batch.mask.sum().to(difference)]))
+        if not self.accelerator.sync_gradients:
+            return
+        # Every rank sees the same numbers, so all of them stop or none does.
+        total, largest, tokens = self.accelerator.gather(torch.stack(self._differences)).view(-1, 3).unbind(dim=1)
+        self._differences.clear()
+        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else str(self.model.dtype).removeprefix("torch.")
+        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(precision, precision)
+        by_transformers = not self.use_vllm and self.rollout_func is None
+        exact = by_transformers and precision == "fp32"
+        threshold = self.args.audit_threshold
+        if threshold is None:
+            threshold = EXACT_THRESHOLD if exact else APPROXIMATE_THRESHOLD
+        self.audit = Audit(
+            mean=(total.sum() / tokens.sum().clamp(min=1)).item(),
+            maximum=largest.max().item(),
+            tokens=int(tokens.sum().item()),
+            threshold=threshold,
+        )
+        if self.accelerator.is_main_process:
+            print(self.audit)
+        self._metrics["train"]["audit/logp_difference_mean"].append(self.audit.mean)
+        self._metrics["train"]["audit/logp_difference_max"].append(self.audit.maximum)
+        self.audit.check(
+            likely_causes(
+                self.accelerator.unwrap_model(self.model),
+                scoring_temperature=self.temperature,
+                sampling=self.generation_kwargs if by_transformers else self.args.generation_kwargs,
+                precision=precision,
+            )
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        measured = self._measured[mode].compute(self.accelerator.gather)
+        self._measured[mode].reset()
+        if measured is not None:
+            for name, value in measured.scalars.items():
+                self._metrics[mode][name] = [value]
+            if mode == "train":
+                self.trust_region = measured
+        super().log(logs, start_time)
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
