@@ -103,7 +103,9 @@ def make_batch(
 
 
 @torch.no_grad()
-def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: int, size: int = 200) -> tuple[float, float, float]:
+def measure(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: int, size: int = 200
+) -> tuple[float, float, float]:
     """avg@samples and pass@samples when sampling at temperature 1, and greedy accuracy, on held-out problems."""
     problems = sample_problems("heldout", size, seed=0)
     inputs = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)

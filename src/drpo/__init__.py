@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from drpo.advantage import group_advantage
-    from drpo.aggregate import Counts, aggregate, token_scale
+    from drpo.aggregation import Counts, aggregate, token_scale
     from drpo.metrics import TrustRegion, TrustRegionMetrics
     from drpo.objectives import OBJECTIVES, Objective, make_objective
     from drpo.tokens import TokenBatch
@@ -30,7 +30,7 @@ __all__ = [
 
 _MODULES = {
     "advantage": ("group_advantage",),
-    "aggregate": ("Counts", "aggregate", "token_scale"),
+    "aggregation": ("Counts", "aggregate", "token_scale"),
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
     "objectives": ("OBJECTIVES", "Objective", "make_objective"),
     "tokens": ("TokenBatch",),

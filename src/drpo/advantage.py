@@ -31,10 +31,14 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
     if mode not in get_args(Advantage):
         raise ValueError(unknown_name("advantage", mode, get_args(Advantage)))
     if rewards.dim() != 1 or group_size < 1 or rewards.numel() % group_size:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected one dimension, a multiple of group_size={group_size}")
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)}; expected one dimension, a multiple of group_size={group_size}"
+        )
     if rewards.isinf().any():
         row = rewards.isinf().nonzero()[0].item()
-        raise ValueError(f"reward of completion {row} is {rewards[row].item()}; expected a finite number, or NaN if it could not be scored")
+        raise ValueError(
+            f"reward of completion {row} is {rewards[row].item()}; expected a finite number, or NaN if it could not be scored"
+        )
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
     scored = ~groups.isnan()
     size = scored.sum(dim=1, keepdim=True)

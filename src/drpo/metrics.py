@@ -99,7 +99,10 @@ class TrustRegionMetrics:
         sums = {name: torch.where(counted, value, 0.0).sum() for name, value in per_token.items()}
         sums["divergence_histogram"] = _histogram(divergence, DIVERGENCE_EDGES, counted)
         sums["weight_histogram"] = _histogram(weight, WEIGHT_EDGES, steered)
-        maxima = {name: torch.where(counted, value, 0.0).amax() for name, value in (("ratio", ratio), ("divergence", divergence))}
+        maxima = {
+            name: torch.where(counted, value, 0.0).amax()
+            for name, value in (("ratio", ratio), ("divergence", divergence))
+        }
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._maxima = {name: torch.maximum(self._maxima.get(name, value), value) for name, value in maxima.items()}
 
@@ -125,7 +128,9 @@ class TrustRegionMetrics:
         total = {name: value.item() for name, value in totals.items()}
         if not total["tokens"]:
             return None
-        return TrustRegion(_scalars(total, largest, divergence_histogram), divergence_histogram.long().tolist(), weight_histogram)
+        return TrustRegion(
+            _scalars(total, largest, divergence_histogram), divergence_histogram.long().tolist(), weight_histogram
+        )
 
     def reset(self) -> None:
         self._sums, self._maxima = {}, {}
@@ -134,7 +139,9 @@ class TrustRegionMetrics:
 def _histogram(values: Tensor, edges: Tensor, counted: Tensor) -> Tensor:
     edges = edges.to(values)
     bins = torch.bucketize(values.flatten(), edges)
-    return torch.zeros(len(edges) + 1, dtype=values.dtype, device=values.device).scatter_add_(0, bins, counted.flatten().to(values.dtype))
+    return torch.zeros(len(edges) + 1, dtype=values.dtype, device=values.device).scatter_add_(
+        0, bins, counted.flatten().to(values.dtype)
+    )
 
 
 def _quantile(histogram: Tensor, quantile: float) -> float:

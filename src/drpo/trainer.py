@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from drpo.advantage import Advantage, group_advantage
-from drpo.aggregate import Aggregation, Counts, aggregate
+from drpo.aggregation import Aggregation, Counts, aggregate
 from drpo.metrics import TrustRegion, TrustRegionMetrics
-from drpo.objectives import make_objective
+from drpo.objectives import Objective, make_objective
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes
 from drpo.rollout.record import record_log_probs
 from drpo.tokens import TokenBatch
@@ -119,9 +120,14 @@ class DRPOConfig(GRPOConfig):
         self._refuse_contradictions(asked_steps, asked_size)
         self._align_checkpoints()
         # Refused here rather than after the model was loaded.
-        make_objective(self.objective, **(self.objective_kwargs or {}))
+        self.make_objective()
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
+
+    def make_objective(self) -> Objective:
+        """The objective with its hyperparameters."""
+        kwargs: Any = self.objective_kwargs or {}  # parsed from JSON by now, if it was text
+        return make_objective(self.objective, **kwargs)
 
     def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
         if asked_steps not in (None, self.steps_per_generation):
@@ -140,7 +146,9 @@ class DRPOConfig(GRPOConfig):
         # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
         if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
             if self.save_steps < 1:
-                raise ValueError(f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout")
+                raise ValueError(
+                    f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
+                )
             self.save_steps += self.updates_per_rollout - self.save_steps % self.updates_per_rollout
 
 
@@ -174,6 +182,11 @@ class DRPOTrainer(GRPOTrainer):
     }
 
     args: DRPOConfig
+    model: Any
+    accelerator: Any
+    num_generations: int
+    num_generations_eval: int
+    _buffered_inputs: list[dict[str, Any]]
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: DRPOConfig | None = None, **kwargs: Any) -> None:
         if args is None:
@@ -182,7 +195,7 @@ class DRPOTrainer(GRPOTrainer):
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
-        self.objective = make_objective(args.objective, **(args.objective_kwargs or {}))
+        self.objective = args.make_objective()
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
@@ -225,13 +238,13 @@ class DRPOTrainer(GRPOTrainer):
             self._counts = self._count([inputs])
         elif self._step % self.args.gradient_accumulation_steps == 0:
             # The denominators of an update span all its micro-batches and ranks.
-            first = self._step % self.args.steps_per_generation
+            first = self._step % (self.args.updates_per_rollout * self.args.gradient_accumulation_steps)
             self._counts = self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
         return inputs
 
     def _count(self, micro_batches: list[dict[str, Any]]) -> Counts:
         counts = [Counts.of(_loss_mask(inputs)) for inputs in micro_batches]
-        local = torch.stack([sum(c.tokens for c in counts), sum(c.sequences for c in counts)])
+        local = torch.stack([torch.stack([c.tokens, c.sequences]) for c in counts]).sum(dim=0)
         tokens, sequences = self.accelerator.reduce(local, reduction="sum")
         return Counts(tokens=tokens, sequences=sequences)
 
@@ -256,7 +269,11 @@ class DRPOTrainer(GRPOTrainer):
             self._audit(batch)
         self._measured[mode].update(batch, self.objective.gradient_weight(batch), entropy)
         loss = aggregate(
-            self.objective.loss(batch), batch.mask, self.args.aggregation, counts=self._counts, horizon=self.args.horizon
+            self.objective.loss(batch),
+            batch.mask,
+            self.args.aggregation,
+            counts=self._counts,
+            horizon=self.args.horizon,
         )
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
@@ -274,12 +291,10 @@ class DRPOTrainer(GRPOTrainer):
         # Every rank sees the same numbers, so all of them stop or none does.
         total, largest, tokens = self.accelerator.gather(torch.stack(self._differences)).view(-1, 3).unbind(dim=1)
         self._differences.clear()
-        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else str(self.model.dtype).removeprefix("torch.")
-        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(precision, precision)
         by_transformers = not self.use_vllm and self.rollout_func is None
-        exact = by_transformers and precision == "fp32"
         threshold = self.args.audit_threshold
         if threshold is None:
+            exact = by_transformers and self._precision == "fp32"
             threshold = EXACT_THRESHOLD if exact else APPROXIMATE_THRESHOLD
         self.audit = Audit(
             mean=(total.sum() / tokens.sum().clamp(min=1)).item(),
@@ -291,14 +306,18 @@ class DRPOTrainer(GRPOTrainer):
             print(self.audit)
         self._metrics["train"]["audit/logp_difference_mean"].append(self.audit.mean)
         self._metrics["train"]["audit/logp_difference_max"].append(self.audit.maximum)
+        # generation_kwargs wins over the trainer's own temperature, for generation only.
+        overrides: Any = self.args.generation_kwargs or {}
+        sampling = {"temperature": self.temperature, **overrides} if self.rollout_func is None else None
+        model = self.accelerator.unwrap_model(self.model)
         self.audit.check(
-            likely_causes(
-                self.accelerator.unwrap_model(self.model),
-                scoring_temperature=self.temperature,
-                sampling=self.generation_kwargs if by_transformers else self.args.generation_kwargs,
-                precision=precision,
-            )
+            likely_causes(model, scoring_temperature=self.temperature, sampling=sampling, precision=self._precision)
         )
+
+    @property
+    def _precision(self) -> str:
+        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else str(self.model.dtype).split(".")[-1]
+        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

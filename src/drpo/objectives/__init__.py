@@ -39,4 +39,4 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
     return objective(**hyperparameters)
 
 
-__all__ = ["OBJECTIVES", "Objective", "make_objective", *sorted(c.__name__ for c in OBJECTIVES.values())]
+__all__ = ["DRPO", "OBJECTIVES", "PG", "PPO", "SPO", "DPPOBinaryTV", "Objective", "make_objective"]

@@ -60,24 +60,40 @@ def likely_causes(
     seen, unknown = [], []
     sampling_temperature = (sampling or {}).get("temperature")
     if sampling_temperature is None:
-        unknown.append(f"temperature: the trainer scores at {scoring_temperature:g}; check that the sampler uses it too")
+        unknown.append(
+            f"temperature: the trainer scores at {scoring_temperature:g}; check that the sampler uses it too"
+        )
     elif sampling_temperature != scoring_temperature:
-        seen.append(f"temperature: tokens are sampled at {sampling_temperature:g} and scored at {scoring_temperature:g}")
+        seen.append(
+            f"temperature: tokens are sampled at {sampling_temperature:g} and scored at {scoring_temperature:g}"
+        )
     neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
-    filters = {name: sampling.get(name) for name, off in neutral.items() if sampling.get(name) not in off} if sampling else {}
+    filters = (
+        {name: sampling.get(name) for name, off in neutral.items() if sampling.get(name) not in off} if sampling else {}
+    )
     if filters:
         named = ", ".join(f"{name}={value:g}" for name, value in filters.items())
-        seen.append(f"sampling filters: {named} renormalises the sampler's distribution; the trainer scores the full one")
+        seen.append(
+            f"sampling filters: {named} renormalises the sampler's distribution; the trainer scores the full one"
+        )
     elif sampling is None:
         unknown.append("sampling filters: top_p, top_k or min_p in the sampler, which the trainer does not apply")
     dropout = _dropout(model)
     if dropout:
-        seen.append(f"dropout: {', '.join(dropout)} is above 0 while training; set it to 0 in the model's configuration")
+        seen.append(
+            f"dropout: {', '.join(dropout)} is above 0 while training; set it to 0 in the model's configuration"
+        )
     unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
-    low = [] if precision == "fp32" else [f"precision: the trainer's forward pass runs in {precision}; keep log-probs and LM head in fp32"]
+    low = (
+        []
+        if precision == "fp32"
+        else [f"precision: the trainer's forward pass runs in {precision}; keep log-probs and LM head in fp32"]
+    )
     seen += low
     if not low:
-        unknown.append("precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale")
+        unknown.append(
+            "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
+        )
     return seen + unknown
 
 
@@ -85,5 +101,7 @@ def _dropout(model: nn.Module) -> list[str]:
     modules = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    configured = [k for k, v in settings.items() if k.endswith(("dropout", "_pdrop")) and isinstance(v, float) and v > 0]
+    configured = [
+        k for k, v in settings.items() if k.endswith(("dropout", "_pdrop")) and isinstance(v, float) and v > 0
+    ]
     return configured or modules[:1]

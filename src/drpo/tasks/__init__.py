@@ -1,0 +1,75 @@
+"""Prompts with verifiable answers: the built-in arithmetic, and JSON Lines files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from drpo.errors import UserError
+from drpo.names import unknown_name
+from drpo.tasks.arithmetic import MODEL_PATH, Split, sample_problems
+
+BUILTIN_TASKS = ("arithmetic",)
+BUILTIN_MODELS: dict[str, Path] = {"arithmetic": MODEL_PATH}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the model is asked, and the reference its answer is scored against."""
+
+    prompt: str
+    answer: str
+
+
+def builtin_problems(split: Split, size: int, seed: int) -> list[Problem]:
+    """``size`` distinct problems of the built-in task, the same for the same seed."""
+    return [Problem(p.prompt, p.answer) for p in sample_problems(split, size, seed)]
+
+
+def read_problems(path: Path, *, prompt: str, answer: str, template: str) -> list[Problem]:
+    """The problems of a JSON Lines file.
+
+    Args:
+        path: one JSON object a line.
+        prompt: the field that holds the question.
+        answer: the field that holds the reference answer, text or a number.
+        template: the text the model sees, with ``{prompt}`` where the question goes.
+
+    Raises:
+        UserError: a file that cannot be read or a row without those fields, by file and row.
+    """
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path}: expected a .jsonl file (one JSON object a line) or one of {', '.join(BUILTIN_TASKS)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    problems = []
+    with path.open("rb") as lines:
+        for row, line in enumerate(lines, 1):
+            if line.strip():
+                problems.append(_read_row(line, f"{path}, row {row}", prompt, answer, template))
+    if not problems:
+        raise UserError(f"{path}: has no rows; expected one JSON object a line")
+    return problems
+
+
+def _read_row(line: bytes, where: str, prompt: str, answer: str, template: str) -> Problem:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON in UTF-8 ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: is a {type(record).__name__}; expected an object")
+    for field in (prompt, answer):
+        if field not in record:
+            raise UserError(f"{where}: {unknown_name('field', field, record)}")
+    question, reference = record[prompt], record[answer]
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{where}: {prompt} is {question!r}; expected text")
+    if isinstance(reference, bool) or not isinstance(reference, (str, int, float)):
+        raise UserError(f"{where}: {answer} is {reference!r}; expected text or a number")
+    for field, value in ((prompt, question), (answer, str(reference))):
+        # A lone surrogate is valid in JSON and in nothing that is written later.
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{where}: {field} has a lone surrogate; expected valid Unicode")
+    return Problem(template.replace("{prompt}", question), str(reference))

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from datasets import Dataset
+from typing import Literal
 
 Split = Literal["train", "heldout"]
 
@@ -65,14 +62,3 @@ def sample_problems(split: Split, size: int, seed: int) -> list[Problem]:
         if split_of(problem.prompt) == split:
             problems[problem.prompt] = problem
     return list(problems.values())
-
-
-def make_dataset(split: Split, size: int, seed: int = 0) -> Dataset:
-    """A dataset with columns ``prompt`` and ``answer``."""
-    problems = sample_problems(split, size, seed)
-    return Dataset.from_dict({"prompt": [p.prompt for p in problems], "answer": [p.answer for p in problems]})
-
-
-def exact_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where the last number of the completion is the answer, else 0.0 (a TRL reward function)."""
-    return [float(c.rsplit(",", 1)[-1].strip() == a) for c, a in zip(completions, answer, strict=True)]

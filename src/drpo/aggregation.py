@@ -56,7 +56,9 @@ def token_scale(
     if mode not in get_args(Aggregation):
         raise ValueError(unknown_name("aggregation", mode, get_args(Aggregation)))
     if (horizon is not None) != (mode == "seq-mean-token-sum-norm"):
-        raise ValueError(f"horizon is {horizon} with aggregation {mode!r}; seq-mean-token-sum-norm needs one, the others take none")
+        raise ValueError(
+            f"horizon is {horizon} with aggregation {mode!r}; seq-mean-token-sum-norm needs one, the others take none"
+        )
     if horizon is not None and horizon <= 0:
         raise ValueError(f"horizon is {horizon}; expected a number of tokens > 0")
     counts = counts or Counts.of(mask)

@@ -1,0 +1,68 @@
+"""Held-out accuracy of the policy being trained, sampled by the engine that samples its rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+
+from drpo.rewards import Reward, text_of
+from drpo.tasks import Problem
+
+if TYPE_CHECKING:
+    from drpo.trainer import DRPOTrainer
+
+BATCH_SIZE = 512
+"""Completions generated at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Completions of held-out problems and their rewards.
+
+    Args:
+        accuracy: share of completions whose reward is at least 1.
+        samples: a row a completion, with ``prompt``, ``answer``, ``completion`` and ``reward``.
+    """
+
+    accuracy: float
+    samples: list[dict[str, Any]]
+
+
+def as_prompt(problem: Problem, tokenizer: Any) -> Any:
+    """The prompt as TRL takes it: a conversation if the tokenizer has a chat template, else text."""
+    return [{"role": "user", "content": problem.prompt}] if tokenizer.chat_template else problem.prompt
+
+
+def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, samples: int, seed: int) -> Evaluation:
+    """Sample ``samples`` completions of every problem at the training temperature and score them.
+
+    The same seed draws the same random numbers; the trainer's own are left as they were. Ranks
+    share the problems, and every rank gets the whole result.
+    """
+    accelerator = trainer.accelerator
+    tokenizer: Any = trainer.processing_class
+    mine = problems[accelerator.process_index :: accelerator.num_processes]
+    asked = [problem for problem in mine for _ in range(samples)]
+    rows: list[dict[str, Any]] = []
+    was_training = trainer.model.training
+    trainer.model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + accelerator.process_index)
+        for start in range(0, len(asked), BATCH_SIZE):
+            batch = asked[start : start + BATCH_SIZE]
+            prompts = [as_prompt(problem, tokenizer) for problem in batch]
+            prompt_ids, images, multimodal = trainer._tokenize_prompts(prompts)
+            completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, multimodal, 1)
+            completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+            scores = reward(prompts=prompts, completions=completions, answer=[problem.answer for problem in batch])
+            rows += [
+                {"prompt": problem.prompt, "answer": problem.answer, "completion": text_of(completion), "reward": score}
+                for problem, completion, score in zip(batch, completions, scores, strict=True)
+            ]
+    trainer.model.train(was_training)
+    rows = gather_object(rows)
+    return Evaluation(accuracy=sum(row["reward"] >= 1 for row in rows) / len(rows), samples=rows)

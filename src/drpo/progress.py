@@ -1,0 +1,68 @@
+"""The progress bar of a run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """One bar over rollouts, with the last reward, held-out accuracy and |π − μ|; where there is no terminal, a line an evaluation."""
+
+    def __init__(self, total: int, updates_per_rollout: int, show: bool) -> None:
+        self._console = Console(quiet=not show)
+        self._updates_per_rollout = updates_per_rollout
+        self._shown: dict[str, float] = {}
+        self._bar = Bar(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("rollouts"),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (show and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=total / updates_per_rollout, status="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, done: int) -> None:
+        """Start the clock, ``done`` updates into the run."""
+        self._bar.reset(
+            self._task,
+            total=self._bar.tasks[0].total,
+            completed=done // self._updates_per_rollout,
+            status=self._status(),
+        )
+
+    def advance(self, update: int, logs: dict[str, Any]) -> None:
+        """Show what was logged after an update."""
+        for name, key in (("reward", "reward"), ("|π−μ|", "divergence/mean")):
+            if logs.get(key) is not None:
+                self._shown[name] = logs[key]
+        self._bar.update(self._task, completed=update // self._updates_per_rollout, status=self._status())
+
+    def accuracy(self, value: float) -> None:
+        """Show a held-out accuracy."""
+        self._shown["accuracy"] = value
+        self._bar.update(self._task, status=self._status())
+        if not self._console.is_terminal:
+            completed = int(self._bar.tasks[0].completed)
+            self._console.print(
+                f"rollout {completed}/{self._bar.tasks[0].total:.0f}  {self._status()}", highlight=False
+            )
+
+    def _status(self) -> str:
+        return "  ".join(f"{name} {value:.3g}" for name, value in self._shown.items())

@@ -1,0 +1,260 @@
+"""A recipe: everything a run is made of, in one YAML file, validated as a whole before anything else happens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from drpo.errors import UserError
+from drpo.names import unknown_name
+
+BUILTIN_RECIPE = Path(str(files("drpo.tasks") / "arithmetic.yaml"))
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TaskSpec(_Strict):
+    """Where problems come from: ``arithmetic`` or a .jsonl file, for training and for evaluation."""
+
+    train: Text
+    heldout: Text | None = None
+    prompt: Text = "prompt"
+    answer: Text = "answer"
+    template: Text = "{prompt}"
+
+    @field_validator("template")
+    @classmethod
+    def _has_placeholder(cls, template: str) -> str:
+        if "{prompt}" not in template:
+            raise ValueError("expected text with {prompt} in it")
+        return template
+
+
+class ObjectiveSpec(BaseModel):
+    """An objective's name and, beside it, its hyperparameters."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _exists(self) -> ObjectiveSpec:
+        from drpo.objectives import make_objective
+
+        make_objective(self.name, **self.hyperparameters)
+        return self
+
+
+class LoRASpec(_Strict):
+    """Train low-rank adapters (peft) instead of all weights."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    target_modules: Text | list[Text] = "all-linear"
+
+
+class Recipe(_Strict):
+    """A training run.
+
+    Fields without a default have to be in the recipe; those that are None leave the choice to
+    :class:`drpo.DRPOConfig`, any other option of which can be given in ``trainer``.
+    """
+
+    model: Text
+    task: TaskSpec
+    reward: Text
+    objective: ObjectiveSpec
+    rollouts: Positive
+    prompts_per_rollout: Positive
+    num_generations: Annotated[int, Field(ge=2)]
+    updates_per_rollout: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    max_completion_length: Positive
+    micro_batch_size: Positive | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    aggregation: (
+        Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
+    ) = None
+    horizon: Positive | None = None
+    advantage: Literal["mean", "mean-std", "leave-one-out"] | None = None
+    audit_threshold: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    lora: LoRASpec | None = None
+    evaluate_every: Positive = 10
+    checkpoint_every: Positive = 25
+    heldout_problems: Positive = 250
+    heldout_samples: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    trainer: dict[str, Any] = {}
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("trainer")
+    @classmethod
+    def _not_ours(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        for name in trainer:
+            if name in cls.model_fields:
+                raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
+        return trainer
+
+    @model_validator(mode="after")
+    def _divides(self) -> Recipe:
+        samples = self.prompts_per_rollout * self.num_generations
+        arithmetic = (
+            f"prompts_per_rollout {self.prompts_per_rollout} x num_generations {self.num_generations} = {samples} samples, "
+            f"updates_per_rollout {self.updates_per_rollout}"
+        )
+        if samples % self.updates_per_rollout:
+            raise ValueError(f"updates_per_rollout: {arithmetic}: expected a divisor of {samples}")
+        update = samples // self.updates_per_rollout
+        if self.micro_batch_size is not None and update % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {arithmetic} = {update} samples an update: expected a divisor of {update}, got {self.micro_batch_size}"
+            )
+        if (self.horizon is not None) != (self.aggregation == "seq-mean-token-sum-norm"):
+            raise ValueError("horizon: expected with aggregation seq-mean-token-sum-norm, and only with it")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: no octal, no yes/no; no duplicate keys, no aliases, no tags of other languages."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"(?:~|null|)", ["~", "n", ""]),
+    ("bool", r"(?:true|false)", ["t", "f"]),
+    ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
+    ("float", r"-?(?:0|[1-9][0-9]*)\.[0-9]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
+        raise UserError(f"{where}{line}: {problem}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not valid YAML ({type(error).__name__}: {str(error)[:100]})") from error
+
+
+def _override(document: dict[str, Any], assignment: str) -> None:
+    path, separator, text = assignment.partition("=")
+    if not separator or not path:
+        raise UserError(f"--set {assignment}: expected key=value")
+    value = _parse(text, f"--set {assignment}")
+    # A shell has no quotes to tell text from numbers by, so 1e-5 is a number here.
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", value):
+        value = float(value)
+    *parents, last = path.split(".")
+    for parent in parents:
+        if parent == "objective" and isinstance(document.get(parent), str):
+            document[parent] = {"name": document[parent]}
+        document = document.setdefault(parent, {})
+        if not isinstance(document, dict):
+            raise UserError(f"--set {assignment}: {parent} has no fields of its own")
+    document[last] = value
+
+
+def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file; the built-in recipe by default.
+        overrides: ``key=value``, where a dotted key reaches into a mapping; they win over the file.
+
+    Raises:
+        UserError: naming the file and the field, the value, and what was expected.
+    """
+    where = str(path or "the built-in recipe")
+    try:
+        text = (path or BUILTIN_RECIPE).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from error
+    document = _parse(text, where)
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{where}: is {'empty' if document is None else type(document).__name__}; expected a mapping of fields"
+        )
+    for assignment in overrides:
+        _override(document, assignment)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_mistake(error)}") from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    mistake = error.errors(include_url=False)[0]
+    location = [str(part) for part in mistake["loc"] if not str(part).startswith("function-")]
+    field, value, kind = ".".join(location), mistake["input"], mistake["type"]
+    if kind == "extra_forbidden":
+        model: type[BaseModel] = {"task": TaskSpec, "lora": LoRASpec}.get(location[0], Recipe)
+        return unknown_name("field", field, [".".join([*location[:-1], name]) for name in model.model_fields])
+    if kind == "missing":
+        return f"{field}: is missing; it has no default"
+    message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if kind == "value_error":
+        return f"{field}: {message}" if field else message
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    expected = re.sub(r"^(?:a )?(?:valid )?(integer|number|string|dictionary|list)", _with_article, message)
+    return f"{field}: got {shown}; expected {expected}{_number_hint(value)}"
+
+
+def _with_article(match: re.Match[str]) -> str:
+    name = {"string": "text", "dictionary": "a mapping", "integer": "an integer"}
+    return name.get(match[1], f"a {match[1]}")
+
+
+def _number_hint(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
+        return ""
+    if "e" in value.lower() or re.match(r"[-+]?0[0-9]", value):
+        return f" (YAML reads {value} as text; write {float(value):.10f}".rstrip("0").rstrip(".") + ")"
+    return " (remove the quotes)"
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

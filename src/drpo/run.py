@@ -1,0 +1,134 @@
+"""The run folder: where a run's files are, how they are written and read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from drpo.errors import UserError
+from drpo.recipe import Recipe, dump_recipe, load_recipe
+
+_PACKAGES = ("drpo", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    ``recipe.yaml`` the resolved recipe · ``run.json`` versions and seed · ``metrics.jsonl`` a row
+    an update · ``evaluations.jsonl`` and ``samples.jsonl`` held-out accuracy and completions ·
+    ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.info = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_run(self) -> bool:
+        return self.info.is_file() and self.recipe.is_file()
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a path that a new run may not be written to."""
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise UserError(f"--output {self}: is a file; expected a folder to create")
+        if not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(f"--output {self}: already exists; choose another, or give --resume or --overwrite")
+        if not self.is_run or self.path.is_symlink():
+            raise UserError(
+                f"--output {self}: is not a run folder (it has no run.json); --overwrite replaces only runs"
+            )
+
+    def check_resumable(self) -> Recipe:
+        """The recipe of a run that can be resumed."""
+        if not self.is_run:
+            raise UserError(f"--output {self}: holds no run to resume")
+        if self.summary.is_file():
+            raise UserError(f"--output {self}: this run is complete; there is nothing to resume")
+        if self.last_checkpoint is None:
+            raise UserError(f"--output {self}: holds no checkpoint to resume from; start again with --overwrite")
+        return load_recipe(self.recipe)
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder, in place of the run that was there."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+        write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
+
+    def rewind(self, update: int) -> None:
+        """Drop what was logged after an update, to continue from its checkpoint."""
+        for path in (self.metrics, self.evaluations, self.samples):
+            kept = [row for row in read_jsonl(path) if row["update"] <= update]
+            path.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a run's numbers."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _clean(value: Any) -> Any:
+    """The value with every number that JSON has no word for, inf and NaN, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value]
+    return value
+
+
+def _line(row: dict[str, Any]) -> str:
+    # ASCII, so that a lone surrogate in a completion cannot break the file.
+    return json.dumps(_clean(row), allow_nan=False) + "\n"
+
+
+def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file this library wrote; none if there is no file. A last line cut short by a crash is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(_clean(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,271 @@
+"""From a recipe to a run folder: what the command ``drpo train`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+
+from drpo.errors import UserError
+from drpo.evaluation import Evaluation, as_prompt, evaluate
+from drpo.names import unknown_name
+from drpo.objectives import make_objective
+from drpo.progress import Progress
+from drpo.recipe import Recipe
+from drpo.rewards import Reward, load_reward
+from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems, read_problems
+from drpo.tasks.arithmetic import Split
+from drpo.trainer import DRPOConfig, DRPOTrainer
+
+BUILTIN_TRAIN_PROBLEMS = 10_000
+"""Distinct training problems of a built-in task, cycled through if the run needs more."""
+
+SAMPLES_KEPT = 50
+"""Completions written to the run folder at each evaluation."""
+
+
+def train(recipe: Recipe, folder: RunFolder, resume: bool) -> dict[str, Any]:
+    """Run a recipe in a run folder and return its summary.
+
+    The folder is created, in place of the run that was there, once everything else has been
+    checked; with ``resume`` the run in it goes on from its last checkpoint.
+
+    Raises:
+        UserError: a recipe that cannot be run.
+    """
+    _quiet_libraries()
+    state = PartialState()
+    reward = load_reward(recipe.reward)
+    problems = _load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
+    heldout = _load_problems(recipe, "heldout", recipe.heldout_problems)
+    config = _make_config(recipe, folder, state.num_processes)
+    model, tokenizer = _load_model(recipe)
+    checkpoint = folder.last_checkpoint if resume else None
+    if state.is_main_process:
+        if checkpoint is None:
+            folder.create(recipe)
+        else:
+            folder.rewind(int(checkpoint.name.rpartition("-")[2]))
+    state.wait_for_everyone()
+
+    trainer = DRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]),
+        processing_class=tokenizer,
+        peft_config=_lora(recipe),
+    )
+    trainer.remove_callback(PrinterCallback)
+    evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
+    progress = Progress(
+        total=config.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=state.is_main_process
+    )
+    trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
+
+    with progress:
+        if checkpoint is None and heldout:
+            progress.accuracy(evaluator.run(update=0).accuracy)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - started
+    return _finish(trainer, tokenizer, recipe, folder, evaluator, seconds)
+
+
+def _quiet_libraries() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # Pinning memory without an accelerator does nothing, and says so at every epoch.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
+    task = recipe.task
+    source = task.train if split == "train" else task.heldout
+    if source is None:
+        return []
+    if source in BUILTIN_TASKS:
+        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed if split == "train" else 0)
+    try:
+        problems = read_problems(Path(source), prompt=task.prompt, answer=task.answer, template=task.template)
+    except UserError as error:
+        raise UserError(f"task.{split}: {error}") from error
+    if split == "train" and len(problems) < recipe.prompts_per_rollout:
+        raise UserError(
+            f"task.train: {source} has {len(problems)} rows; prompts_per_rollout {recipe.prompts_per_rollout} needs as many"
+        )
+    return problems if split == "train" else problems[:size]
+
+
+def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfig:
+    update = recipe.prompts_per_rollout * recipe.num_generations // recipe.updates_per_rollout
+    micro_batch = recipe.micro_batch_size or max(update // processes, 1)
+    if update % (micro_batch * processes):
+        raise UserError(
+            f"micro_batch_size: {micro_batch} x {processes} processes does not divide the {update} samples of an update "
+            "(prompts_per_rollout x num_generations / updates_per_rollout)"
+        )
+    chosen = {
+        name: getattr(recipe, name)
+        for name in ("temperature", "aggregation", "horizon", "advantage", "audit_threshold")
+    }
+    settings: dict[str, Any] = {
+        "output_dir": str(folder.checkpoints),
+        "objective": recipe.objective.name,
+        "objective_kwargs": recipe.objective.hyperparameters,
+        "updates_per_rollout": recipe.updates_per_rollout,
+        "num_generations": recipe.num_generations,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": update // (micro_batch * processes),
+        "max_steps": recipe.rollouts * recipe.updates_per_rollout,
+        "learning_rate": recipe.learning_rate,
+        "max_completion_length": recipe.max_completion_length,
+        "save_steps": recipe.checkpoint_every * recipe.updates_per_rollout,
+        "seed": recipe.seed,
+        "bf16": recipe.precision == "bf16",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **{name: value for name, value in chosen.items() if value is not None},
+    }
+    defaults = {"lr_scheduler_type": "constant", "save_total_limit": 2, "report_to": "none"}
+    known = {field.name for field in dataclasses.fields(DRPOConfig)}
+    for name in recipe.trainer:
+        if name not in known:
+            raise UserError(
+                f"trainer: {unknown_name('option', name, sorted(known)).split(' Known:')[0]} (the options are those of DRPOConfig)"
+            )
+        if name in settings:
+            raise UserError(f"trainer: {name} follows from the recipe's own fields; leave it out")
+    try:
+        return DRPOConfig(**{**defaults, **settings, **recipe.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _load_model(recipe: Recipe) -> tuple[Any, Any]:
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: cannot load {recipe.model!r}: expected {', '.join(BUILTIN_MODELS)}, a folder saved by Transformers, "
+            f"or a model on the Hugging Face hub ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return model, tokenizer
+
+
+def _lora(recipe: Recipe) -> Any:
+    if recipe.lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("lora: needs peft; pip install 'drpo[lora]'") from error
+    target_modules: Any = recipe.lora.target_modules
+    return LoraConfig(
+        r=recipe.lora.r, lora_alpha=recipe.lora.alpha, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the policy on held-out problems and writes what it finds."""
+
+    trainer: DRPOTrainer
+    problems: list[Problem]
+    reward: Reward
+    recipe: Recipe
+    folder: RunFolder
+
+    def run(self, update: int) -> Evaluation:
+        """Evaluate after ``update`` optimizer steps; always the same problems and random numbers."""
+        result = evaluate(self.trainer, self.problems, self.reward, self.recipe.heldout_samples, seed=self.recipe.seed)
+        if self.trainer.accelerator.is_main_process:
+            rollout = update // self.recipe.updates_per_rollout
+            where = {"update": update, "rollout": rollout}
+            append_jsonl(
+                self.folder.evaluations, {**where, "accuracy": result.accuracy, "completions": len(result.samples)}
+            )
+            append_jsonl(self.folder.samples, *({**where, **sample} for sample in result.samples[:SAMPLES_KEPT]))
+        return result
+
+
+class RunWriter(TrainerCallback):
+    """Writes a row of metrics after every update, evaluates on schedule, and shows progress."""
+
+    def __init__(
+        self, trainer: DRPOTrainer, evaluator: Evaluator, recipe: Recipe, folder: RunFolder, progress: Progress
+    ) -> None:
+        self.trainer, self.evaluator, self.recipe, self.folder, self.progress = (
+            trainer,
+            evaluator,
+            recipe,
+            folder,
+            progress,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.begin(done=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        measured = self.trainer.trust_region
+        if not logs or "loss" not in logs or measured is None or not state.is_world_process_zero:
+            return
+        row = {
+            "update": state.global_step,
+            "rollout": (state.global_step - 1) // self.recipe.updates_per_rollout + 1,
+            **{name: value for name, value in logs.items() if value is not None},
+            "divergence_histogram": measured.divergence_histogram,
+            "weight_histogram": measured.weight_histogram,
+        }
+        append_jsonl(self.folder.metrics, row)
+        self.progress.advance(state.global_step, logs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.recipe.evaluate_every * self.recipe.updates_per_rollout
+        if self.evaluator.problems and (state.global_step % every == 0 or state.global_step == state.max_steps):
+            self.progress.accuracy(self.evaluator.run(state.global_step).accuracy)
+
+
+def _finish(
+    trainer: DRPOTrainer, tokenizer: Any, recipe: Recipe, folder: RunFolder, evaluator: Evaluator, seconds: float
+) -> dict[str, Any]:
+    if recipe.lora is None:
+        trainer.save_model(str(folder.model))
+    elif trainer.accelerator.is_main_process:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
+    summary: dict[str, Any] = {}
+    if trainer.accelerator.is_main_process:
+        tokenizer.save_pretrained(folder.model)
+        accuracies = [row["accuracy"] for row in read_jsonl(folder.evaluations)]
+        audit = trainer.audit
+        summary = {
+            "objective": recipe.objective.name,
+            "objective_kwargs": dataclasses.asdict(
+                make_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+            ),
+            "accuracy_before": accuracies[0] if accuracies else None,
+            "accuracy_after": accuracies[-1] if accuracies else None,
+            "rollouts": recipe.rollouts,
+            "updates": trainer.state.global_step,
+            "train_seconds": round(seconds, 1),
+            "seed": recipe.seed,
+            "audit": dataclasses.asdict(audit) if audit else None,
+        }
+        write_json(folder.summary, summary)
+    return summary
