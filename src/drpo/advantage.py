@@ -35,7 +35,7 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
             f"rewards has shape {tuple(rewards.shape)}; expected one dimension, a multiple of group_size={group_size}"
         )
     if rewards.isinf().any():
-        row = rewards.isinf().nonzero()[0].item()
+        row = int(rewards.isinf().nonzero()[0])
         raise ValueError(
             f"reward of completion {row} is {rewards[row].item()}; expected a finite number, or NaN if it could not be scored"
         )

@@ -88,7 +88,9 @@ def train(
             )
     else:
         asked = load_recipe(recipe, overrides or [])
-        folder.check_free(overwrite)
+        # The first process creates the folder, perhaps before another one looks.
+        if os.environ.get("RANK", "0") == "0":
+            folder.check_free(overwrite)
 
     from drpo.rollout.audit import AuditError
     from drpo.train import train as run

@@ -54,8 +54,8 @@ class Progress:
                 self._shown[name] = logs[key]
         self._bar.update(self._task, completed=update // self._updates_per_rollout, status=self._status())
 
-    def accuracy(self, value: float) -> None:
-        """Show a held-out accuracy."""
+    def accuracy(self, value: float, update: int) -> None:
+        """Show the held-out accuracy after an update."""
         self._shown["accuracy"] = value
         self._bar.update(self._task, status=self._status())
         if not self._console.is_terminal:

@@ -77,7 +77,7 @@ def train(recipe: Recipe, folder: RunFolder, resume: bool) -> dict[str, Any]:
 
     with progress:
         if checkpoint is None and heldout:
-            progress.accuracy(evaluator.run(update=0).accuracy)
+            progress.accuracy(evaluator.run(update=0).accuracy, update=0)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - started
@@ -239,7 +239,7 @@ class RunWriter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self.recipe.evaluate_every * self.recipe.updates_per_rollout
         if self.evaluator.problems and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            self.progress.accuracy(self.evaluator.run(state.global_step).accuracy)
+            self.progress.accuracy(self.evaluator.run(state.global_step).accuracy, state.global_step)
 
 
 def _finish(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import textwrap
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -196,6 +198,8 @@ class DRPOTrainer(GRPOTrainer):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.objective = args.make_objective()
+        parameters = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
@@ -218,6 +222,14 @@ class DRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "the rollout returned no log-probs, so there is no behaviour policy to anchor the ratio on; "
                 "return them from rollout_func as 'logprobs', or let Transformers or vLLM generate"
+            )
+        missing = (_loss_mask(output).bool() & ~output["sampling_per_token_logps"].isfinite()).nonzero()
+        if len(missing):
+            row, token = missing[0].tolist()
+            value = output["sampling_per_token_logps"][row, token].item()
+            raise ValueError(
+                f"the sampler's log-prob of token {token} of completion {row} is {value}, and so for {len(missing)} tokens "
+                "of this rollout; a ratio needs a finite anchor, and nothing was trained on the rollout"
             )
         rewards = self._rewards_per_func
         unscored = rewards.isnan().all(dim=1)
@@ -250,10 +262,14 @@ class DRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        if self._takes_positions:
+            # Positions that do not count left padding, as in generation: π is then scored where μ was.
+            model = partial(model, position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
         logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            attention_mask,
             inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,

@@ -1,0 +1,3 @@
+from drpo.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""One update on made-up rollouts that are the same however they are split; saves the gradient.
+
+python rollouts.py OUTPUT.safetensors '{"per_device_train_batch_size": 16, ...}', alone or under accelerate launch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from drpo import DRPOConfig, DRPOTrainer
+from drpo.tasks import BUILTIN_MODELS, builtin_problems
+
+SEQUENCES, GROUP = 64, 8
+MODEL = str(BUILTIN_MODELS["arithmetic"])
+
+
+def load_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype), tokenizer
+
+
+def config(output: Path, **settings: Any) -> DRPOConfig:
+    """Settings that tests of the trainer share: fp32, no dropout, no logging."""
+    defaults = {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_completion_length": 20,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
+    return DRPOConfig(str(output), **{**defaults, **settings})
+
+
+class GradientKeeper(TrainerCallback):
+    """Keeps the gradient that an optimizer step is about to use."""
+
+    def __init__(self) -> None:
+        self.gradient: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        named = model.named_parameters()
+        self.gradient = {n.removeprefix("module."): p.grad.detach().clone() for n, p in named if p.grad is not None}
+
+
+def made_up_rollout(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+    """Completions of uneven lengths and the log-probs of a sampler that is not the model, a function of each prompt's text."""
+    completion_ids, logprobs = [], []
+    for index, prompt in enumerate(prompts):
+        # A group's copies of a prompt arrive together: this one's place tells which completion it gets.
+        rng = random.Random(f"{prompt}{index % GROUP}")
+        text = ",".join(str(rng.randint(1, 99)) for _ in range(rng.randint(1, 6)))
+        ids = [*trainer.processing_class(text)["input_ids"], trainer.processing_class.eos_token_id]
+        completion_ids.append(ids)
+        logprobs.append([rng.uniform(-3, -0.01) for _ in ids])
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": completion_ids,
+        "logprobs": logprobs,
+    }
+
+
+def made_up_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+
+
+def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Tensor]:
+    """The gradient of one update on all sequences, through DRPOTrainer."""
+    model, tokenizer = load_model(dtype)
+    keeper = GradientKeeper()
+    trainer = DRPOTrainer(
+        model=model,
+        reward_funcs=made_up_reward,
+        args=config(output, updates_per_rollout=1, num_generations=GROUP, audit_threshold=100.0, **settings),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [p.prompt for p in builtin_problems("train", SEQUENCES // GROUP, 0)]}
+        ),
+        processing_class=tokenizer,
+        rollout_func=made_up_rollout,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    return keeper.gradient
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    gradient = gradient_of_one_update(target.parent / "trainer", **json.loads(sys.argv[2]))
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_file({name: tensor.contiguous() for name, tensor in gradient.items()}, target)

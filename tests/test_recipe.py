@@ -1,0 +1,291 @@
+"""A recipe is read as a whole or refused in one line that names the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from drpo.errors import UserError
+from drpo.recipe import BUILTIN_RECIPE, dump_recipe, load_recipe
+
+RECIPES = [BUILTIN_RECIPE, *sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))]
+
+RECIPE = """\
+model: arithmetic
+task:
+  train: arithmetic
+  heldout: arithmetic
+reward: exact_answer
+objective:
+  name: drpo
+  delta: 0.2
+rollouts: 4
+prompts_per_rollout: 2
+num_generations: 4
+updates_per_rollout: 2
+learning_rate: 0.0001
+max_completion_length: 20
+seed: 0
+"""
+
+
+def changed(old: str, new: str) -> str:
+    assert RECIPE.count(old) == 1, old
+    return RECIPE.replace(old, new)
+
+
+# What is written in place of which text, and what the message has to say.
+MALFORMED = [
+    pytest.param(changed(old, new), expected, id=name)
+    for name, old, new, expected in (
+        ("text for an integer", "rollouts: 4", "rollouts: many", "rollouts: got 'many'; expected an integer"),
+        ("fraction for an integer", "rollouts: 4", "rollouts: 4.5", "rollouts: got 4.5; expected an integer"),
+        ("bool for an integer", "seed: 0", "seed: true", "seed: got True; expected an integer"),
+        ("nothing for an integer", "seed: 0", "seed:", "seed: got None; expected an integer"),
+        ("number for text", "model: arithmetic", "model: 3", "model: got 3; expected text"),
+        ("empty text", "model: arithmetic", "model: ''", "model: got ''"),
+        ("list for text", "reward: exact_answer", "reward: [exact_answer]", "reward: got ['exact_answer']"),
+        ("text for a mapping", "task:\n  train: arithmetic\n  heldout: arithmetic", "task: arithmetic", "task: got"),
+        ("list for an objective", "\n  name: drpo\n  delta: 0.2", " [drpo]", "objective: got ['drpo']"),
+        ("number for a name", "name: drpo", "name: 3", "objective.name: got 3"),
+        ("unknown field", "rollouts: 4", "rolouts: 4", "'rolouts'; did you mean 'rollouts'?"),
+        ("unknown field of task", "heldout: arithmetic", "held_out: x", "'task.held_out'; did you mean 'task.heldout'?"),
+        ("unknown field of lora", "seed: 0", "lora: {rank: 4}", "unknown field 'lora.rank'"),
+        ("key that is not text", "seed: 0", "0: seed", "line 15: key 0 is not text"),
+        ("duplicate key", "seed: 0", "seed: 0\nseed: 1", "line 16: duplicate key 'seed'"),
+        ("duplicate nested key", "delta: 0.2", "delta: 0.2\n  delta: 0.3", "line 9: duplicate key 'delta'"),
+        ("1e-5, which YAML reads as text", "0.0001", "1e-5", "learning_rate: got '1e-5'; expected a number (YAML reads"),
+        ("quoted 1e-5", "0.0001", "'1e-5'", "learning_rate: got '1e-5'; expected a number"),
+        ("quoted number", "rollouts: 4", "rollouts: '4'", "rollouts: got '4'; expected an integer (remove the quotes)"),
+        ("negative integer", "seed: 0", "seed: -1", "seed: got -1"),
+        ("negative number", "0.0001", "-0.0001", "learning_rate: got -0.0001"),
+        ("zero", "0.0001", "0.0", "learning_rate: got 0.0; expected greater than 0"),
+        ("zero for a count", "rollouts: 4", "rollouts: 0", "rollouts: got 0"),
+        ("NaN", "0.0001", ".nan", "learning_rate: got nan; expected a finite number"),
+        ("infinity", "0.0001", ".inf", "learning_rate: got inf; expected a finite number"),
+        ("overflow", "0.0001", "1.0e999", "learning_rate: got inf; expected a finite number"),
+        ("one sample a prompt", "num_generations: 4", "num_generations: 1", "num_generations: got 1"),
+        ("seed that no generator takes", "seed: 0", "seed: 99999999999999999999999", "seed"),
+        ("octal", "rollouts: 4", "rollouts: 010", "rollouts: got '010'; expected an integer (YAML reads 010 as text; write 10"),
+        ("hexadecimal", "rollouts: 4", "rollouts: 0x10", "rollouts: got '0x10'"),
+        ("underscores", "rollouts: 4", "rollouts: 1_000", "rollouts: got '1_000'"),
+        ("yes for a number", "seed: 0", "seed: yes", "seed: got 'yes'"),
+        ("no for a number", "delta: 0.2", "delta: no", "objective: delta is 'no'; expected a finite number > 0"),
+        ("alias", "seed: 0", "seed: &zero 0\nprecision: *zero", "line 16: aliases are not supported"),
+        ("merge key", "seed: 0", "<<: {seed: 0}", "unknown field '<<'"),
+        ("python tag", "model: arithmetic", "model: !!python/name:os.system", "line 1: could not determine a constructor"),
+        ("python call", "seed: 0", "seed: !!python/object/apply:os.getpid []", "line 15: could not determine a constructor"),
+        ("tag that contradicts its value", "seed: 0", "seed: !!int abc", "abc"),
+        ("bool tag on another word", "seed: 0", "seed: !!bool abc", "abc"),
+        ("second document", "seed: 0", "seed: 0\n---\nseed: 1", "line 16: but found another document"),
+        ("tab", "  delta", "\tdelta", "line 8"),
+        ("unclosed list", "model: arithmetic", "model: [arithmetic", "line 2"),
+        ("missing field", "learning_rate: 0.0001\n", "", "learning_rate: is missing"),
+        ("missing nested field", "train: arithmetic\n", "prompt: question\n", "task.train: is missing"),
+        ("objective without a name", "name: drpo\n", "", "objective.name: is missing"),
+        ("unknown objective", "name: drpo", "name: drop", "objective: unknown objective 'drop'; did you mean 'drpo'?"),
+        ("hyperparameter of another objective", "delta: 0.2", "clip_low: 0.2", "objective: unknown hyperparameter of drpo 'clip_low'"),
+        ("misspelt hyperparameter", "delta: 0.2", "detla: 0.2", "'detla'; did you mean 'delta'?"),
+        ("hyperparameter of 0", "delta: 0.2", "delta: 0", "objective: delta is 0; expected a finite number > 0"),
+        ("hyperparameter of NaN", "delta: 0.2", "delta: .nan", "objective: delta is nan"),
+        ("hyperparameter as text", "delta: 0.2", "delta: 1e-1", "objective: delta is '1e-1'"),
+        ("bool hyperparameter", "delta: 0.2", "delta: true", "objective: delta is True"),
+        # 2 prompts x 4 generations = 8 samples
+        ("updates that do not divide", "updates_per_rollout: 2", "updates_per_rollout: 3", "updates_per_rollout: prompts_per_rollout 2 x num_generations 4 = 8 samples, updates_per_rollout 3: expected a divisor of 8"),
+        # 8 samples / 2 updates = 4 an update
+        ("micro batch that does not divide", "seed: 0", "micro_batch_size: 3", "micro_batch_size: prompts_per_rollout 2 x num_generations 4 = 8 samples, updates_per_rollout 2 = 4 samples an update: expected a divisor of 4, got 3"),
+        ("horizon without its aggregation", "seed: 0", "horizon: 20", "horizon: expected with aggregation seq-mean-token-sum-norm"),
+        ("horizon of another aggregation", "seed: 0", "aggregation: token-mean\nhorizon: 20", "horizon: expected with aggregation seq-mean-token-sum-norm"),
+        ("aggregation without its horizon", "seed: 0", "aggregation: seq-mean-token-sum-norm", "horizon: expected with aggregation seq-mean-token-sum-norm"),
+        ("unknown choice", "seed: 0", "aggregation: mean", "aggregation: got 'mean'; expected 'token-mean'"),
+        ("template without its place", "train: arithmetic", "train: x.jsonl\n  template: question", "task.template: expected text with {prompt} in it"),
+        ("recipe field among the trainer's", "seed: 0", "trainer: {seed: 1}", "trainer: has 'seed', which belongs at the top"),
+        ("list for the trainer's", "seed: 0", "trainer: [bf16]", "trainer: got ['bf16']; expected a mapping"),
+        ("long value", "seed: 0", f"seed: {'x' * 5000}", "seed: got 'xxx"),
+        ("value with line breaks", "seed: 0", r'seed: "a\nb\u2028c"', r"seed: got 'a\nb\u2028c'"),
+        ("field with line breaks", "seed: 0", r'"a\nb": 0', r"unknown field 'a\nb'"),
+    )
+]  # fmt: skip
+
+NOT_RECIPES = [
+    pytest.param(content, expected, id=name)
+    for name, content, expected in (
+        ("empty", b"", "is empty; expected a mapping of fields"),
+        ("only a comment", b"# model: x\n", "is empty; expected a mapping of fields"),
+        ("list", b"- model: arithmetic\n", "is list; expected a mapping of fields"),
+        ("text", b"arithmetic\n", "is str; expected a mapping of fields"),
+        ("binary", bytes(range(256)), "cannot be read ("),
+        ("another encoding", RECIPE.encode("utf-16"), "cannot be read ("),
+        ("NUL", b"model: a\0b\n", "special characters are not allowed"),
+        ("surrogate bytes", b"model: \xed\xa0\x80\n", "cannot be read ("),
+        ("brackets", b"[" * 20_000, "is not valid YAML (RecursionError"),
+        ("braces", b"{a: " * 20_000, "is not valid YAML (RecursionError"),
+        (
+            "alias bomb",
+            b"a: &a [x,x,x,x,x,x,x,x,x]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (n, n, b",".join([b"*%c" % (n - 1)] * 9)) for n in b"bcdefghi"),
+            "line 2: aliases are not supported",
+        ),
+    )
+]  # fmt: skip
+
+
+def refusal(path: Path | None, overrides: list[str] | None = None) -> str:
+    """The message of the UserError that reading a recipe ends in."""
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides or [])
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize(("text", "expected"), MALFORMED)
+def test_a_malformed_recipe_is_refused_in_one_line_that_names_the_field(recipe_file, text, expected):
+    recipe_file.write_text(text)
+    message = refusal(recipe_file)
+    assert message.startswith(str(recipe_file))
+    assert expected in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize(("content", "expected"), NOT_RECIPES)
+def test_a_file_that_is_no_mapping_is_refused_in_one_line(recipe_file, content, expected):
+    recipe_file.write_bytes(content)
+    message = refusal(recipe_file)
+    assert message.startswith(str(recipe_file))
+    assert expected in message
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "folder", "n" * 300, "nul\0"])
+def test_a_path_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    assert refusal(path).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("max_grad_nrom: 1.0", "trainer: unknown option 'max_grad_nrom'; did you mean 'max_grad_norm'?"),
+        ("per_device_train_batch_size: 4", "trainer: per_device_train_batch_size follows from the recipe's own fields"),
+        ("lr_scheduler_type: cosinus", "trainer:"),
+        ("max_grad_norm: much", "max_grad_norm"),
+    ],
+)
+def test_a_malformed_trainer_option_is_refused_before_anything_is_written(recipe_file, tmp_path, option, expected):
+    from drpo.run import RunFolder
+    from drpo.train import train
+
+    recipe_file.write_text(f"{RECIPE}trainer: {{{option}}}\n")
+    recipe = load_recipe(recipe_file, ["task.heldout=null", "rollouts=1"])
+    with pytest.raises(UserError) as error:
+        train(recipe, RunFolder(tmp_path / "run"), resume=False)
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_in_the_repository_loads_and_survives_a_round_trip(tmp_path, path):
+    recipe = load_recipe(path)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_without_a_path_the_built_in_recipe_is_read():
+    assert load_recipe() == load_recipe(BUILTIN_RECIPE)
+
+
+TEXTS = ["1e-5", "1.0e5", "1.", "010", "0x10", "1_000", "yes", "NO", "null", "~", ".inf", "2024-01-01", "<<", "=", "- a", "a: b", "# a", "!a", "&a", "*a", "{prompt}", "'\"", "a\nb", " a ", "\ta", "\x85\u2028", "\0", "ü", "😀"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_a_round_trip(tmp_path, text):
+    recipe = load_recipe().model_copy(update={"model": text, "trainer": {"run_name": text}})
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("number", [1e-300, 1e-6, 5e-5, 0.1, 1.0, 3.0e10, 1e22, 1.7976931348623157e308])
+def test_a_number_survives_a_round_trip(tmp_path, number):
+    recipe = load_recipe().model_copy(update={"learning_rate": number})
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml").learning_rate == number
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field", "expected"),
+    [
+        ("seed=7", "seed", 7),
+        ("learning_rate=1e-5", "learning_rate", 1e-5),
+        ("learning_rate=2E-4", "learning_rate", 2e-4),
+        ("learning_rate=1.5e-5", "learning_rate", 1.5e-5),
+        ("learning_rate=1", "learning_rate", 1.0),
+        ("model=a=b", "model", "a=b"),
+        ("model='1e-5'", "model", "1e-5"),
+        ("aggregation=seq-mean-token-sum", "aggregation", "seq-mean-token-sum"),
+        ("aggregation=null", "aggregation", None),
+        ("trainer={max_grad_norm: 0.5}", "trainer", {"max_grad_norm": 0.5}),
+        ("trainer.max_grad_norm=0.5", "trainer", {"max_grad_norm": 0.5}),
+    ],
+)
+def test_an_override_wins_over_the_file(recipe_file, assignment, field, expected):
+    assert getattr(load_recipe(recipe_file, [assignment]), field) == expected
+
+
+def test_the_last_override_of_a_field_counts(recipe_file):
+    assert load_recipe(recipe_file, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_dotted_override_leaves_the_other_fields_of_its_mapping(recipe_file):
+    task = load_recipe(recipe_file, ["task.train=rows.jsonl"]).task
+    assert (task.train, task.heldout) == ("rows.jsonl", "arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "hyperparameters"),
+    [
+        (["objective.delta=0.3"], "drpo", {"delta": 0.3}),
+        (["objective=ppo"], "ppo", {}),
+        (["objective=ppo", "objective.clip_low=0.1"], "ppo", {"clip_low": 0.1}),
+        (["objective={name: spo, epsilon: 3}"], "spo", {"epsilon": 3}),
+    ],
+)
+def test_an_objective_name_replaces_the_mapping_and_a_dotted_key_adds_to_it(
+    recipe_file, overrides, name, hyperparameters
+):
+    objective = load_recipe(recipe_file, overrides).objective
+    assert (objective.name, objective.hyperparameters) == (name, hyperparameters)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("seed", "--set seed: expected key=value"),
+        ("=1", "--set =1: expected key=value"),
+        ("sed=1", "unknown field 'sed'"),
+        ("task.trian=x", "'task.trian'; did you mean 'task.train'?"),
+        ("task.train.file=x", "train has no fields of its own"),
+        ("objective.delta=-1", "objective: delta is -1"),
+        ("objective.name=drop", "did you mean 'drpo'?"),
+        ("seed=[1", "--set seed=[1, line 1"),
+        ("seed=*a", "aliases are not supported"),
+        ("seed=!!python/name:os.system", "could not determine a constructor"),
+        ("seed={a: 1, a: 2}", "duplicate key 'a'"),
+        ("seed=1e999", "seed: got inf"),
+        ("rollouts=010", "rollouts: got '010'"),
+        ("model=", "model: got None"),
+        ("seed\n", "expected key=value"),
+        ("seed=[\n", "--set seed=["),
+    ],
+)
+def test_a_malformed_override_is_refused_in_one_line(recipe_file, assignment, expected):
+    assert expected in refusal(recipe_file, [assignment])

@@ -1,0 +1,240 @@
+"""The run folder: what is written is read back, and nothing but a run is replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from drpo.errors import UserError
+from drpo.recipe import load_recipe
+from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(load_recipe())
+    return folder
+
+
+def add_checkpoint(folder: RunFolder, name: str, complete: bool = True) -> Path:
+    path = folder.checkpoints / name
+    path.mkdir(parents=True)
+    (path / ("trainer_state.json" if complete else "model.safetensors")).write_text("{}")
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+
+
+def test_rows_come_back_in_order_over_several_writes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"update": 1, "loss": 0.1}, {"update": 2, "text": "ü\n\r\u2028"})
+    append_jsonl(path)
+    append_jsonl(path, {"update": 3, "nested": {"list": [1, None, True]}})
+    assert read_jsonl(path) == [
+        {"update": 1, "loss": 0.1},
+        {"update": 2, "text": "ü\n\r\u2028"},
+        {"update": 3, "nested": {"list": [1, None, True]}},
+    ]
+
+
+def test_a_file_that_is_missing_or_empty_has_no_rows(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert read_jsonl(tmp_path / "missing.jsonl") == read_jsonl(tmp_path / "empty.jsonl") == []
+
+
+@pytest.mark.parametrize(("value", "text"), [(math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan")])
+def test_numbers_that_json_has_no_word_for_become_text(tmp_path, value, text):
+    row = {"top": value, "list": [1.0, value], "tuple": (value,), "nested": {"deep": [{"er": value}]}}
+    expected = {"top": text, "list": [1.0, text], "tuple": [text], "nested": {"deep": [{"er": text}]}}
+    append_jsonl(tmp_path / "rows.jsonl", row)
+    write_json(tmp_path / "value.json", row)
+    assert read_jsonl(tmp_path / "rows.jsonl") == [expected]
+    assert json.loads((tmp_path / "value.json").read_text()) == expected
+    for name in ("rows.jsonl", "value.json"):
+        # A strict reader, which knows neither NaN nor Infinity, takes every file.
+        json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ud83d\ude00"[::-1], "\0\x1b[31m"])
+def test_any_text_a_model_can_produce_survives(tmp_path, text):
+    append_jsonl(tmp_path / "rows.jsonl", {"completion": text})
+    write_json(tmp_path / "value.json", {"completion": text})
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"completion": text}]
+    assert json.loads((tmp_path / "value.json").read_text()) == {"completion": text}
+    assert (tmp_path / "rows.jsonl").read_bytes().isascii()
+
+
+def test_a_last_line_cut_short_anywhere_is_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"update": 1}, {"update": 2, "text": "ü😀"})
+    written = path.read_bytes()
+    first = written.index(b"\n") + 1
+    for end in range(first, len(written)):
+        path.write_bytes(written[:end])
+        assert read_jsonl(path) == [{"update": 1}]
+
+
+def test_rewind_drops_what_was_logged_after_an_update(run):
+    for path in (run.metrics, run.evaluations, run.samples):
+        append_jsonl(path, *({"update": update, "of": path.name} for update in (0, 4, 4, 5, 8)))
+    with run.metrics.open("a") as file:
+        file.write('{"update": 9, "lo')
+    run.rewind(4)
+    for path in (run.metrics, run.evaluations, run.samples):
+        assert read_jsonl(path) == [{"update": update, "of": path.name} for update in (0, 4, 4)]
+    append_jsonl(run.metrics, {"update": 5})
+    assert read_jsonl(run.metrics)[-1] == {"update": 5}
+
+
+def test_rewind_of_a_run_that_logged_nothing_leaves_no_rows(run):
+    run.rewind(4)
+    assert read_jsonl(run.metrics) == read_jsonl(run.evaluations) == read_jsonl(run.samples) == []
+
+
+def test_a_new_run_folder_holds_its_recipe_and_is_recognised(tmp_path):
+    recipe = load_recipe(None, ["seed=7"])
+    folder = RunFolder(tmp_path / "runs" / "new")
+    assert not folder.is_run
+    folder.create(recipe)
+    assert folder.is_run
+    assert load_recipe(folder.recipe) == recipe
+    assert json.loads(folder.info.read_text())["seed"] == 7
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_path_that_is_free_or_an_empty_folder_may_be_written_to(tmp_path, overwrite):
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "missing").check_free(overwrite)
+    RunFolder(tmp_path / "empty").check_free(overwrite)
+
+
+def test_a_run_may_be_replaced_only_with_overwrite(run):
+    with pytest.raises(UserError, match=r"already exists; choose another, or give --resume or --overwrite"):
+        run.check_free(overwrite=False)
+    run.check_free(overwrite=True)
+
+
+def make_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def make_full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.tex").write_text("mine")
+
+
+def make_half_a_run(path: Path) -> None:
+    make_full_folder(path)
+    (path / "run.json").write_text("{}")
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def make_link_to_a_run(path: Path) -> None:
+    RunFolder(path.with_name("target")).create(load_recipe())
+    path.symlink_to("target")
+
+
+def make_link_to_a_folder(path: Path) -> None:
+    make_full_folder(path.with_name("target"))
+    path.symlink_to("target")
+
+
+def make_link_to_an_empty_folder(path: Path) -> None:
+    path.with_name("target").mkdir()
+    path.symlink_to("target")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_file,
+        make_full_folder,
+        make_half_a_run,
+        make_dangling_link,
+        make_link_to_a_run,
+        make_link_to_a_folder,
+        make_link_to_an_empty_folder,
+    ],
+)
+def test_what_is_no_run_is_never_replaced(tmp_path, make, overwrite):
+    make(tmp_path / "output")
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        RunFolder(tmp_path / "output").check_free(overwrite)
+    assert str(error.value).startswith(f"--output {tmp_path / 'output'}: ")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "nul\0", "file/run"])
+def test_a_path_that_no_folder_can_have_is_refused_at_the_check(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output"):
+        RunFolder(tmp_path / name).check_free(overwrite=False)
+
+
+def test_the_current_folder_can_become_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(Path())
+    folder.check_free(overwrite=False)
+    folder.create(load_recipe())
+    assert (tmp_path / "run.json").is_file()
+
+
+def test_creating_replaces_the_run_that_was_there(run):
+    append_jsonl(run.metrics, {"update": 1})
+    add_checkpoint(run, "checkpoint-4")
+    run.create(load_recipe(None, ["seed=3"]))
+    assert sorted(contents(run.path)) == ["recipe.yaml", "run.json"]
+    assert load_recipe(run.recipe).seed == 3
+
+
+def test_the_last_checkpoint_is_the_one_after_most_updates_that_is_complete(run):
+    for name in ("checkpoint-8", "checkpoint-100", "checkpoint-20"):
+        add_checkpoint(run, name)
+    add_checkpoint(run, "checkpoint-200", complete=False)
+    assert run.last_checkpoint == run.checkpoints / "checkpoint-100"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-best", "checkpoint-8 copy", "checkpoint-", "tmp-checkpoint-900"])
+def test_a_folder_that_is_no_checkpoint_is_not_taken_for_one(run, name):
+    add_checkpoint(run, "checkpoint-8")
+    add_checkpoint(run, name)
+    assert run.last_checkpoint == run.checkpoints / "checkpoint-8"
+
+
+def test_a_run_with_a_checkpoint_and_no_summary_can_be_resumed(run):
+    add_checkpoint(run, "checkpoint-8")
+    assert run.check_resumable() == load_recipe()
+
+
+def complete(folder: RunFolder) -> None:
+    add_checkpoint(folder, "checkpoint-8")
+    write_json(folder.summary, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda run: None, "holds no checkpoint to resume from; start again with --overwrite"),
+        (lambda run: add_checkpoint(run, "checkpoint-8", complete=False), "holds no checkpoint to resume from"),
+        (complete, "this run is complete; there is nothing to resume"),
+        (lambda run: run.info.unlink(), "holds no run to resume"),
+        (lambda run: run.recipe.unlink(), "holds no run to resume"),
+    ],
+    ids=["no checkpoint", "half a checkpoint", "complete", "no run.json", "no recipe.yaml"],
+)
+def test_what_cannot_be_resumed_says_why(run, change, expected):
+    change(run)
+    with pytest.raises(UserError, match=expected) as error:
+        run.check_resumable()
+    assert str(error.value).startswith(f"--output {run.path}: ")

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import TIGHT, one_token, random_tensors
+from torch import Tensor
+
+from drpo import OBJECTIVES, TokenBatch, TrustRegionMetrics, aggregate, make_objective
+
+GARBAGE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
+
+
+def tensors(**replaced: Tensor) -> dict[str, Tensor]:
+    """Two rows of three tokens, all valid, but for those replaced."""
+    valid = {
+        "logp": torch.full((2, 3), -1.0),
+        "behavior_logp": torch.full((2, 3), -1.5),
+        "advantage": torch.ones(2, 3),
+        "mask": torch.ones(2, 3),
+    }
+    return valid | replaced
+
+
+def holding(value: float) -> Tensor:
+    """[2, 3] with the value at row 1, column 2."""
+    tensor = torch.full((2, 3), -1.0)
+    tensor[1, 2] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"logp": torch.zeros(3)}, r"logp has shape \(3,\); expected two dimensions, \[B, T\]"),
+        ({"behavior_logp": torch.zeros(2, 4)}, r"behavior_logp has shape \(2, 4\); expected \(2, 3\), like logp"),
+        ({"mask": torch.ones(3, 2)}, r"mask has shape \(3, 2\); expected \(2, 3\), like logp"),
+        ({"advantage": torch.ones(3)}, r"advantage has shape \(3,\); expected \(2, 3\) or \(2,\)"),
+        ({"advantage": torch.ones(2, 1)}, r"advantage has shape \(2, 1\); expected \(2, 3\) or \(2,\)"),
+        ({"logp": torch.zeros(2, 3, dtype=torch.long)}, "logp has dtype torch.int64; expected a floating-point dtype"),
+        (
+            {"behavior_logp": torch.zeros(2, 3, dtype=torch.int32)},
+            "behavior_logp has dtype torch.int32; expected a floating-point dtype",
+        ),
+        ({"logp": holding(math.nan)}, r"logp is nan at \[1, 2\], a token that counts; expected a finite log-prob"),
+        ({"logp": holding(-math.inf)}, r"logp is -inf at \[1, 2\], a token that counts; expected a finite log-prob"),
+        ({"logp": holding(0.5)}, r"logp is 0\.5 at \[1, 2\], a token that counts; expected .*, at most 0"),
+        ({"behavior_logp": holding(math.inf)}, r"behavior_logp is inf at \[1, 2\], .*mask tokens the sampler could not"),
+        ({"advantage": holding(math.nan)}, r"advantage is nan at \[1, 2\], a token that counts; expected a finite num"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_with_what_got_and_expected(
+    replaced: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenBatch(**tensors(**replaced))
+
+
+def test_a_log_probability_may_exceed_zero_by_a_rounding_error() -> None:
+    assert TokenBatch(**tensors(logp=holding(0.009))).logp[1, 2].item() == pytest.approx(0.009)
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("name", ["logp", "behavior_logp"])
+def test_everything_is_computed_in_fp32_or_in_fp64_if_a_log_prob_has_it(
+    name: str, given: torch.dtype, computed: torch.dtype
+) -> None:
+    batch = TokenBatch(**tensors(**{name: torch.full((2, 3), -1.0, dtype=given)}))
+    for tensor in (batch.logp, batch.behavior_logp, batch.advantage, batch.log_ratio, batch.ratio, batch.shift):
+        assert tensor.dtype == computed
+
+
+def test_an_fp64_advantage_does_not_promote_fp32_log_probs() -> None:
+    assert TokenBatch(**tensors(advantage=torch.ones(2, 3, dtype=torch.float64))).advantage.dtype == torch.float32
+
+
+def test_one_advantage_a_sequence_is_that_advantage_at_each_of_its_tokens() -> None:
+    batch = TokenBatch(**tensors(advantage=torch.tensor([1.0, -2.0])))
+    assert batch.advantage.tolist() == [[1.0, 1.0, 1.0], [-2.0, -2.0, -2.0]]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_masked_positions_hold_changes_neither_loss_nor_gradient(name: str, garbage: float) -> None:
+    def loss_and_gradient(filler: float) -> tuple[Tensor, Tensor]:
+        given = random_tensors(seed=0)
+        mask = given["mask"]
+        given = {k: torch.where(mask, t.detach(), filler) for k, t in given.items() if k != "mask"}
+        logp = given["logp"].requires_grad_()
+        batch = TokenBatch(**given, mask=mask)
+        loss = aggregate(make_objective(name, **TIGHT[name]).loss(batch), batch.mask)
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert (gradient[~mask] == 0).all()
+        return loss, gradient
+
+    clean, garbled = loss_and_gradient(-1.0), loss_and_gradient(garbage)
+    assert clean[0].isfinite()
+    assert torch.equal(clean[0], garbled[0])
+    assert torch.equal(clean[1], garbled[1])
+
+
+@pytest.mark.parametrize("distance", [-1e4, -50.0, -20.5, -19.5, 0.0, 19.5, 20.5, 50.0, 1e4])
+def test_the_log_ratio_is_bounded_at_twenty_and_its_gradient_passes_through(distance: float) -> None:
+    logp = torch.tensor([[min(distance, 0.0)]], dtype=torch.float64, requires_grad=True)
+    behavior_logp = torch.tensor([[min(-distance, 0.0)]], dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch(logp=logp, behavior_logp=behavior_logp, advantage=torch.ones(1), mask=torch.ones(1, 1))
+    assert batch.log_ratio.item() == pytest.approx(max(-20.0, min(20.0, distance)))
+    (gradient,) = torch.autograd.grad(batch.log_ratio, logp, retain_graph=True)
+    assert gradient.item() == 1.0
+    # dr / d log π = r
+    (gradient,) = torch.autograd.grad(batch.ratio, logp)
+    assert gradient.item() == pytest.approx(batch.ratio.item())
+
+
+def test_behavior_log_probs_and_advantages_get_no_gradient() -> None:
+    given = tensors(logp=torch.full((2, 3), -1.0, requires_grad=True))
+    given["behavior_logp"].requires_grad_()
+    given["advantage"].requires_grad_()
+    batch = TokenBatch(**given)
+    assert batch.logp.requires_grad
+    assert not batch.behavior_logp.requires_grad
+    assert not batch.advantage.requires_grad
+
+
+def test_ratio_behavior_prob_and_shift_are_those_of_the_probabilities() -> None:
+    batch = one_token(prob=0.6, behavior_prob=0.4, advantage=2.0)
+    # r = 0.6 / 0.4; π − μ = 0.6 − 0.4
+    assert batch.ratio.item() == pytest.approx(1.5)
+    assert batch.behavior_prob.item() == pytest.approx(0.4)
+    assert batch.shift.item() == pytest.approx(0.2)
+
+
+def test_shift_keeps_its_precision_in_fp32_where_the_policies_nearly_agree() -> None:
+    near = torch.tensor([[-1.0]])
+    batch = TokenBatch(near + 2**-20, near, torch.ones(1), torch.ones(1, 1))
+    # μ(r − 1) = e^-1 (e^(2^-20) − 1); r − 1 in fp32 would be off by 6 %.
+    assert batch.shift.item() == pytest.approx(math.exp(-1) * math.expm1(2**-20), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reading_a_batch_without_gradient_first_does_not_lose_the_gradient(name: str) -> None:
+    objective = make_objective(name, **TIGHT[name])
+
+    def gradient(read_first: bool) -> Tensor:
+        given = random_tensors(seed=1)
+        batch = TokenBatch(**given)
+        if read_first:
+            with torch.no_grad():
+                batch.ratio, batch.behavior_prob, batch.shift  # noqa: B018
+                TrustRegionMetrics().update(batch, objective.gradient_weight(batch))
+        return torch.autograd.grad(objective.loss(batch).sum(), given["logp"])[0]
+
+    assert gradient(read_first=False).abs().sum() > 0
+    assert torch.equal(gradient(read_first=True), gradient(read_first=False))

@@ -1,0 +1,159 @@
+"""The main job, through the command line: train, evaluate, resume, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drpo import cli
+from drpo.objectives import OBJECTIVES
+from drpo.run import read_jsonl
+
+SMALL = {
+    "rollouts": 4,
+    "prompts_per_rollout": 4,
+    "heldout_problems": 10,
+    "heldout_samples": 2,
+    "evaluate_every": 2,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture
+def drpo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command line in this process."""
+
+    def run(*arguments: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["drpo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+
+    return run
+
+
+def sets(**fields: Any) -> list[str]:
+    return [argument for name, value in fields.items() for argument in ("--set", f"{name}={value}")]
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_objective_makes_four_updates_a_rollout_and_reports_its_weights(
+    tmp_path: Path, drpo: Any, objective: str
+) -> None:
+    run = tmp_path / objective
+    drpo("train", "--output", run, *sets(**SMALL, objective=objective))
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert [row["rollout"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert sum(sum(row["weight_histogram"]) for row in rows) > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["objective"] == objective
+    assert {"accuracy_before", "accuracy_after", "rollouts", "train_seconds", "seed"} <= summary.keys()
+    page = (run / "report.html").read_text()
+    assert "Gradient weights" in page
+    assert f'"name":"{objective}"' in page
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(run / "model").lm_head.weight).all()
+    assert AutoTokenizer.from_pretrained(run / "model").decode([1]) == "<eos>"
+
+
+def test_the_built_in_task_is_learned(tmp_path: Path, drpo: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    drpo("train", "--output", run, *sets(rollouts=30, heldout_problems=100, evaluate_every=30, seed=5))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy_before"] <= 0.4
+    assert summary["accuracy_after"] >= 0.8
+    printed = capsys.readouterr().out
+    assert (
+        f"held-out accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}, 30 rollouts" in printed
+    )
+    assert printed.strip().endswith("report.html")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, drpo: Any) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    drpo("train", "--output", whole, *sets(**SMALL))
+    # As a crash between the two checkpoints leaves it, a half-written line included.
+    shutil.copytree(whole, resumed)
+    for path in ("summary.json", "report.html"):
+        (resumed / path).unlink()
+    for path in ("model", "checkpoints/checkpoint-16"):
+        shutil.rmtree(resumed / path)
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 17, "rol')
+    drpo("train", "--resume", "--output", resumed)
+    for path in ("model/model.safetensors", "evaluations.jsonl", "samples.jsonl"):
+        assert (resumed / path).read_bytes() == (whole / path).read_bytes(), path
+    measured = [[_without_clock(row) for row in read_jsonl(run / "metrics.jsonl")] for run in (whole, resumed)]
+    # The audit is made again where training starts again.
+    assert measured[0] == measured[1]
+
+
+def test_two_runs_of_a_recipe_are_one_run(tmp_path: Path, drpo: Any) -> None:
+    for name in ("first", "second"):
+        drpo("train", "--output", tmp_path / name, *sets(**SMALL))
+    first, second = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_gsm8k_runs_grades_and_reports_with_the_built_in_model(tmp_path: Path, drpo: Any) -> None:
+    rows = [
+        {
+            "question": f"Tom has {n} apples and buys {n + 2} more. How many apples has he now?",
+            "answer": f"{n}+{n + 2}=<<{n}+{n + 2}={2 * n + 2}>>{2 * n + 2}\n#### {2 * n + 2}",
+        }
+        for n in range(3, 11)
+    ]
+    data = tmp_path / "gsm8k.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    recipe = Path(__file__).parents[1] / "recipes" / "gsm8k.yaml"
+    small = {**SMALL, "rollouts": 1, "micro_batch_size": "null", "precision": "fp32", "max_completion_length": 16}
+    drpo(
+        "train",
+        recipe,
+        "--output",
+        run,
+        *sets(**small, model="arithmetic", **{"task.train": data, "task.heldout": data}),
+    )
+    sample = read_jsonl(run / "samples.jsonl")[0]
+    assert sample["prompt"].startswith("Tom has 3 apples")
+    assert sample["prompt"].endswith("#### answer")
+    assert sample["reward"] in (0.0, 1.0)
+    assert (run / "report.html").is_file()
+
+
+def test_lora_ends_in_a_plain_model(tmp_path: Path, drpo: Any) -> None:
+    run = tmp_path / "run"
+    drpo("train", "--output", run, *sets(**SMALL, lora="{r: 4}", learning_rate=0.01))
+    trained = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(Path(cli.__file__).parent / "tasks" / "arithmetic_model").state_dict()
+    assert trained.keys() == base.keys()
+    assert any(not torch.equal(trained[name], base[name]) for name in base)
+
+
+def test_a_run_needs_no_network(tmp_path: Path) -> None:
+    program = """
+import socket, sys
+def refuse(self, address):
+    raise SystemExit(f"connection tried to {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+from drpo.cli import main
+main()
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "CI")}
+    arguments = ["train", "--output", str(tmp_path / "run"), *sets(**{**SMALL, "rollouts": 2})]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def _without_clock(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "step_time" and not name.startswith("audit/")}

@@ -1,0 +1,361 @@
+"""DRPOTrainer: what it records, counts, refuses, and what of TRL it stands on."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from drpo import OBJECTIVES, DRPOConfig, DRPOTrainer
+from drpo.rewards import exact_answer
+from drpo.rollout.audit import AuditError
+from drpo.rollout.record import record_log_probs
+from drpo.tasks import builtin_problems
+from drpo.trainer import REFUSED
+from support.rollouts import config, gradient_of_one_update, load_model, made_up_reward, made_up_rollout
+
+
+@pytest.fixture(scope="module")
+def problems() -> Dataset:
+    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 32, seed=0)])
+
+
+def make_trainer(output: Path, problems: Dataset, model: Any = None, **kwargs: Any) -> DRPOTrainer:
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "updates_per_rollout": 2, "max_steps": 2}
+    extra = {
+        name: kwargs.pop(name)
+        for name in ("peft_config", "callbacks", "rollout_func", "reward_funcs")
+        if name in kwargs
+    }
+    loaded, tokenizer = load_model()
+    return DRPOTrainer(
+        model=model or loaded,
+        reward_funcs=extra.pop("reward_funcs", exact_answer),
+        args=config(output, **{**settings, **kwargs}),
+        train_dataset=problems,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+class TestBehaviorLogProbs:
+    def test_are_those_of_the_distribution_sampled_from(self) -> None:
+        model, tokenizer = load_model()
+        inputs = tokenizer(["1+2=", "10+34-6+29-38="], return_tensors="pt", padding=True)
+        sampling = {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 8}
+        torch.manual_seed(0)
+        reference = model.generate(**inputs, **sampling, output_scores=True, return_dict_in_generate=True)
+        torch.manual_seed(0)
+        with record_log_probs(model) as recorder:
+            sequences = model.generate(**inputs, **sampling)
+        assert torch.equal(sequences, reference.sequences)
+        scores = torch.stack(reference.scores, dim=1).log_softmax(dim=-1)
+        drawn = sequences[:, inputs["input_ids"].shape[1] :]
+        expected = scores.gather(2, drawn.unsqueeze(2)).squeeze(2)
+        for row, (length, recorded) in enumerate(zip((8, 3), recorder.log_probs([8, 3]), strict=True)):
+            assert recorded == pytest.approx(expected[row, :length].tolist(), abs=1e-5)
+
+    def test_leave_the_model_as_it_was(self) -> None:
+        model, _ = load_model()
+        with record_log_probs(model):
+            assert "generate" in vars(model)
+        assert "generate" not in vars(model)
+
+    def test_without_them_the_trainer_stops(self, tmp_path: Path, problems: Dataset) -> None:
+        def without(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+            return {**made_up_rollout(prompts, trainer), "logprobs": None}
+
+        trainer = make_trainer(tmp_path, problems, rollout_func=without, reward_funcs=made_up_reward)
+        with pytest.raises(ValueError, match="no log-probs, so there is no behaviour policy"):
+            trainer.train()
+
+    def test_that_are_nan_stop_the_trainer_before_any_update(self, tmp_path: Path, problems: Dataset) -> None:
+        def with_nan(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+            made_up = made_up_rollout(prompts, trainer)
+            made_up["logprobs"][0][0] = float("nan")
+            return made_up
+
+        trainer = make_trainer(
+            tmp_path, problems, rollout_func=with_nan, reward_funcs=made_up_reward, audit_threshold=100.0
+        )
+        before = _weights(trainer)
+        with pytest.raises(ValueError, match="the sampler's log-prob of token 0 of completion 0 is nan"):
+            trainer.train()
+        assert all(torch.equal(before[name], after) for name, after in _weights(trainer).items())
+
+
+class TestAudit:
+    def test_of_one_fp32_model_reads_rounding(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(tmp_path, problems)
+        trainer.train()
+        assert trainer.audit is not None
+        assert trainer.audit.maximum < 1e-4
+        assert trainer.audit.tokens > 50
+
+    def test_stops_a_sampler_at_another_temperature_and_names_temperature_first(
+        self, tmp_path: Path, problems: Dataset
+    ) -> None:
+        trainer = make_trainer(tmp_path, problems, generation_kwargs={"temperature": 0.7})
+        before = _weights(trainer)
+        with pytest.raises(AuditError) as stopped:
+            trainer.train()
+        assert _first_cause(stopped.value) == "temperature: tokens are sampled at 0.7 and scored at 1"
+        assert all(torch.equal(before[name], after) for name, after in _weights(trainer).items())
+
+    def test_is_passed_at_another_temperature_on_both_sides(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(tmp_path, problems, temperature=0.7)
+        trainer.train()
+        assert trainer.audit is not None
+        assert trainer.audit.maximum < 1e-4
+
+    @pytest.mark.parametrize(
+        ("kwargs", "cause"),
+        [
+            ({"generation_kwargs": {"top_k": 3}}, "sampling filters: top_k=3"),
+            ({"generation_kwargs": {"top_p": 0.5}}, "top_p=0.5"),
+        ],
+    )
+    def test_names_a_filter_first(self, tmp_path: Path, problems: Dataset, kwargs: dict[str, Any], cause: str) -> None:
+        with pytest.raises(AuditError) as stopped:
+            make_trainer(tmp_path, problems, **kwargs).train()
+        assert cause in _first_cause(stopped.value)
+
+    def test_names_dropout_first(self, tmp_path: Path, problems: Dataset) -> None:
+        model, _ = load_model()
+        model.config.attention_dropout = 0.3
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        with pytest.raises(AuditError) as stopped:
+            make_trainer(tmp_path, problems, model=model).train()
+        assert "dropout: attention_dropout" in _first_cause(stopped.value)
+
+
+class TestGradient:
+    """The same 64 sequences, however they are split, padded and ordered (fp32, so equal to rounding)."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def whole(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+        return _flat(gradient_of_one_update(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=64))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            pytest.param({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}, id="4 micro-batches"),
+            pytest.param({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 64}, id="64 micro-batches"),
+            pytest.param(
+                {"per_device_train_batch_size": 64, "pad_to_multiple_of": 32}, id="more padding on both sides"
+            ),
+            pytest.param(
+                {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "seed": 7}, id="another order"
+            ),
+            pytest.param(
+                {"per_device_train_batch_size": 64, "gradient_checkpointing": True}, id="gradient checkpointing"
+            ),
+        ],
+    )
+    def test_is_the_same(self, tmp_path: Path, whole: Tensor, settings: dict[str, Any]) -> None:
+        split = _flat(gradient_of_one_update(tmp_path, **settings))
+        assert (split - whole).norm() <= 1e-6 * whole.norm()
+
+    @pytest.mark.parametrize(
+        "aggregation",
+        [
+            {"aggregation": "seq-mean-token-sum"},
+            {"aggregation": "seq-mean-token-mean"},
+            {"aggregation": "seq-mean-token-sum-norm", "horizon": 20},
+        ],
+        ids=lambda a: a["aggregation"],
+    )
+    def test_is_the_same_for_every_aggregation(self, tmp_path: Path, aggregation: dict[str, Any]) -> None:
+        whole = _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **aggregation))
+        split = _flat(
+            gradient_of_one_update(
+                tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=16, **aggregation
+            )
+        )
+        assert (split - whole).norm() <= 1e-6 * whole.norm()
+
+    def test_differs_between_objectives(self, tmp_path: Path, whole: Tensor) -> None:
+        for name in ("ppo", "spo", "dppo_tv", "pg"):
+            other = _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, objective=name))
+            assert (other - whole).norm() > 1e-3 * whole.norm(), name
+
+
+class TestTraining:
+    @pytest.mark.parametrize("objective", list(OBJECTIVES))
+    def test_moves_the_policy_several_updates_from_the_sampler(
+        self, tmp_path: Path, problems: Dataset, objective: str
+    ) -> None:
+        trainer = make_trainer(tmp_path, problems, objective=objective, updates_per_rollout=4, max_steps=4)
+        trainer.train()
+        first, *_, last = [row for row in trainer.state.log_history if "divergence/mean" in row]
+        assert first["divergence/mean"] < 1e-5 < last["divergence/mean"]
+        assert first["reward"] > 0
+
+    def test_logs_nothing_that_does_not_apply(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(tmp_path, problems, reward_funcs=lambda completions, **_: [1.0] * len(completions))
+        trainer.train()
+        assert not [name for name in trainer.state.log_history[0] if name.startswith("weight/")]
+
+    def test_with_lora_updates_the_adapters_alone(self, tmp_path: Path, problems: Dataset) -> None:
+        peft = pytest.importorskip("peft")
+        trainer = make_trainer(
+            tmp_path,
+            problems,
+            peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+            gradient_checkpointing=True,
+            learning_rate=1e-2,
+            max_steps=4,
+        )
+        before = _weights(trainer)
+        trainer.train()
+        moved = {name for name, after in _weights(trainer).items() if not torch.equal(before[name], after)}
+        assert moved
+        assert all("lora_" in name for name in moved)
+        assert trainer.audit is not None
+        assert trainer.audit.maximum < 1e-4
+
+    def test_resumed_between_rollouts_ends_with_the_same_weights(self, tmp_path: Path, problems: Dataset) -> None:
+        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
+        whole = make_trainer(tmp_path / "whole", problems, **settings)
+        whole.train()
+        resumed = make_trainer(tmp_path / "resumed", problems, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+        expected = _weights(whole)
+        assert all(torch.equal(expected[name], weight) for name, weight in _weights(resumed).items())
+
+
+class TestConfig:
+    def test_derives_the_rollout_from_one_knob(self, tmp_path: Path) -> None:
+        args = config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, updates_per_rollout=4)
+        assert (args.steps_per_generation, args.generation_batch_size, args.num_iterations) == (8, 64, 1)
+
+    def test_takes_only_checkpoints_between_rollouts(self, tmp_path: Path) -> None:
+        assert config(tmp_path, updates_per_rollout=4, save_strategy="steps", save_steps=6).save_steps == 8
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"steps_per_generation": 3, "updates_per_rollout": 4},
+                r"steps_per_generation=3 contradicts updates_per_rollout=4 × .* = 4",
+            ),
+            (
+                {"generation_batch_size": 64, "per_device_train_batch_size": 8},
+                r"generation_batch_size=64 contradicts .* = 32",
+            ),
+            ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected at least 1"),
+            ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'drpo'"),
+            ({"objective_kwargs": {"delte": 1}}, "did you mean 'delta'"),
+            ({"aggregation": "token-men"}, "did you mean 'token-mean'"),
+            ({"aggregation": "seq-mean-token-sum-norm"}, "horizon is None"),
+            ({"advantage": "mean-sd"}, "did you mean 'mean-std'"),
+        ],
+    )
+    def test_refuses_contradictions(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **settings)
+
+    @pytest.mark.parametrize("name", list(REFUSED))
+    def test_refuses_what_it_would_ignore(self, tmp_path: Path, name: str) -> None:
+        default = DRPOConfig.__dataclass_fields__[name].default
+        other = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.5
+        with pytest.raises(ValueError, match=f"{name}=.* would have no effect"):
+            config(tmp_path, **{name: other})
+
+    def test_is_asked_for(self, tmp_path: Path) -> None:
+        model, tokenizer = load_model()
+        with pytest.raises(TypeError, match="args is a GRPOConfig; expected a DRPOConfig"):
+            DRPOTrainer(
+                model=model,
+                reward_funcs=exact_answer,
+                args=GRPOConfig(str(tmp_path), bf16=False),
+                processing_class=tokenizer,
+            )  # type: ignore[arg-type]
+
+
+class TestTRL:
+    """What the trainer leans on: when TRL changes it, these fail before a run goes wrong."""
+
+    @pytest.mark.parametrize(
+        ("method", "parameters"),
+        [
+            (
+                "_generate_single_turn",
+                ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+            ),
+            ("_tokenize_prompts", ["prompts"]),
+            ("_calculate_rewards", ["inputs", "prompts", "completions", "completion_ids_list"]),
+            ("_generate_and_score_completions", ["inputs"]),
+            ("_prepare_inputs", ["generation_batch"]),
+            ("_compute_loss", ["model", "inputs"]),
+            ("log", ["logs", "start_time"]),
+        ],
+    )
+    def test_methods_keep_their_parameters(self, method: str, parameters: list[str]) -> None:
+        assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters)[1:] == parameters
+
+    def test_log_probs_come_from_where_they_did(self) -> None:
+        parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+        assert parameters[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
+        assert {"compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images"} < set(parameters)
+
+    def test_options_that_are_refused_exist(self) -> None:
+        assert set(REFUSED) <= set(GRPOConfig.__dataclass_fields__)
+
+    def test_attributes_and_inputs_are_there(self, tmp_path: Path, problems: Dataset) -> None:
+        seen: dict[str, Any] = {}
+
+        class Looking(DRPOTrainer):
+            def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+                seen.update(inputs, micro_batches=len(self._buffered_inputs), step=self._step)
+                return super()._compute_loss(model, inputs)
+
+        model, tokenizer = load_model()
+        args = config(tmp_path, per_device_train_batch_size=8, num_generations=4, updates_per_rollout=2, max_steps=2)
+        trainer = Looking(
+            model=model, reward_funcs=exact_answer, args=args, train_dataset=problems, processing_class=tokenizer
+        )
+        trainer.train()
+        assert (seen["micro_batches"], seen["step"]) == (2, 1)
+        tensors = (
+            "prompt_ids",
+            "prompt_mask",
+            "completion_ids",
+            "completion_mask",
+            "advantages",
+            "sampling_per_token_logps",
+        )
+        assert all(isinstance(seen[name], Tensor) for name in tensors)
+        assert seen["sampling_per_token_logps"].dtype == torch.float32
+        for name in (
+            "aux_loss_enabled",
+            "router_aux_loss_coef",
+            "reward_weights",
+            "current_gradient_accumulation_steps",
+            "_is_vlm",
+            "_logs",
+            "_metrics",
+            "rollout_func",
+            "use_vllm",
+        ):
+            assert hasattr(trainer, name), name
+
+
+def _first_cause(error: AuditError) -> str:
+    return str(error).split("\n  1. ")[1].split("\n")[0]
+
+
+def _weights(trainer: DRPOTrainer) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
+
+
+def _flat(gradient: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
