@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from drpo import __version__
 from drpo.errors import UserError
@@ -150,13 +151,17 @@ def objectives() -> None:
     """
     from drpo.objectives import OBJECTIVES
 
-    table = Table(show_lines=True)
-    for column in ("name", "maximises, per token", "gradient weight w", "hyperparameters", "source"):
-        table.add_column(column, overflow="fold")
+    table = Table.grid(padding=(0, 2))
     for name, objective in OBJECTIVES.items():
         hyperparameters = ", ".join(f"{field.name}={field.default}" for field in fields(objective))
-        table.add_row(name, objective.formula, objective.weight, hyperparameters or "none", objective.source)
-    Console().print(table)
+        table.add_row(Text(name, style="bold"), "maximises", objective.formula)
+        table.add_row("", "weight w", objective.weight)
+        table.add_row("", "fields", hyperparameters or "none")
+        table.add_row("", "source", objective.source)
+        table.add_row()
+    Console(highlight=False).print(
+        "Per token, with r = π/μ and advantage A; the gradient is ∂loss/∂log π = −A·r·w.\n", table
+    )
 
 
 def main() -> None:

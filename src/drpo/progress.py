@@ -49,9 +49,11 @@ class Progress:
 
     def advance(self, update: int, logs: dict[str, Any]) -> None:
         """Show what was logged after an update."""
-        for name, key in (("reward", "reward"), ("|π−μ|", "divergence/mean")):
-            if logs.get(key) is not None:
-                self._shown[name] = logs[key]
+        if logs.get("reward") is not None:
+            self._shown["reward"] = logs["reward"]
+        # At the last update of a rollout, where it is largest; at the first it is rounding.
+        if update % self._updates_per_rollout == 0:
+            self._shown["|π−μ|"] = logs["divergence/mean"]
         self._bar.update(self._task, completed=update // self._updates_per_rollout, status=self._status())
 
     def accuracy(self, value: float, update: int) -> None:
