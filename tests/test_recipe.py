@@ -49,7 +49,8 @@ MALFORMED = [
         ("text for a mapping", "task:\n  train: arithmetic\n  heldout: arithmetic", "task: arithmetic", "task: got"),
         ("list for an objective", "\n  name: drpo\n  delta: 0.2", " [drpo]", "objective: got ['drpo']"),
         ("number for a name", "name: drpo", "name: 3", "objective.name: got 3"),
-        ("unknown field", "rollouts: 4", "rolouts: 4", "'rolouts'; did you mean 'rollouts'?"),
+        ("unknown field", "seed: 0", "sede: 0", "unknown field 'sede'; did you mean 'seed'?"),
+        ("misspelt field without a default", "rollouts: 4", "rolouts: 4", "'rolouts'; did you mean 'rollouts'?"),
         ("unknown field of task", "heldout: arithmetic", "held_out: x", "'task.held_out'; did you mean 'task.heldout'?"),
         ("unknown field of lora", "seed: 0", "lora: {rank: 4}", "unknown field 'lora.rank'"),
         ("key that is not text", "seed: 0", "0: seed", "line 15: key 0 is not text"),
@@ -200,11 +201,48 @@ def test_every_recipe_in_the_repository_loads_and_survives_a_round_trip(tmp_path
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
+EVERY_FIELD = """\
+model: ./model
+task: {train: a.jsonl, heldout: b.jsonl, prompt: question, answer: solution, template: "Q: {prompt}"}
+reward: gsm8k
+objective: {name: ppo, clip_low: 0.1, clip_high: 0.3}
+rollouts: 3
+prompts_per_rollout: 6
+num_generations: 4
+updates_per_rollout: 3
+learning_rate: 0.0002
+max_completion_length: 30
+micro_batch_size: 2
+temperature: 0.7
+aggregation: seq-mean-token-sum-norm
+horizon: 30
+advantage: mean-std
+audit_threshold: 0.01
+precision: bf16
+lora: {r: 4, alpha: 8, target_modules: [q_proj, v_proj]}
+evaluate_every: 2
+checkpoint_every: 5
+heldout_problems: 40
+heldout_samples: 2
+seed: 11
+trainer: {max_grad_norm: 0.5, warmup_steps: 10, run_name: null, group_by_length: true}
+"""
+
+
+def test_every_field_survives_a_round_trip(recipe_file):
+    recipe_file.write_text(EVERY_FIELD)
+    recipe = load_recipe(recipe_file)
+    given, default = recipe.model_dump(), load_recipe().model_dump()
+    assert [name for name in given if given[name] == default[name]] == []
+    recipe_file.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(recipe_file) == recipe
+
+
 def test_without_a_path_the_built_in_recipe_is_read():
     assert load_recipe() == load_recipe(BUILTIN_RECIPE)
 
 
-TEXTS = ["1e-5", "1.0e5", "1.", "010", "0x10", "1_000", "yes", "NO", "null", "~", ".inf", "2024-01-01", "<<", "=", "- a", "a: b", "# a", "!a", "&a", "*a", "{prompt}", "'\"", "a\nb", " a ", "\ta", "\x85\u2028", "\0", "ü", "😀"]  # fmt: skip
+TEXTS = ["1e-5", "1.0e5", "1.", "010", "0x10", "1_000", "yes", "NO", "null", "~", ".inf", "2024-01-01", "<<", "=", "- a", "a: b", "# a", "!a", "&a", "*a", "{prompt}", "'\"", "a\nb", " a ", "\ta", "\x85", "a\u2028b", "\0", "ü", "😀"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", TEXTS)

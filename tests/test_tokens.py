@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from builders import TIGHT, one_token, random_tensors
 from torch import Tensor
 
+from builders import TIGHT, one_token, random_tensors
 from drpo import OBJECTIVES, TokenBatch, TrustRegionMetrics, aggregate, make_objective
 
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
@@ -46,7 +46,10 @@ def holding(value: float) -> Tensor:
         ({"logp": holding(math.nan)}, r"logp is nan at \[1, 2\], a token that counts; expected a finite log-prob"),
         ({"logp": holding(-math.inf)}, r"logp is -inf at \[1, 2\], a token that counts; expected a finite log-prob"),
         ({"logp": holding(0.5)}, r"logp is 0\.5 at \[1, 2\], a token that counts; expected .*, at most 0"),
-        ({"behavior_logp": holding(math.inf)}, r"behavior_logp is inf at \[1, 2\], .*mask tokens the sampler could not"),
+        (
+            {"behavior_logp": holding(math.inf)},
+            r"behavior_logp is inf at \[1, 2\], .*mask tokens the sampler could not",
+        ),
         ({"advantage": holding(math.nan)}, r"advantage is nan at \[1, 2\], a token that counts; expected a finite num"),
     ],
 )
@@ -70,11 +73,11 @@ def test_a_log_probability_may_exceed_zero_by_a_rounding_error() -> None:
         (torch.float64, torch.float64),
     ],
 )
-@pytest.mark.parametrize("name", ["logp", "behavior_logp"])
+@pytest.mark.parametrize("names", [("logp",), ("behavior_logp",), ("logp", "behavior_logp")])
 def test_everything_is_computed_in_fp32_or_in_fp64_if_a_log_prob_has_it(
-    name: str, given: torch.dtype, computed: torch.dtype
+    names: tuple[str, ...], given: torch.dtype, computed: torch.dtype
 ) -> None:
-    batch = TokenBatch(**tensors(**{name: torch.full((2, 3), -1.0, dtype=given)}))
+    batch = TokenBatch(**tensors(**{name: torch.full((2, 3), -1.0, dtype=given) for name in names}))
     for tensor in (batch.logp, batch.behavior_logp, batch.advantage, batch.log_ratio, batch.ratio, batch.shift):
         assert tensor.dtype == computed
 
@@ -141,9 +144,9 @@ def test_ratio_behavior_prob_and_shift_are_those_of_the_probabilities() -> None:
 
 def test_shift_keeps_its_precision_in_fp32_where_the_policies_nearly_agree() -> None:
     near = torch.tensor([[-1.0]])
-    batch = TokenBatch(near + 2**-20, near, torch.ones(1), torch.ones(1, 1))
-    # μ(r − 1) = e^-1 (e^(2^-20) − 1); r − 1 in fp32 would be off by 6 %.
-    assert batch.shift.item() == pytest.approx(math.exp(-1) * math.expm1(2**-20), rel=1e-6)
+    batch = TokenBatch(near + 3 * 2**-24, near, torch.ones(1), torch.ones(1, 1))
+    # μ(r − 1) = e^-1 (e^(3 · 2^-24) − 1); r in fp32 moves in steps of 2 · 2^-24.
+    assert batch.shift.item() == pytest.approx(math.exp(-1) * math.expm1(3 * 2**-24), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -82,7 +82,8 @@ def train(
         raise UserError("--resume and --overwrite: expected one of them")
     if resume:
         asked = folder.check_resumable()
-        if (recipe or overrides) and (given := load_recipe(recipe, overrides or [])) != asked:
+        # Without a recipe file, --set speaks of the run's own.
+        if (given := load_recipe(recipe or folder.recipe, overrides or [])) != asked:
             field = next(name for name in type(asked).model_fields if getattr(given, name) != getattr(asked, name))
             raise UserError(
                 f"--resume: {field} is {getattr(given, field)!r}, but the run in {folder} has {getattr(asked, field)!r}"

@@ -6,3 +6,10 @@ class UserError(Exception):
 
     The command line prints the message and exits with 2.
     """
+
+    LONGEST = 1000
+
+    def __init__(self, message: str) -> None:
+        # What the user gave is quoted in it, line breaks and megabytes included.
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= self.LONGEST else line[: self.LONGEST] + "...")

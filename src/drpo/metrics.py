@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drpo.tokens import TokenBatch
 
@@ -36,7 +37,7 @@ class TrustRegion:
             ``weight/EFFECT_SIGN``, the share of the tokens whose advantage has that sign that the
             objective attenuates (0 < w < 1), zeroes, reverses (w < 0) or amplifies (w > 1);
             ``entropy`` in nats. A measurement that does not apply is absent.
-        divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin below.
+        divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
         weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and
             one bin at either end.
     """
@@ -100,7 +101,8 @@ class TrustRegionMetrics:
         sums["divergence_histogram"] = _histogram(divergence, DIVERGENCE_EDGES, counted)
         sums["weight_histogram"] = _histogram(weight, WEIGHT_EDGES, steered)
         maxima = {
-            name: torch.where(counted, value, 0.0).amax()
+            # A zero more, below which neither maximum falls, is the maximum of no tokens.
+            name: pad(torch.where(counted, value, 0.0).flatten(), (0, 1)).amax()
             for name, value in (("ratio", ratio), ("divergence", divergence))
         }
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}

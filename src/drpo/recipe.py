@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -97,9 +98,9 @@ class Recipe(_Strict):
     lora: LoRASpec | None = None
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 25
-    heldout_problems: Positive = 250
+    heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250
     heldout_samples: Positive = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     trainer: dict[str, Any] = {}
 
     @field_validator("objective", mode="before")
@@ -113,6 +114,8 @@ class Recipe(_Strict):
         for name in trainer:
             if name in cls.model_fields:
                 raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
+            if isinstance(trainer[name], float) and not math.isfinite(trainer[name]):
+                raise ValueError(f"{name} is {trainer[name]}; expected a finite number")
         return trainer
 
     @model_validator(mode="after")
@@ -155,6 +158,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either the loader above or a YAML 1.1 reader would take for something else."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"(?:~|null|)", ["~", "n", ""]),
@@ -162,7 +169,8 @@ for _tag, _pattern, _first in (
     ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
     ("float", r"-?(?:0|[1-9][0-9]*)\.[0-9]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)", list("-+.0123456789")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -173,7 +181,7 @@ def _parse(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
         raise UserError(f"{where}{line}: {problem}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: is not valid YAML ({type(error).__name__}: {str(error)[:100]})") from error
 
 
@@ -183,8 +191,8 @@ def _override(document: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment}: expected key=value")
     value = _parse(text, f"--set {assignment}")
     # A shell has no quotes to tell text from numbers by, so 1e-5 is a number here.
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", value):
-        value = float(value)
+    if re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", text.strip()):
+        value = float(text)
     *parents, last = path.split(".")
     for parent in parents:
         if parent == "objective" and isinstance(document.get(parent), str):
@@ -226,7 +234,8 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
 
 
 def _first_mistake(error: ValidationError) -> str:
-    mistake = error.errors(include_url=False)[0]
+    # A misspelt field is missing under its right name too; what was written says more than what was not.
+    mistake = min(error.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden")
     location = [str(part) for part in mistake["loc"] if not str(part).startswith("function-")]
     field, value, kind = ".".join(location), mistake["input"], mistake["type"]
     if kind == "extra_forbidden":
@@ -250,11 +259,11 @@ def _with_article(match: re.Match[str]) -> str:
 def _number_hint(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
         return ""
-    if "e" in value.lower() or re.match(r"[-+]?0[0-9]", value):
+    if "e" in value.lower() or re.match(r"[-+]?0[0-9]|\+", value):
         return f" (YAML reads {value} as text; write {float(value):.10f}".rstrip("0").rstrip(".") + ")"
     return " (remove the quotes)"
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that :func:`load_recipe` reads back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

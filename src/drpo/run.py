@@ -43,19 +43,33 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        return self.info.is_file() and self.recipe.is_file()
+        try:
+            return self.info.is_file() and self.recipe.is_file()
+        except (OSError, ValueError):  # a name the system does not take
+            return False
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a path that a new run may not be written to."""
-        if not os.path.lexists(self.path):
+        try:
+            self.path.lstat()
+        except FileNotFoundError:
+            ancestor = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+                raise UserError(f"--output {self}: {ancestor} cannot be written to") from None
             return
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--output {self}: cannot be created ({getattr(error, 'strerror', None) or error})"
+            ) from error
+        if self.path.is_symlink():
+            raise UserError(f"--output {self}: is a link; give the folder it points to")
         if not self.path.is_dir():
             raise UserError(f"--output {self}: is a file; expected a folder to create")
         if not any(self.path.iterdir()):
             return
         if not overwrite:
             raise UserError(f"--output {self}: already exists; choose another, or give --resume or --overwrite")
-        if not self.is_run or self.path.is_symlink():
+        if not self.is_run:
             raise UserError(
                 f"--output {self}: is not a run folder (it has no run.json); --overwrite replaces only runs"
             )
@@ -73,13 +87,14 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> Path | None:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdecimal()]
+        return max(numbered, key=update_of, default=None)
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder, in place of the run that was there."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for child in self.path.iterdir():
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
 
@@ -88,6 +103,11 @@ class RunFolder:
         for path in (self.metrics, self.evaluations, self.samples):
             kept = [row for row in read_jsonl(path) if row["update"] <= update]
             path.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+
+
+def update_of(checkpoint: Path) -> int:
+    """The number of updates made before a checkpoint was taken."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def versions() -> dict[str, str]:

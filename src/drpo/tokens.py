@@ -83,10 +83,17 @@ class TokenBatch:
         return self.behavior_logp.exp()
 
     @property
+    def excess(self) -> Tensor:
+        """r − 1, [B, T]."""
+        # The value is that of expm1, which keeps precision where the two policies nearly agree; the gradient is
+        # that of exp, because expm1's own, (r − 1) + 1, has no digits left where r is tiny.
+        ratio = self.ratio
+        return self.log_ratio.detach().expm1() + (ratio - ratio.detach())
+
+    @property
     def shift(self) -> Tensor:
         """π − μ = μ(r − 1), [B, T], signed."""
-        # expm1 keeps precision where the two policies nearly agree.
-        return self.behavior_prob * self.log_ratio.expm1()
+        return self.behavior_prob * self.excess
 
 
 def _check_values(tensors: dict[str, Tensor]) -> None:

@@ -8,13 +8,14 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import datasets
 import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from drpo.errors import UserError
@@ -24,7 +25,7 @@ from drpo.objectives import make_objective
 from drpo.progress import Progress
 from drpo.recipe import Recipe
 from drpo.rewards import Reward, load_reward
-from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+from drpo.run import RunFolder, append_jsonl, read_jsonl, update_of, write_json
 from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems, read_problems
 from drpo.tasks.arithmetic import Split
 from drpo.trainer import DRPOConfig, DRPOTrainer
@@ -57,7 +58,7 @@ def train(recipe: Recipe, folder: RunFolder, resume: bool) -> dict[str, Any]:
         if checkpoint is None:
             folder.create(recipe)
         else:
-            folder.rewind(int(checkpoint.name.rpartition("-")[2]))
+            folder.rewind(update_of(checkpoint))
     state.wait_for_everyone()
 
     trainer = DRPOTrainer(
@@ -99,7 +100,9 @@ def _load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
     if source is None:
         return []
     if source in BUILTIN_TASKS:
-        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed if split == "train" else 0)
+        if split == "heldout":
+            return builtin_problems(split, size, seed=0)
+        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed)
     try:
         problems = read_problems(Path(source), prompt=task.prompt, answer=task.answer, template=task.template)
     except UserError as error:
@@ -143,6 +146,7 @@ def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfi
     }
     defaults = {"lr_scheduler_type": "constant", "save_total_limit": 2, "report_to": "none"}
     known = {field.name for field in dataclasses.fields(DRPOConfig)}
+    types = get_type_hints(DRPOConfig)
     for name in recipe.trainer:
         if name not in known:
             raise UserError(
@@ -150,10 +154,19 @@ def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfi
             )
         if name in settings:
             raise UserError(f"trainer: {name} follows from the recipe's own fields; leave it out")
+        try:
+            TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+                recipe.trainer[name]
+            )
+        except ValidationError as error:
+            expected = " or ".join(
+                dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
+            )
+            raise UserError(f"trainer.{name}: got {recipe.trainer[name]!r}; expected {expected}") from error
     try:
         return DRPOConfig(**{**defaults, **settings, **recipe.trainer})
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer: {error}") from error
 
 
 def _load_model(recipe: Recipe) -> tuple[Any, Any]:
@@ -161,10 +174,10 @@ def _load_model(recipe: Recipe) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(
             f"model: cannot load {recipe.model!r}: expected {', '.join(BUILTIN_MODELS)}, a folder saved by Transformers, "
-            f"or a model on the Hugging Face hub ({' '.join(str(error).split())[:200]})"
+            f"or a model on the Hugging Face hub ({str(error)[:200]})"
         ) from error
     return model, tokenizer
 

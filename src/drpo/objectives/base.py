@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -32,7 +32,7 @@ class Objective(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (is_number and math.isfinite(value) and value > 0):
+            if not (is_number and 0 < value <= sys.float_info.max):
                 raise ValueError(f"{field.name} is {value!r}; expected a finite number > 0")
 
     @abstractmethod

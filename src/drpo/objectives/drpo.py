@@ -32,13 +32,10 @@ class DRPO(Objective):
 
     delta: float = 12.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def loss(self, batch: TokenBatch) -> Tensor:
         if self.delta >= 1:
             _tell_confined(self.delta)
-
-    def loss(self, batch: TokenBatch) -> Tensor:
-        penalty = batch.advantage.abs() * batch.shift * batch.log_ratio.expm1() / (2 * self.delta)
+        penalty = batch.advantage.abs() * batch.shift * batch.excess / (2 * self.delta)
         return penalty - batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:

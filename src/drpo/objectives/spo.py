@@ -26,8 +26,8 @@ class SPO(Objective):
     epsilon: float = 12.5
 
     def loss(self, batch: TokenBatch) -> Tensor:
-        penalty = batch.advantage.abs() * batch.log_ratio.expm1().square() / (2 * self.epsilon)
+        penalty = batch.advantage.abs() * batch.excess.square() / (2 * self.epsilon)
         return penalty - batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return 1 - batch.advantage.sign() * batch.log_ratio.detach().expm1() / self.epsilon
+        return 1 - batch.advantage.sign() * batch.excess.detach() / self.epsilon

@@ -152,10 +152,11 @@ def _audit(run: RunData) -> str:
     audit = run.summary.get("audit")
     if not audit:
         return ""
-    return (
-        f'<p class="note">{escape(run.name)}: before the first update, |log π − log μ| over {audit["tokens"]} sampled tokens was '
-        f"{audit['mean']:.2g} on average and {audit['maximum']:.2g} at most.</p>"
+    note = (
+        f"{run.name}: before the first update, |log π − log μ| over {audit['tokens']} sampled tokens was "
+        f"{audit['mean']:.2g} on average and {audit['maximum']:.2g} at most."
     )
+    return f'<p class="note">{escape(note)}</p>'
 
 
 def _samples(runs: Sequence[RunData]) -> str:
@@ -167,7 +168,7 @@ def _samples(runs: Sequence[RunData]) -> str:
             first_of_prompt = {row["prompt"]: row for row in reversed(run.samples) if row["rollout"] == evaluation}
             chosen = list(reversed(first_of_prompt.values()))[:SAMPLES_SHOWN]
             rows = [[row["prompt"], row["completion"], row["answer"], float(row["reward"])] for row in chosen]
-            parts.append(f"<p>{escape(run.name)}, after {evaluation} rollouts:</p>")
+            parts.append(f"<p>{escape(run.name)}, after {escape(str(evaluation))} rollouts:</p>")
             parts.append(_table(["prompt", "completion", "reference", "reward"], rows))
     return "".join(parts)
 

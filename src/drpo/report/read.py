@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
+from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.objectives import Objective, make_objective
 from drpo.recipe import Recipe, load_recipe
 from drpo.run import RunFolder, read_jsonl
+
+_BINS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class RunData:
     info: dict[str, Any]
     summary: dict[str, Any]
 
+    @property
+    def objective(self) -> Objective:
+        return make_objective(self.recipe.objective.name, **self.recipe.objective.hyperparameters)
+
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Rollouts and the values of a metric, at the last update of each at which it was measured."""
         by_rollout: dict[int, float] = {}
@@ -53,11 +62,31 @@ def read_run(folder: RunFolder) -> RunData:
         return RunData(
             name=folder.path.resolve().name,
             recipe=load_recipe(folder.recipe),
-            metrics=read_jsonl(folder.metrics),
-            evaluations=read_jsonl(folder.evaluations),
-            samples=read_jsonl(folder.samples),
-            info=json.loads(folder.info.read_text(encoding="utf-8")),
-            summary=json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else {},
+            metrics=_rows(folder.metrics, update=int, rollout=int, **dict.fromkeys(_BINS, list)),
+            evaluations=_rows(folder.evaluations, rollout=int, accuracy=float),
+            samples=_rows(folder.samples, rollout=int, prompt=str, completion=str, answer=str),
+            info=_object(folder.info),
+            summary=_object(folder.summary) if folder.summary.is_file() else {},
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error})") from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is a {type(value).__name__}; expected an object")
+    return value
+
+
+def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        for field, kind in fields.items():
+            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+                raise ValueError(f"{path.name}, row {number}: expected an object with {field}, a {kind.__name__}")
+            if field in _BINS and len(row[field]) != _BINS[field]:
+                raise ValueError(
+                    f"{path.name}, row {number}: {field} has {len(row[field])} bins; expected {_BINS[field]}"
+                )
+    return rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
@@ -13,7 +15,7 @@ from drpo.names import unknown_name
 
 Reward = Callable[..., list[float]]
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def text_of(completion: str | Sequence[dict[str, str]]) -> str:
@@ -29,7 +31,7 @@ def exact_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) ->
 
 def _gsm8k_number(text: str) -> Decimal | None:
     """The first number after the last ``####``, or the last number of a text without one."""
-    marked = text.rpartition("####")
+    marked = text.replace("−", "-").rpartition("####")
     found = _NUMBER.findall(marked[2])
     if not found:
         return None
@@ -61,10 +63,13 @@ def load_reward(name: str) -> Reward:
     module, separator, function = name.partition(":")
     if not separator:
         raise UserError(f"reward: {unknown_name('reward', name, REWARDS)} Your own: module:function")
+    # As `python -m` does, look in the current folder too; a console script does not by itself.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward: cannot load {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        raise UserError(f"reward: cannot load {name!r}: {type(error).__name__}: {error}") from error
     if callable(found):
         return cast(Reward, found)
     raise UserError(f"reward: {name!r} is a {type(found).__name__}; expected a function")

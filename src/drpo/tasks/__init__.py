@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +43,16 @@ def read_problems(path: Path, *, prompt: str, answer: str, template: str) -> lis
     """
     if path.suffix != ".jsonl":
         raise UserError(f"{path}: expected a .jsonl file (one JSON object a line) or one of {', '.join(BUILTIN_TASKS)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     problems = []
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines, 1):
-            if line.strip():
-                problems.append(_read_row(line, f"{path}, row {row}", prompt, answer, template))
+    try:
+        with path.open("rb") as lines:
+            for row, line in enumerate(lines, 1):
+                if line.strip():
+                    problems.append(_read_row(line, f"{path}, row {row}", prompt, answer, template))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not problems:
         raise UserError(f"{path}: has no rows; expected one JSON object a line")
     return problems
@@ -56,7 +61,7 @@ def read_problems(path: Path, *, prompt: str, answer: str, template: str) -> lis
 def _read_row(line: bytes, where: str, prompt: str, answer: str, template: str) -> Problem:
     try:
         record = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON in UTF-8 ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: is a {type(record).__name__}; expected an object")
@@ -65,9 +70,10 @@ def _read_row(line: bytes, where: str, prompt: str, answer: str, template: str) 
             raise UserError(f"{where}: {unknown_name('field', field, record)}")
     question, reference = record[prompt], record[answer]
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: {prompt} is {question!r}; expected text")
-    if isinstance(reference, bool) or not isinstance(reference, (str, int, float)):
-        raise UserError(f"{where}: {answer} is {reference!r}; expected text or a number")
+        raise UserError(f"{where}: {prompt} is {reprlib.repr(question)}; expected text")
+    is_number = isinstance(reference, (int, float)) and not isinstance(reference, bool) and math.isfinite(reference)
+    if not (is_number or isinstance(reference, str)):
+        raise UserError(f"{where}: {answer} is {reprlib.repr(reference)}; expected text or a finite number")
     for field, value in ((prompt, question), (answer, str(reference))):
         # A lone surrogate is valid in JSON and in nothing that is written later.
         if any("\ud800" <= character <= "\udfff" for character in value):

@@ -34,13 +34,18 @@ class Problem:
         return ",".join(map(str, self.totals))
 
 
-def sample_problem(rng: random.Random, terms: int = 5, largest: int = 49, largest_total: int = 99) -> Problem:
-    """Draw a problem whose running totals all lie in [0, largest_total]."""
-    total = rng.randint(1, largest)
+TERMS = 5
+LARGEST_TERM = 49
+LARGEST_TOTAL = 99
+
+
+def sample_problem(rng: random.Random) -> Problem:
+    """Draw a problem of ``TERMS`` terms whose running totals all lie in [0, LARGEST_TOTAL]."""
+    total = rng.randint(1, LARGEST_TERM)
     prompt, totals = str(total), []
-    for _ in range(terms - 1):
-        operand = rng.randint(1, largest)
-        signs = [sign for sign in (1, -1) if 0 <= total + sign * operand <= largest_total]
+    for _ in range(TERMS - 1):
+        operand = rng.randint(1, LARGEST_TERM)
+        signs = [sign for sign in (1, -1) if 0 <= total + sign * operand <= LARGEST_TOTAL]
         sign = rng.choice(signs)
         total += sign * operand
         prompt += f"{'+' if sign > 0 else '-'}{operand}"

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from builders import TIGHT
+from drpo import OBJECTIVES, Counts, Objective, TokenBatch, aggregate, make_objective, token_scale
+from drpo.aggregation import Aggregation
+
+MODES = get_args(Aggregation)
+HORIZON = {"seq-mean-token-sum-norm": 10}
+
+# Rows of three tokens, one token and none.
+MASK = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0]])
+LOSS = torch.tensor([[1.0, 2.0, 3.0], [math.nan, 10.0, math.inf], [-math.inf, math.nan, math.nan]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # (1 + 2 + 3 + 10) / 4 tokens
+        ("token-mean", 4.0),
+        # ((1 + 2 + 3) + 10) / 2 sequences
+        ("seq-mean-token-sum", 8.0),
+        # ((1 + 2 + 3) / 3 + 10 / 1) / 2 sequences
+        ("seq-mean-token-mean", 6.0),
+        # ((1 + 2 + 3) / 10 + 10 / 10) / 2 sequences
+        ("seq-mean-token-sum-norm", 0.8),
+    ],
+)
+def test_the_reduction_is_that_worked_by_hand_and_masked_non_finite_losses_do_not_poison_it(
+    mode: Aggregation, expected: float
+) -> None:
+    leaf = LOSS.clone().requires_grad_()
+    loss = aggregate(leaf, MASK, mode, horizon=HORIZON.get(mode))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(gradient, token_scale(MASK, mode, horizon=HORIZON.get(mode), dtype=torch.float64))
+    assert (gradient[MASK == 0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 0), (0, 3)])
+def test_nothing_to_count_gives_zero(shape: tuple[int, int], mode: Aggregation) -> None:
+    leaf = torch.full(shape, math.nan, requires_grad=True)
+    loss = aggregate(leaf, torch.zeros(shape), mode, horizon=HORIZON.get(mode))
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, leaf)[0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_with_nothing_to_count_is_no_sequence(mode: Aggregation) -> None:
+    with_row, without = (
+        aggregate(LOSS[rows], MASK[rows], mode, horizon=HORIZON.get(mode)) for rows in (slice(3), slice(2))
+    )
+    assert torch.equal(with_row, without)
+
+
+def test_an_fp64_loss_is_reduced_in_fp64() -> None:
+    loss = torch.tensor([[0.1, 0.2, 0.4]], dtype=torch.float64)
+    # 1/3 in fp32 would be off by 1e-8.
+    assert aggregate(loss, torch.ones(1, 3)).item() == pytest.approx(0.7 / 3, rel=1e-12)
+    assert aggregate(loss, torch.ones(1, 3)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_the_counts_are_tokens_that_count_and_rows_that_have_one(dtype: torch.dtype) -> None:
+    counts = Counts.of(MASK.to(dtype))
+    assert (counts.tokens.item(), counts.sequences.item()) == (4, 2)
+
+
+def _sequences(device_dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
+    """Sixty-four sequences of 0 to 40 tokens, flush left, and their lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 41, (64,), generator=generator)
+    lengths[7] = 0
+    behavior_logp = torch.rand(64, 40, generator=generator).log()
+    logp = (behavior_logp + 0.5 * torch.randn(64, 40, generator=generator)).clamp(max=0)
+    advantage = torch.randn(64, generator=generator)
+    tensors = {"logp": logp, "behavior_logp": behavior_logp, "advantage": advantage}
+    return {name: tensor.to(device_dtype) for name, tensor in tensors.items()}, lengths
+
+
+def _gradient(objective: Objective, mode: Aggregation, rows: Tensor, rows_a_batch: int, padding: str) -> Tensor:
+    """The gradient of the whole update for each token, flush left, after a pass over its micro-batches."""
+    sequences, lengths = _sequences()
+    leaf = sequences["logp"].requires_grad_()
+    counts = Counts(tokens=lengths.sum(), sequences=(lengths > 0).sum())
+    for batch_rows in rows.split(rows_a_batch):
+        length = lengths[batch_rows].unsqueeze(1)
+        width = int(length.max())
+        column = torch.arange(width).expand(len(batch_rows), width)
+        if padding == "left":
+            column = column - (width - length)
+        mask = (column >= 0) & (column < length)
+        logp, behavior_logp = (
+            torch.where(mask, tensor[batch_rows.unsqueeze(1), column.clamp(0)], torch.nan)
+            for tensor in (leaf, sequences["behavior_logp"])
+        )
+        batch = TokenBatch(logp, behavior_logp, sequences["advantage"][batch_rows], mask)
+        aggregate(objective.loss(batch), batch.mask, mode, counts=counts, horizon=HORIZON.get(mode)).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_does_not_depend_on_how_the_update_is_split_padded_or_ordered(
+    name: str, mode: Aggregation
+) -> None:
+    objective = make_objective(name, **TIGHT[name])
+    in_order = torch.arange(64)
+    permuted = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    whole = _gradient(objective, mode, in_order, rows_a_batch=64, padding="right")
+    assert whole.norm() > 0
+    for rows in (in_order, permuted):
+        for rows_a_batch in (64, 16, 1):
+            for padding in ("left", "right"):
+                split = _gradient(objective, mode, rows, rows_a_batch, padding)
+                torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-6 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_of_an_update_is_that_of_each_sequence_with_its_share(mode: Aggregation) -> None:
+    """Guards the test above: gradients that agree with one another might all be wrong."""
+    sequences, lengths = _sequences()
+    gradient = _gradient(make_objective("pg"), mode, torch.arange(64), 16, "right")
+    counted = torch.arange(40) < lengths.unsqueeze(1)
+    tokens = int(lengths.sum())
+    # 63 of the 64 have tokens.
+    share = {
+        "token-mean": torch.full((64,), 1 / tokens),
+        "seq-mean-token-sum": torch.full((64,), 1 / 63),
+        "seq-mean-token-mean": 1 / (63 * lengths.clamp(min=1)),
+        "seq-mean-token-sum-norm": torch.full((64,), 1 / 630),
+    }[mode]
+    ratio = (sequences["logp"] - sequences["behavior_logp"]).exp()
+    expected = -ratio * (sequences["advantage"] * share).unsqueeze(1) * counted
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
+
+
+def test_an_unknown_mode_is_refused_with_the_nearest_match() -> None:
+    with pytest.raises(ValueError, match=r"unknown aggregation 'token_mean'; did you mean 'token-mean'\?.*seq-mean"):
+        aggregate(LOSS, MASK, "token_mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "horizon", "message"),
+    [
+        ("seq-mean-token-sum-norm", None, "horizon is None with aggregation 'seq-mean-token-sum-norm'.*needs one"),
+        ("token-mean", 10, "horizon is 10 with aggregation 'token-mean'.*the others take none"),
+        ("seq-mean-token-sum", 10, "horizon is 10 with aggregation 'seq-mean-token-sum'"),
+        ("seq-mean-token-mean", 10, "horizon is 10 with aggregation 'seq-mean-token-mean'"),
+        ("seq-mean-token-sum-norm", 0, "horizon is 0; expected a number of tokens > 0"),
+        ("seq-mean-token-sum-norm", -5, "horizon is -5; expected a number of tokens > 0"),
+    ],
+)
+def test_a_horizon_that_is_missing_superfluous_or_not_positive_is_refused(
+    mode: Aggregation, horizon: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        aggregate(LOSS, MASK, mode, horizon=horizon)
+
+
+def test_a_loss_that_is_already_reduced_or_shaped_unlike_the_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss has shape \(3, 1\); expected \(3, 3\), like mask"):
+        aggregate(LOSS[:, :1], MASK)
+    with pytest.raises(ValueError, match=r"loss has shape \(\); expected \(3, 3\), like mask"):
+        aggregate(LOSS[0, 0], MASK)

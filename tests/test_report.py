@@ -1,0 +1,420 @@
+"""The report shows what a run wrote, and nothing that a run wrote becomes markup, script or a request."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drpo.errors import UserError
+from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.recipe import load_recipe
+from drpo.report import write_report
+from drpo.run import RunFolder, append_jsonl, write_json
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+UPDATES_PER_ROLLOUT = 4
+ROLLOUTS = 3
+
+
+def metrics_row(update: int) -> dict[str, Any]:
+    step = (update - 1) % UPDATES_PER_ROLLOUT
+    effects = {
+        f"weight/{effect}_{sign}": 0.02 * step
+        for effect in ("attenuated", "zeroed", "reversed", "amplified")
+        for sign in ("positive", "negative")
+    }
+    divergence = [0] * (len(DIVERGENCE_EDGES) + 1)
+    divergence[0], divergence[120 + step] = 300, 40
+    weight = [0] * (len(WEIGHT_EDGES) + 1)
+    # the bins of w = 0, w = 1 and around
+    weight[len(weight) // 2], weight[len(weight) // 2 - 5], weight[0] = 250, 80, step
+    return {
+        "update": update,
+        "rollout": (update - 1) // UPDATES_PER_ROLLOUT + 1,
+        "reward": 0.25 + 0.01 * update,
+        "ratio/mean": 1.0,
+        "ratio/max": 1.0 + 0.5 * step,
+        "divergence/mean": 1e-6 * 10**step,
+        "divergence/p99": 1e-5 * 10**step,
+        "divergence/max": 1e-4 * 10**step,
+        **effects,
+        "divergence_histogram": divergence,
+        "weight_histogram": weight,
+    }
+
+
+def without_surrogates(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def make_run(path: Path, text: str = "42,34,68", overrides: tuple[str, ...] = ()) -> RunFolder:
+    """A complete run, in whose folder ``text`` stands wherever a run can have text of any kind."""
+    folder = RunFolder(path)
+    recipe = load_recipe(None, [f"rollouts={ROLLOUTS}", *overrides])
+    valid = without_surrogates(text)
+    task = recipe.task.model_copy(update={"train": valid, "template": valid + "{prompt}"})
+    recipe = recipe.model_copy(update={"model": valid, "reward": valid, "task": task, "trainer": {valid: valid}})
+    folder.create(recipe)
+    append_jsonl(folder.metrics, *map(metrics_row, range(1, ROLLOUTS * UPDATES_PER_ROLLOUT + 1)))
+    for rollout, accuracy in ((0, 0.25), (ROLLOUTS, 0.5)):
+        where = {"update": rollout * UPDATES_PER_ROLLOUT, "rollout": rollout}
+        append_jsonl(folder.evaluations, {**where, "accuracy": accuracy, "completions": 2})
+        append_jsonl(
+            folder.samples,
+            {**where, "prompt": "17+25-8+34=", "answer": "68", "completion": "42,34,68", "reward": 1.0},
+            {**where, "prompt": text, "answer": text, "completion": text, "reward": 0.0},
+        )
+    write_json(folder.info, {"seed": 0, "versions": {"python": text, text: "1"}, "platform": text})
+    write_json(
+        folder.summary,
+        {
+            "objective": text,
+            "objective_kwargs": {"delta": text, text: 1},
+            "train_seconds": text,
+            "audit": {"tokens": text, "mean": 1e-6, "maximum": 1e-5, "threshold": 1e-3},
+        },
+    )
+    return folder
+
+
+@dataclass
+class Page:
+    """What a parser of HTML makes of a page."""
+
+    elements: list[tuple[str, tuple[tuple[str, str | None], ...]]] = field(default_factory=list)
+    contents: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    text: str = ""
+    other: list[str] = field(default_factory=list)
+
+    @property
+    def cells(self) -> list[str]:
+        return self.contents["td"]
+
+    @property
+    def figures(self) -> list[str]:
+        return [script for script in self.contents["script"] if script.startswith("{")]
+
+    def attributes(self, *names: str) -> list[str]:
+        return [value or "" for _, given in self.elements for name, value in given if not names or name in names]
+
+
+def parse(html: str) -> Page:
+    page, inside = Page(), [""]
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            page.elements.append((tag, tuple(attrs)))
+            inside[0] = tag
+            page.contents[tag].append("")
+
+        def handle_endtag(self, tag: str) -> None:
+            inside[0] = ""
+
+        def handle_data(self, data: str) -> None:
+            if inside[0]:
+                page.contents[inside[0]][-1] += data
+            if inside[0] not in ("script", "style"):
+                page.text += data
+
+        def handle_comment(self, data: str) -> None:
+            page.other.append(data)
+
+        handle_decl = handle_pi = unknown_decl = handle_comment
+
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    return page
+
+
+def report_of(*folders: RunFolder) -> Page:
+    target = folders[0].path.parent / "page.html"
+    write_report(folders, target)
+    return parse(target.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def benign(tmp_path_factory) -> Page:
+    folder = tmp_path_factory.mktemp("benign")
+    return report_of(make_run(folder / "one"), make_run(folder / "two"))
+
+
+PAYLOADS = [
+    "<script>document.title='owned'</script>",
+    "</script><img src=x onerror=\"document.title='owned'\">",
+    "\"><svg onload=document.title='owned'>",
+    "'><svg/onload=document.title='owned'>",
+    "&lt;script&gt;document.title='owned'&lt;/script&gt;",
+    "&#60;img src=x onerror=alert(1)&#62;",
+    "<a href=\"javascript:document.title='owned'\">click</a>",
+    "<a href='https://example.com/'>click</a>",
+    "javascript:document.title='owned'",
+    "<!--<script>",
+    "--><script>alert(1)</script><!--",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "</title><script>alert(1)</script>",
+    "</pre></details></table></body></html><script>alert(1)</script>",
+    "</style><style>@import 'https://example.com/x.css';</style>",
+    "<style>body { background: url(https://example.com/x.png) }</style>",
+    "<iframe srcdoc='<script>parent.document.title=1</script>'></iframe>",
+    "<meta http-equiv=refresh content='0;url=https://example.com/'>",
+    "<base href='https://example.com/'>",
+    "<link rel=stylesheet href=//example.com/x.css>",
+    "<form action=https://example.com/><input autofocus onfocus=alert(1)>",
+    "<object data=https://example.com/></object><embed src=https://example.com/>",
+    "<math><mtext><img src=x onerror=alert(1)></mtext></math>",
+    "<details open ontoggle=alert(1)>",
+    "<b>bold</b><i onclick=alert(1)>",
+    "\u2028</script\n><script\n>alert(1)</script\n>",
+    "\ud800<script>alert(1)</script>",
+    "\\u003cscript\\u003ealert(1)\\u003c/script\\u003e",
+    "${alert(1)}{{constructor.constructor('alert(1)')()}}",
+    "%{x}<extra></extra><br>\x00\x1b",
+]  # fmt: skip
+
+
+def as_name(text: str) -> str:
+    """The text as a file name: without what no file name can have."""
+    return without_surrogates(text.translate({ord("/"): "∕", 0: None}))
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_text_from_a_run_is_never_an_element_or_attribute(tmp_path, benign, payload):
+    page = report_of(make_run(tmp_path / as_name(payload), payload), make_run(tmp_path / "two", payload))
+    assert page.elements == benign.elements
+    assert page.other == benign.other
+    assert without_surrogates(payload) in page.cells
+    # A browser ends a script in more ways than this parser knows; all of them need this character.
+    assert [figure for figure in page.figures if "<" in figure] == []
+
+
+@pytest.mark.parametrize("key", ["rollout", "accuracy"])
+def test_text_in_place_of_a_number_is_refused(tmp_path, key):
+    folder = make_run(tmp_path / "run")
+    append_jsonl(folder.evaluations, {"update": 12, "rollout": 3, "accuracy": 0.5, key: "<b>3</b>"})
+    with pytest.raises(UserError, match=rf"evaluations\.jsonl, row \d+: expected an object with {key}, a "):
+        report_of(folder)
+
+
+def test_the_page_needs_no_network(benign):
+    assert benign.attributes("src", "href", "xlink:href", "action", "formaction", "poster", "data", "srcset") == []
+    for style in (*benign.contents["style"], *benign.attributes("style")):
+        assert "url(" not in style
+        assert "@import" not in style
+    assert not any(re.search(r"https?://|^//", value) for value in benign.attributes())
+
+
+def test_a_content_security_policy_allows_the_pages_own_scripts_alone(benign):
+    tags = [tag for tag, _ in benign.elements]
+    policies = [dict(given) for tag, given in benign.elements if tag == "meta" and "http-equiv" in dict(given)]
+    assert [policy["http-equiv"] for policy in policies] == ["Content-Security-Policy"]
+    directives = {name: values for name, *values in map(str.split, policies[0]["content"].split(";"))}
+    assert directives["default-src"] == ["'none'"]
+    assert all(re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", source) for source in directives["script-src"])
+    assert len(directives["script-src"]) == 2
+    assert not {"connect-src", "script-src-elem", "script-src-attr", "form-action", "frame-src"} & set(directives)
+    sources = {source for name in directives for source in directives[name] if name not in ("script-src", "style-src")}
+    assert sources == {"'none'", "data:", "blob:"}
+    # A policy says nothing about what came before it.
+    assert "script" not in tags[: tags.index("meta") + 2]
+
+
+def test_a_report_shows_the_run(tmp_path):
+    page = report_of(make_run(tmp_path / "demo", overrides=("objective.delta=0.25", "seed=7")))
+    assert page.cells[0] == "demo"
+    assert page.cells[2:4] == ["0.25", "0.5"]
+    assert page.cells[4] == str(ROLLOUTS)
+    assert page.cells[7] == "7"
+    assert page.cells[8:12] == ["17+25-8+34=", "42,34,68", "68", "1"]
+    assert "demo, after 0 rollouts:" in page.text
+    assert f"demo, after {ROLLOUTS} rollouts:" in page.text
+    assert "delta: 0.25" in page.text
+
+
+def test_a_report_of_several_runs_shows_each(tmp_path):
+    page = report_of(make_run(tmp_path / "left", "one text"), make_run(tmp_path / "right", "another text"))
+    for name, text in (("left", "one text"), ("right", "another text")):
+        assert name in page.cells
+        assert text in page.cells
+        assert f"{name}: training reward" in page.figures[0]
+        assert f"{name}: recipe" in page.text
+
+
+def unfinished(folder: RunFolder) -> None:
+    folder.summary.unlink()
+
+
+def without_evaluations(folder: RunFolder) -> None:
+    unfinished(folder)
+    folder.evaluations.unlink()
+    folder.samples.unlink()
+
+
+def without_metrics(folder: RunFolder) -> None:
+    unfinished(folder)
+    folder.metrics.unlink()
+
+
+def just_started(folder: RunFolder) -> None:
+    without_evaluations(folder)
+    folder.metrics.unlink()
+
+
+def cut_short(folder: RunFolder) -> None:
+    unfinished(folder)
+    for path in (folder.metrics, folder.evaluations, folder.samples):
+        path.write_text(path.read_text()[:-7])
+
+
+def after_one_update(folder: RunFolder) -> None:
+    without_evaluations(folder)
+    folder.metrics.unlink()
+    append_jsonl(folder.metrics, metrics_row(1))
+
+
+def with_infinite_metrics(folder: RunFolder) -> None:
+    row = metrics_row(ROLLOUTS * UPDATES_PER_ROLLOUT)
+    append_jsonl(folder.metrics, {**row, "ratio/max": float("inf"), "reward": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("change", "rollouts", "state"),
+    [
+        (unfinished, "3 of 3", "not finished"),
+        (without_evaluations, "3 of 3", "not measured"),
+        (without_metrics, "0 of 3", "not finished"),
+        (just_started, "0 of 3", "not measured"),
+        (cut_short, "3 of 3", "not finished"),
+        (after_one_update, "1 of 3", "not measured"),
+        (with_infinite_metrics, "3", "0.25"),
+    ],
+)
+def test_a_run_in_any_state_has_a_report(tmp_path, change, rollouts, state):
+    folder = make_run(tmp_path / "run")
+    change(folder)
+    page = report_of(folder)
+    assert rollouts in page.cells[:8]
+    assert state in page.cells[:8]
+    assert len(page.figures) == 5
+
+
+@pytest.mark.parametrize("missing", ["run.json", "recipe.yaml"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, missing):
+    folder = make_run(tmp_path / "run")
+    (folder.path / missing).unlink()
+    with pytest.raises(UserError, match=r"is not a run folder \(it has no run\.json and recipe\.yaml\)"):
+        write_report([folder], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("name", ["page.txt", "page", "run/metrics.jsonl", "html"])
+def test_an_output_that_is_no_page_is_refused_and_left_alone(tmp_path, name):
+    folder = make_run(tmp_path / "run")
+    before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+    with pytest.raises(UserError, match=r"expected a name that ends in \.html"):
+        write_report([folder], tmp_path / name)
+    assert ((tmp_path / name).read_bytes() if (tmp_path / name).exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: run.metrics.write_text("{\n{}\n"),
+        lambda run: run.metrics.write_text("3\n"),
+        lambda run: run.metrics.write_text("{}\n"),
+        lambda run: append_jsonl(run.metrics, {**metrics_row(13), "weight_histogram": [1, 2]}),
+        lambda run: run.samples.write_bytes(b"\xff\n"),
+        lambda run: run.info.write_text(""),
+        lambda run: run.summary.write_text("[]"),
+        lambda run: run.recipe.write_text("model: 3\n"),
+    ],
+    ids=["not JSON", "no object", "no rollout", "short histogram", "no UTF-8", "empty", "a list", "no recipe"],
+)
+def test_a_damaged_run_is_refused_in_one_line_that_names_it(tmp_path, damage):
+    folder = make_run(tmp_path / "run")
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        write_report([folder], tmp_path / "page.html")
+    assert str(folder.path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> Callable[..., tuple[Page, list[str]]]:
+    """Write the report of run folders and open it: the page after its scripts ran, and what the console says."""
+    if BROWSER is None:
+        pytest.skip("no Chromium on PATH to open a report in")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def open_report(*folders: RunFolder) -> tuple[Page, list[str]]:
+        target = folders[0].path.parent / "page.html"
+        write_report(folders, target)
+        result = subprocess.run(
+            [
+                BROWSER,
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+                *(f"--user-data-dir={profile}", "--virtual-time-budget=10000"),
+                *("--enable-logging=stderr", "--v=0", "--dump-dom", target.as_uri()),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return parse(result.stdout), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_report
+
+
+def classes(page: Page) -> Counter[str]:
+    return Counter(name for value in page.attributes("class") for name in value.split())
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_browser_draws_the_five_figures_and_the_samples(tmp_path, opened, runs):
+    page, console = opened(*(make_run(tmp_path / f"run {n}") for n in range(runs)))
+    assert console == []
+    assert classes(page)["js-plotly-plot"] == 5
+    assert classes(page)["main-svg"] >= 5
+    # 2 lines of learning, 3 of divergence, 2 of the ratio, 2 x 4 of effects; one run has the edge δ = 0.2 as well
+    assert classes(page)["scatter"] == 15 * runs + (runs == 1)
+    assert page.cells.count("17+25-8+34=") == 2 * runs
+
+
+def test_a_browser_draws_the_figures_of_a_run_that_just_started(tmp_path, opened):
+    folder = make_run(tmp_path / "run")
+    just_started(folder)
+    page, console = opened(folder)
+    assert console == []
+    assert classes(page)["js-plotly-plot"] == 5
+
+
+@pytest.mark.parametrize("name", ["<b>bold<b>", "a<br>b", "&lt;i&gt;", "x<sub>2<sub>"])
+def test_a_legend_shows_the_name_of_a_run_as_it_is(tmp_path, opened, name):
+    page, _ = opened(make_run(tmp_path / name), make_run(tmp_path / "other"))
+    assert f"{name}: training reward" in page.contents["text"]
+
+
+def test_a_browser_makes_no_element_of_hostile_text_and_runs_none_of_it(tmp_path, opened):
+    expected, _ = opened(make_run(tmp_path / "benign" / "one"), make_run(tmp_path / "benign" / "two"))
+    folders = [make_run(tmp_path / "hostile" / as_name(payload), payload) for payload in PAYLOADS]
+    page, console = opened(*folders)
+    assert console == []
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in expected.elements}
+    names = {name for _, given in expected.elements for name, _ in given}
+    assert {name for _, given in page.elements for name, _ in given} <= names
+    assert "href" not in names
+    assert classes(page)["js-plotly-plot"] == 5
+    assert page.contents["title"][0].endswith(" - drpo report")
