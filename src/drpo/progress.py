@@ -61,10 +61,8 @@ class Progress:
         self._shown["accuracy"] = value
         self._bar.update(self._task, status=self._status())
         if not self._console.is_terminal:
-            completed = int(self._bar.tasks[0].completed)
-            self._console.print(
-                f"rollout {completed}/{self._bar.tasks[0].total:.0f}  {self._status()}", highlight=False
-            )
+            rollout, rollouts = update // self._updates_per_rollout, self._bar.tasks[0].total
+            self._console.print(f"rollout {rollout}/{rollouts:.0f}  {self._status()}", highlight=False)
 
     def _status(self) -> str:
         return "  ".join(f"{name} {value:.3g}" for name, value in self._shown.items())

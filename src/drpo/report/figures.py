@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from drpo.metrics import WEIGHT_EDGES
 from drpo.report.read import RunData
 
-# Okabe and Ito's colours; a dash for each run and a marker for each series, so that neither depends on colour.
+# Okabe and Ito's colours; a dash for each series and a marker for each run, so that little depends on colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 EFFECTS = ("attenuated", "zeroed", "reversed", "amplified")
@@ -27,6 +27,7 @@ def _style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> 
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         font={"family": "system-ui, sans-serif", "size": 13},
         hovermode="x unified",
+        modebar={"orientation": "v"},
     )
     if x_title:
         figure.update_xaxes(title_text=x_title)
@@ -37,7 +38,7 @@ def _line(run: RunData, index: int, runs: int, key: str, label: str, order: int 
     x, y = run.series(key)
     named = f"{escape(run.name)}: {label}" if runs > 1 else label
     color = COLORS[(index if runs > 1 else order) % len(COLORS)]
-    dash = DASHES[(order if runs > 1 else 0) % len(DASHES)]
+    dash = DASHES[order % len(DASHES)]
     return go.Scatter(x=x, y=y, name=named, mode="lines", line={"color": color, "dash": dash, "width": width})
 
 
@@ -70,7 +71,7 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
         rollouts = [row["rollout"] for row in runs[0].metrics]
         edge = {"x": rollouts[:: max(len(rollouts) - 1, 1)], "y": [delta, delta], "name": f"δ = {delta:g}"}
         figure.add_trace(go.Scatter(**edge, mode="lines", line={"color": "#555", "dash": "dash", "width": 1}))
-    return _style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", exponentformat="power")
+    return _style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
 
 
 def ratio(runs: Sequence[RunData]) -> go.Figure:
@@ -107,7 +108,7 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
         )
     _style(figure, "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)")
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[centers[i] for i in shown])
-    return figure.update_yaxes(title_text="share of tokens", type="log", exponentformat="power")
+    return figure.update_yaxes(title_text="share of tokens", type="log", dtick=1, exponentformat="power")
 
 
 def _weight_labels() -> list[str]:
@@ -116,7 +117,7 @@ def _weight_labels() -> list[str]:
     middle = 1 + distance.sign()[1:] * (distance[:-1] * distance[1:]).abs().sqrt()
     middle[len(middle) // 2] = 1.0
     labels = []
-    for weight in middle.tolist():
+    for weight in (middle.round(decimals=9) + 0.0).tolist():  # + 0.0: no label "-0"
         decimals = 1 if weight == 1 else max(1, 1 - math.floor(math.log10(abs(weight - 1))))
         labels.append(f"{weight:.{decimals}f}".rstrip("0").rstrip("."))
     return [f"below {WEIGHT_EDGES[0]:.1f}", *labels, f"above {WEIGHT_EDGES[-1]:.1f}"]

@@ -26,7 +26,7 @@ for (const holder of document.querySelectorAll(".figure")) {
   const figure = JSON.parse(holder.querySelector("script").textContent);
   const target = document.createElement("div");
   holder.append(target);
-  Plotly.newPlot(target, figure.data, figure.layout, {responsive: true, displaylogo: false});
+  Plotly.newPlot(target, figure.data, figure.layout, {responsive: true, displaylogo: false, displayModeBar: "hover"});
 }
 """
 
@@ -51,7 +51,6 @@ _FIGURES = (
         "|π − μ| of the sampled tokens at the last update of each rollout, where π has moved furthest from the policy that sampled them.",
         figures.divergence,
     ),
-    ("Ratio", "π/μ of the sampled tokens at the last update of each rollout.", figures.ratio),
     (
         "Gradient weights",
         "The weight w that the objective gave to the policy gradient of each token, ∂loss/∂log π = −A·r·w, over the whole run.",
@@ -62,6 +61,7 @@ _FIGURES = (
         "The share of tokens attenuated (0 < w < 1), zeroed (w = 0), reversed (w < 0) or amplified (w > 1) at the last update of each rollout; 0 and 1 to within 0.001.",
         figures.effects,
     ),
+    ("Ratio", "π/μ of the sampled tokens at the last update of each rollout.", figures.ratio),
 )
 
 
