@@ -199,6 +199,20 @@ class TestTraining:
         assert first["divergence/mean"] < 1e-5 < last["divergence/mean"]
         assert first["reward"] > 0
 
+    def test_scores_tokens_once_an_update(
+        self, tmp_path: Path, problems: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = make_trainer(tmp_path, problems, updates_per_rollout=4, max_steps=8)
+        forward, scored = trainer.model.forward, []
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            scored.append(kwargs.get("fused_lm_head", False))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(trainer.model, "forward", counted)
+        trainer.train()
+        assert sum(scored) == 8
+
     def test_logs_nothing_that_does_not_apply(self, tmp_path: Path, problems: Dataset) -> None:
         trainer = make_trainer(tmp_path, problems, reward_funcs=lambda completions, **_: [1.0] * len(completions))
         trainer.train()
@@ -305,6 +319,8 @@ class TestTRL:
     def test_log_probs_come_from_where_they_did(self) -> None:
         parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
         assert parameters[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
+        source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+        assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
         assert {"compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images"} < set(parameters)
 
     def test_options_that_are_refused_exist(self) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import textwrap
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -204,6 +203,7 @@ class DRPOTrainer(GRPOTrainer):
         self.trust_region: TrustRegion | None = None
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences: list[Tensor] = []
+        self._sampling = False
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.use_vllm:
@@ -212,12 +212,30 @@ class DRPOTrainer(GRPOTrainer):
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         return completion_ids, recorder.log_probs([len(ids) for ids in completion_ids])
 
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._sampling:
+            # TRL scores every rollout once more for π_old; the ratio here is anchored on the sampler.
+            return None, None, None
+        if not self._takes_positions:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+        def scored_where_sampled(*, attention_mask: Tensor, **inputs: Any) -> Any:
+            # Positions that do not count left padding, as in generation.
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            return model(attention_mask=attention_mask, position_ids=positions, **inputs)
+
+        return super()._get_per_token_logps_and_entropies(scored_where_sampled, *args, **kwargs)
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        self._sampling = True
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._sampling = False
         if "sampling_per_token_logps" not in output:
             raise ValueError(
                 "the rollout returned no log-probs, so there is no behaviour policy to anchor the ratio on; "
@@ -262,14 +280,10 @@ class DRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        if self._takes_positions:
-            # Positions that do not count left padding, as in generation: π is then scored where μ was.
-            model = partial(model, position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
         logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            attention_mask,
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
