@@ -11,7 +11,12 @@ from drpo import TokenBatch
 TIGHT = {
     "drpo": {"delta": 0.1},
     "dppo_tv": {"delta": 0.1},
+    "mask_drpo": {"delta": 0.1},
+    "dppo_kl": {"delta": 0.05},
     "spo": {"epsilon": 0.5},
+    "cispo": {"clip_low": 0.2, "clip_high": 0.2},
+    "sapo": {"tau_positive": 1.0, "tau_negative": 2.0},
+    "dgpo": {"clip_low": 0.2, "clip_high": 0.28, "low_power": 2.0, "high_root": 3.0},
     "ppo": {"clip_low": 0.2, "clip_high": 0.28},
     "pg": {},
 }

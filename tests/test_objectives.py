@@ -11,8 +11,13 @@ from torch import Tensor
 
 from builders import TIGHT, one_token, random_tensors
 from drpo import OBJECTIVES, TokenBatch, make_objective
-from drpo.objectives import DRPO, PG, PPO, SPO, DPPOBinaryTV, Objective
+from drpo.objectives import CISPO, DGPO, DRPO, PG, PPO, SAPO, SPO, DPPOBinaryKL, DPPOBinaryTV, MaskDRPO, Objective
 from drpo.objectives.drpo import _tell_confined
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
 
 HYPERPARAMETERS = [(name, field.name) for name, cls in OBJECTIVES.items() for field in dataclasses.fields(cls)]
 
@@ -32,8 +37,9 @@ def test_the_gradient_is_minus_advantage_times_ratio_times_weight(name: str, spr
         assert not weight.requires_grad
 
 
+# Where an objective stops a gradient, its loss is not what its gradient is the derivative of.
 @pytest.mark.parametrize("tight", [True, False], ids=["tight", "defaults"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if "sg(" not in objective.formula])
 def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> None:
     objective = make_objective(name, **(TIGHT[name] if tight else {}))
     for seed in range(5):
@@ -98,6 +104,39 @@ def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> No
         pytest.param(PPO(clip_low=0.2, clip_high=0.28), 0.2, 0.4, 1.0, 1, -0.5, id="ppo-coming-up"),
         pytest.param(PPO(clip_low=0.2, clip_high=0.28), 0.6, 0.4, 0.0, 1, 0, id="ppo-no-advantage-high"),
         pytest.param(PPO(clip_low=0.2, clip_high=0.28), 0.2, 0.4, 0.0, 1, 0, id="ppo-no-advantage-low"),
+        # Mask-DRPO: |π − μ| = 0.2 > 0.15, moving away; w = 1 − 0.2 / 0.15; L = −3 + 2 · 0.4 · 0.25 / 0.3
+        pytest.param(MaskDRPO(delta=0.15), 0.6, 0.4, 2.0, -1 / 3, -7 / 3, id="mask_drpo-reversed"),
+        # |π − μ| = 0.1; L = −1.25 · 2
+        pytest.param(MaskDRPO(delta=0.15), 0.5, 0.4, 2.0, 1, -2.5, id="mask_drpo-inside"),
+        # |π − μ| = 0.2 > 0.15 but coming back; L = 1.5 · 2
+        pytest.param(MaskDRPO(delta=0.15), 0.6, 0.4, -2.0, 1, 3, id="mask_drpo-coming-back"),
+        # DPPO with KL: 0.4 · ln(0.4 / 0.6) + 0.6 · ln(0.6 / 0.4) = 0.0811 > 0.05
+        pytest.param(DPPOBinaryKL(delta=0.05), 0.6, 0.4, 2.0, 0, 0, id="dppo_kl-masked"),
+        # 0.4 · ln(0.4 / 0.45) + 0.6 · ln(0.6 / 0.55) = 0.0051; L = −1.125 · 2
+        pytest.param(DPPOBinaryKL(delta=0.05), 0.45, 0.4, 2.0, 1, -2.25, id="dppo_kl-inside"),
+        # 0.01 · ln(0.01 / 0.1) + 0.99 · ln(0.99 / 0.9) = 0.0713 > 0.05, where |π − μ| is 0.09
+        pytest.param(DPPOBinaryKL(delta=0.05), 0.1, 0.01, 1.0, 0, 0, id="dppo_kl-rare-masked"),
+        pytest.param(DPPOBinaryKL(delta=0.05), 0.6, 0.4, -2.0, 1, 3, id="dppo_kl-coming-back"),
+        # π = 1: the divergence is infinite; μ = 1 as well: it is 0, and L = −1 · 1
+        pytest.param(DPPOBinaryKL(delta=0.05), 1.0, 0.999, 1.0, 0, 0, id="dppo_kl-certain"),
+        pytest.param(DPPOBinaryKL(delta=0.05), 1.0, 1.0, 1.0, 1, -1, id="dppo_kl-both-certain"),
+        # CISPO: r = 1.5, clipped to 1.2; w = 1.2 / 1.5; L = −1.2 · 2 · ln 0.6
+        pytest.param(CISPO(), 0.6, 0.4, 2.0, 0.8, -2.4 * math.log(0.6), id="cispo-clipped"),
+        # r = 0.5, not clipped below; L = −0.5 · 1 · ln 0.2
+        pytest.param(CISPO(), 0.2, 0.4, 1.0, 1, -0.5 * math.log(0.2), id="cispo-below"),
+        # SAPO at r = 1: w = 4 · ½ · ½; L = −4 · ½ · 2
+        pytest.param(SAPO(), 0.4, 0.4, 2.0, 1, -4, id="sapo-on-policy"),
+        # r = 1.5: σ(0.5) = 1 / (1 + e^−0.5); w = 4 · σ(0.5) · σ(−0.5); L = −4 · σ(0.5) · 2
+        pytest.param(SAPO(), 0.6, 0.4, 2.0, 4 * sigmoid(0.5) * sigmoid(-0.5), -8 * sigmoid(0.5), id="sapo-positive"),
+        # r = 1.5, τ = 2: w = 4 · σ(1) · σ(−1); L = 2 · σ(1) · 1
+        pytest.param(
+            SAPO(tau_negative=2.0), 0.6, 0.4, -1.0, 4 * sigmoid(1) * sigmoid(-1), 2 * sigmoid(1), id="sapo-negative"
+        ),
+        # DGPO: r = 1.5 > 1.28; w = √(1.28 / 1.5); L = −w · 1.5 · 2
+        pytest.param(DGPO(), 0.6, 0.4, 2.0, math.sqrt(1.28 / 1.5), -3 * math.sqrt(1.28 / 1.5), id="dgpo-above"),
+        # r = 0.5 < 0.8; w = 0.5 / 0.8; L = 0.625 · 0.5 · 1
+        pytest.param(DGPO(), 0.2, 0.4, -1.0, 0.625, 0.3125, id="dgpo-below"),
+        pytest.param(DGPO(), 0.6, 0.4, -2.0, 1, 3, id="dgpo-coming-back"),
         # The surrogate: L = −1.5 · 2 and 0.5 · 1
         pytest.param(PG(), 0.6, 0.4, 2.0, 1, -3, id="pg-positive"),
         pytest.param(PG(), 0.2, 0.4, -1.0, 1, 0.5, id="pg-negative"),

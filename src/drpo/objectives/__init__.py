@@ -7,17 +7,27 @@ from typing import Any
 
 from drpo.names import unknown_name
 from drpo.objectives.base import Objective
-from drpo.objectives.dppo import DPPOBinaryTV
+from drpo.objectives.cispo import CISPO
+from drpo.objectives.dgpo import DGPO
+from drpo.objectives.dppo_kl import DPPOBinaryKL
+from drpo.objectives.dppo_tv import DPPOBinaryTV
 from drpo.objectives.drpo import DRPO
+from drpo.objectives.mask_drpo import MaskDRPO
 from drpo.objectives.pg import PG
 from drpo.objectives.ppo import PPO
+from drpo.objectives.sapo import SAPO
 from drpo.objectives.spo import SPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "drpo": DRPO,
+    "mask_drpo": MaskDRPO,
     "dppo_tv": DPPOBinaryTV,
+    "dppo_kl": DPPOBinaryKL,
     "spo": SPO,
     "ppo": PPO,
+    "cispo": CISPO,
+    "sapo": SAPO,
+    "dgpo": DGPO,
     "pg": PG,
 }
 
@@ -39,4 +49,18 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
     return objective(**hyperparameters)
 
 
-__all__ = ["DRPO", "OBJECTIVES", "PG", "PPO", "SPO", "DPPOBinaryTV", "Objective", "make_objective"]
+__all__ = [
+    "CISPO",
+    "DGPO",
+    "DRPO",
+    "OBJECTIVES",
+    "PG",
+    "PPO",
+    "SAPO",
+    "SPO",
+    "DPPOBinaryKL",
+    "DPPOBinaryTV",
+    "MaskDRPO",
+    "Objective",
+    "make_objective",
+]

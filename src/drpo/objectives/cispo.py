@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from drpo.objectives.base import Objective
+from drpo.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class CISPO(Objective):
+    """The log-likelihood weighted by the clipped ratio, which gets no gradient (arXiv 2506.13585, Eq. 4).
+
+    A clipped token keeps a gradient, of bounded size: r·w = clip(r).
+
+    Args:
+        clip_low: how far below 1 the ratio is clipped; 1 or more leaves it unclipped there, as the
+            paper does (the default is verl's).
+        clip_high: how far above 1 the ratio is clipped.
+    """
+
+    formula: ClassVar[str] = "sg(clip(r, 1 − clip_low, 1 + clip_high))·A·log π, where sg stops the gradient"
+    weight: ClassVar[str] = "clip(r, 1 − clip_low, 1 + clip_high) / r"
+    source: ClassVar[str] = "arXiv 2506.13585, Eq. 4"
+
+    clip_low: float = 10.0
+    clip_high: float = 0.2
+
+    def _clipped(self, batch: TokenBatch) -> Tensor:
+        return batch.ratio.detach().clamp(1 - self.clip_low, 1 + self.clip_high)
+
+    def loss(self, batch: TokenBatch) -> Tensor:
+        return -self._clipped(batch) * batch.advantage * batch.logp
+
+    def gradient_weight(self, batch: TokenBatch) -> Tensor:
+        return self._clipped(batch) / batch.ratio.detach()
