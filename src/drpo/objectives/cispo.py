@@ -11,7 +11,7 @@ from drpo.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class CISPO(Objective):
-    """The log-likelihood weighted by the clipped ratio, which gets no gradient (arXiv 2506.13585, Eq. 4).
+    """The log-likelihood weighted by the clipped ratio, which gets no gradient (arXiv 2506.13585).
 
     A clipped token keeps a gradient, of bounded size: r·w = clip(r).
 
@@ -23,7 +23,7 @@ class CISPO(Objective):
 
     formula: ClassVar[str] = "sg(clip(r, 1 − clip_low, 1 + clip_high))·A·log π, where sg stops the gradient"
     weight: ClassVar[str] = "clip(r, 1 − clip_low, 1 + clip_high) / r"
-    source: ClassVar[str] = "arXiv 2506.13585, Eq. 4"
+    source: ClassVar[str] = "arXiv 2506.13585"
 
     clip_low: float = 10.0
     clip_high: float = 0.2

@@ -11,7 +11,7 @@ from drpo.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class MaskDRPO(Objective):
-    """DRPO's penalty only where DPPO would mask: on tokens that move further out of |π − μ| ≤ δ (arXiv 2606.09821, §5, Fig. 11).
+    """DRPO's penalty only where DPPO would mask: on tokens that move further out of |π − μ| ≤ δ (arXiv 2606.09821, Fig. 11).
 
     Where DPPO's gradient stops, this one turns back; inside the region it is the plain one.
 
