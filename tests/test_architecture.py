@@ -14,9 +14,10 @@ SOURCE = Path(drpo.__file__).parent
 # A module may import modules of earlier layers and of its own package only.
 LAYERS = [
     {"names", "errors"},
-    {"tokens"},
-    {"objectives", "aggregation", "advantage", "tasks", "recipe"},
+    {"tokens", "tasks"},
+    {"objectives", "aggregation", "advantage", "recipe"},
     {"metrics", "rewards", "rollout"},
+    {"config"},
     {"trainer", "run"},
     {"evaluation", "progress", "report"},
     {"train"},

@@ -61,7 +61,10 @@ def test_a_recipe_trains_and_reports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert summary["updates"] == 8
+    # 4 prompts of 8 completions, about 26 tokens each: the recipe's rollout, not one for each process.
+    assert 500 < first["num_tokens"] < 1200
     assert [row["completions"] for row in evaluations] == [6, 6, 6]
     assert (tmp_path / "run" / "report.html").is_file()
     shutil.rmtree(tmp_path / "run")

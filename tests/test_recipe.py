@@ -176,7 +176,10 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path, name):
     ("option", "expected"),
     [
         ("max_grad_nrom: 1.0", "trainer: unknown option 'max_grad_nrom'; did you mean 'max_grad_norm'?"),
-        ("per_device_train_batch_size: 4", "trainer: per_device_train_batch_size follows from the recipe's own fields"),
+        (
+            "per_device_train_batch_size: 4",
+            "trainer: per_device_train_batch_size follows from the recipe and its run folder",
+        ),
         ("lr_scheduler_type: cosinus", "trainer:"),
         ("max_grad_norm: much", "max_grad_norm"),
     ],
@@ -285,7 +288,7 @@ def test_the_last_override_of_a_field_counts(recipe_file):
 
 def test_a_dotted_override_leaves_the_other_fields_of_its_mapping(recipe_file):
     task = load_recipe(recipe_file, ["task.train=rows.jsonl"]).task
-    assert (task.train, task.heldout) == ("rows.jsonl", "arithmetic")
+    assert (task.train, task.heldout) == (str(Path("rows.jsonl").absolute()), "arithmetic")
 
 
 @pytest.mark.parametrize(

@@ -190,12 +190,29 @@ def test_the_current_folder_can_become_a_run(tmp_path, monkeypatch):
     assert (tmp_path / "run.json").is_file()
 
 
-def test_creating_replaces_the_run_that_was_there(run):
+def test_creating_replaces_the_run_that_was_there_and_nothing_else(run):
     append_jsonl(run.metrics, {"update": 1})
     add_checkpoint(run, "checkpoint-4")
-    run.create(load_recipe(None, ["seed=3"]))
-    assert sorted(contents(run.path)) == ["recipe.yaml", "run.json"]
+    (run.path / "notes.md").write_text("mine")
+    run.create(load_recipe(None, ["seed=3"]), overwrite=True)
+    assert sorted(contents(run.path)) == ["notes.md", "recipe.yaml", "run.json"]
     assert load_recipe(run.recipe).seed == 3
+
+
+def test_creating_does_not_replace_a_run_that_began_meanwhile(run):
+    append_jsonl(run.metrics, {"update": 1})
+    before = contents(run.path)
+    with pytest.raises(UserError, match="another process has begun a run there"):
+        run.create(load_recipe(None, ["seed=3"]))
+    assert contents(run.path) == before
+
+
+def test_one_process_at_a_time_writes_a_run(run):
+    refused = pytest.raises(UserError, match="another process is writing this run")
+    with run.locked(), refused, RunFolder(run.path).locked():
+        pass
+    with RunFolder(run.path).locked():
+        pass
 
 
 def test_the_last_checkpoint_is_the_one_after_most_updates_that_is_complete(run):

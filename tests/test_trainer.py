@@ -10,14 +10,15 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig, GRPOTrainer
 
 from drpo import OBJECTIVES, DRPOConfig, DRPOTrainer
+from drpo.config import REFUSED
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
 from drpo.rollout.record import record_log_probs
 from drpo.tasks import builtin_problems
-from drpo.trainer import REFUSED
 from support.rollouts import config, gradient_of_one_update, load_model, made_up_reward, made_up_rollout
 
 
@@ -115,16 +116,40 @@ class TestAudit:
         assert trainer.audit.maximum < 1e-4
 
     @pytest.mark.parametrize(
-        ("kwargs", "cause"),
-        [
-            ({"generation_kwargs": {"top_k": 3}}, "sampling filters: top_k=3"),
-            ({"generation_kwargs": {"top_p": 0.5}}, "top_p=0.5"),
-        ],
+        ("setting", "value"), [("top_k", 3), ("top_p", 0.5), ("do_sample", False), ("temperature", 0.9)]
     )
-    def test_names_a_filter_first(self, tmp_path: Path, problems: Dataset, kwargs: dict[str, Any], cause: str) -> None:
+    def test_stops_at_a_setting_that_changes_the_distribution_however_little_it_shows(
+        self, tmp_path: Path, problems: Dataset, setting: str, value: float
+    ) -> None:
+        trainer = make_trainer(tmp_path, problems, audit_threshold=100.0)
+        setattr(trainer.generation_config, setting, value)
         with pytest.raises(AuditError) as stopped:
-            make_trainer(tmp_path, problems, **kwargs).train()
-        assert cause in _first_cause(stopped.value)
+            trainer.train()
+        assert f"{setting}={value}" in _first_cause(stopped.value) or setting in _first_cause(stopped.value)
+
+    def test_lists_temperature_first_where_the_sampler_is_not_known(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(tmp_path, problems, rollout_func=made_up_rollout, reward_funcs=made_up_reward)
+        with pytest.raises(AuditError) as stopped:
+            trainer.train()
+        assert _first_cause(stopped.value).startswith("temperature: the trainer scores at 1")
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_is_passed_where_positions_are_absolute(self, tmp_path: Path, problems: Dataset, lora: bool) -> None:
+        peft = pytest.importorskip("peft")
+        small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 99}
+        without_dropout = {
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "eos_token_id": 1,
+            "bos_token_id": 1,
+        }
+        model = GPT2LMHeadModel(GPT2Config(**small, **without_dropout))
+        peft_config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True) if lora else None
+        trainer = make_trainer(tmp_path, problems, model=model, peft_config=peft_config)
+        trainer.train()
+        assert trainer.audit is not None
+        assert trainer.audit.maximum < 1e-4
 
     def test_names_dropout_first(self, tmp_path: Path, problems: Dataset) -> None:
         model, _ = load_model()
@@ -251,8 +276,15 @@ class TestConfig:
         args = config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, updates_per_rollout=4)
         assert (args.steps_per_generation, args.generation_batch_size, args.num_iterations) == (8, 64, 1)
 
-    def test_takes_only_checkpoints_between_rollouts(self, tmp_path: Path) -> None:
+    def test_takes_only_checkpoints_between_rollouts_and_says_so(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         assert config(tmp_path, updates_per_rollout=4, save_strategy="steps", save_steps=6).save_steps == 8
+        assert "save_steps=6 is rounded up to 8" in caplog.text
+
+    @pytest.mark.parametrize("settings", [{"top_k": -1}, {"min_p": 0.0}, {"generation_kwargs": {"use_cache": True}}])
+    def test_takes_what_changes_nothing(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        config(tmp_path, **settings)
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -265,12 +297,20 @@ class TestConfig:
                 {"generation_batch_size": 64, "per_device_train_batch_size": 8},
                 r"generation_batch_size=64 contradicts .* = 32",
             ),
-            ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected at least 1"),
+            ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected a whole number, at least 1"),
             ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'drpo'"),
             ({"objective_kwargs": {"delte": 1}}, "did you mean 'delta'"),
             ({"aggregation": "token-men"}, "did you mean 'token-mean'"),
             ({"aggregation": "seq-mean-token-sum-norm"}, "horizon is None"),
             ({"advantage": "mean-sd"}, "did you mean 'mean-std'"),
+            ({"temperature": 0.0}, "temperature is 0.0; expected a finite number > 0"),
+            ({"audit_threshold": float("nan")}, "audit_threshold is nan"),
+            ({"updates_per_rollout": 2.5}, "updates_per_rollout is 2.5"),
+            ({"objective_kwargs": [1]}, r"objective_kwargs is \[1\]; expected a mapping"),
+            ({"max_steps": 6}, "max_steps=6 ends within a rollout of updates_per_rollout=4"),
+            ({"save_strategy": "best"}, "save_strategy='best'"),
+            ({"generation_kwargs": {"do_sample": False}}, "generation_kwargs has 'do_sample'"),
+            ({"generation_kwargs": {"top_k": 20}}, "generation_kwargs has 'top_k'"),
         ],
     )
     def test_refuses_contradictions(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

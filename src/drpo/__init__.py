@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drpo.advantage import group_advantage
     from drpo.aggregation import Counts, aggregate, token_scale
+    from drpo.config import DRPOConfig
     from drpo.metrics import TrustRegion, TrustRegionMetrics
     from drpo.objectives import OBJECTIVES, Objective, make_objective
     from drpo.tokens import TokenBatch
-    from drpo.trainer import DRPOConfig, DRPOTrainer
+    from drpo.trainer import DRPOTrainer
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,8 @@ _MODULES = {
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
     "objectives": ("OBJECTIVES", "Objective", "make_objective"),
     "tokens": ("TokenBatch",),
-    "trainer": ("DRPOConfig", "DRPOTrainer"),
+    "config": ("DRPOConfig",),
+    "trainer": ("DRPOTrainer",),
 }
 
 

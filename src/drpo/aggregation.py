@@ -85,5 +85,7 @@ def aggregate(
     """Per-token losses [B, T] reduced to a scalar; arguments as in :func:`token_scale`."""
     if loss.shape != mask.shape:
         raise ValueError(f"loss has shape {tuple(loss.shape)}; expected {tuple(mask.shape)}, like mask")
-    scale = token_scale(mask, mode, counts=counts, horizon=horizon, dtype=loss.dtype)
+    scale = token_scale(
+        mask, mode, counts=counts, horizon=horizon, dtype=torch.promote_types(loss.dtype, torch.float32)
+    )
     return torch.where(mask.bool(), loss * scale, 0.0).sum()

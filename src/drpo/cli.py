@@ -98,10 +98,13 @@ def train(
     from drpo.train import train as run
 
     try:
-        summary = run(asked, folder, resume)
+        summary = run(asked, folder, resume=resume, overwrite=overwrite)
     except AuditError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
+        raise typer.Exit(130) from error
     if summary:
         from drpo.report import write_report
 

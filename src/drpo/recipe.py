@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from drpo.errors import UserError
 from drpo.names import unknown_name
+from drpo.tasks import BUILTIN_MODELS
 
 BUILTIN_RECIPE = Path(str(files("drpo.tasks") / "arithmetic.yaml"))
 
@@ -33,6 +35,12 @@ class TaskSpec(_Strict):
     prompt: Text = "prompt"
     answer: Text = "answer"
     template: Text = "{prompt}"
+
+    @field_validator("train", "heldout")
+    @classmethod
+    def _absolute(cls, source: str | None) -> str | None:
+        # A resolved recipe means the same from any folder.
+        return str(Path(source).absolute()) if source and source.endswith(".jsonl") else source
 
     @field_validator("template")
     @classmethod
@@ -103,6 +111,12 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     trainer: dict[str, Any] = {}
 
+    @field_validator("model")
+    @classmethod
+    def _absolute_folder(cls, model: str) -> str:
+        is_folder = model not in BUILTIN_MODELS and "\0" not in model and os.path.isdir(model)
+        return str(Path(model).absolute()) if is_folder else model
+
     @field_validator("objective", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
@@ -114,8 +128,8 @@ class Recipe(_Strict):
         for name in trainer:
             if name in cls.model_fields:
                 raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
-            if isinstance(trainer[name], float) and not math.isfinite(trainer[name]):
-                raise ValueError(f"{name} is {trainer[name]}; expected a finite number")
+            if not _is_finite(trainer[name]):
+                raise ValueError(f"{name} is {trainer[name]}; expected finite numbers")
         return trainer
 
     @model_validator(mode="after")
@@ -135,6 +149,14 @@ class Recipe(_Strict):
         if (self.horizon is not None) != (self.aggregation == "seq-mean-token-sum-norm"):
             raise ValueError("horizon: expected with aggregation seq-mean-token-sum-norm, and only with it")
         return self
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,9 +8,13 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from drpo.errors import UserError
 from drpo.recipe import Recipe, dump_recipe, load_recipe
@@ -65,7 +69,7 @@ class RunFolder:
             raise UserError(f"--output {self}: is a link; give the folder it points to")
         if not self.path.is_dir():
             raise UserError(f"--output {self}: is a file; expected a folder to create")
-        if not any(self.path.iterdir()):
+        if not any(child.name != "run.lock" for child in self.path.iterdir()):
             return
         if not overwrite:
             raise UserError(f"--output {self}: already exists; choose another, or give --resume or --overwrite")
@@ -90,11 +94,30 @@ class RunFolder:
         numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdecimal()]
         return max(numbered, key=update_of, default=None)
 
-    def create(self, recipe: Recipe) -> None:
-        """Make the folder, in place of the run that was there."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here; the folder is created if need be."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for child in self.path.iterdir():
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        lock = FileLock(self.path / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"--output {self}: another process is writing this run") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def create(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Begin a run in the folder, in place of the one that was there if ``overwrite``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.is_run and not overwrite:
+            raise UserError(f"--output {self}: another process has begun a run there")
+        for old in (self.metrics, self.evaluations, self.samples, self.summary, self.report, self.recipe, self.info):
+            old.unlink(missing_ok=True)
+        for old in (self.checkpoints, self.model):
+            if old.exists():
+                shutil.rmtree(old)
         self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
 

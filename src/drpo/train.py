@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,6 +16,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -37,52 +40,106 @@ SAMPLES_KEPT = 50
 """Completions written to the run folder at each evaluation."""
 
 
-def train(recipe: Recipe, folder: RunFolder, resume: bool) -> dict[str, Any]:
-    """Run a recipe in a run folder and return its summary.
+def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Run a recipe in a run folder and return its summary (empty on all ranks but the first).
 
-    The folder is created, in place of the run that was there, once everything else has been
-    checked; with ``resume`` the run in it goes on from its last checkpoint.
+    The folder is written to once everything else has been checked. With ``resume`` the run in it
+    goes on from its last checkpoint; with ``overwrite`` it is replaced.
 
     Raises:
         UserError: a recipe that cannot be run.
     """
     _quiet_libraries()
-    state = PartialState()
+    # Accelerate puts several processes on the CPU only if told to.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     reward = load_reward(recipe.reward)
     problems = _load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = _load_problems(recipe, "heldout", recipe.heldout_problems)
-    config = _make_config(recipe, folder, state.num_processes)
-    model, tokenizer = _load_model(recipe)
-    checkpoint = folder.last_checkpoint if resume else None
-    if state.is_main_process:
-        if checkpoint is None:
-            folder.create(recipe)
-        else:
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _make_trainer(recipe, reward, problems, scratch, state.num_processes)
+    trainer.args.output_dir = str(folder.checkpoints)
+
+    with folder.locked() if state.is_main_process else nullcontext():
+        checkpoint = folder.last_checkpoint if resume else None
+        if state.is_main_process and checkpoint is None:
+            folder.create(recipe, overwrite)
+        elif state.is_main_process and checkpoint is not None:
             folder.rewind(update_of(checkpoint))
-    state.wait_for_everyone()
+        state.wait_for_everyone()
+        return _run(trainer, recipe, folder, heldout, reward, checkpoint)
 
-    trainer = DRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset.from_list([{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]),
-        processing_class=tokenizer,
-        peft_config=_lora(recipe),
-    )
+
+def _make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratch: str, processes: int) -> DRPOTrainer:
+    """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
+    config = _make_config(recipe, scratch, processes)
+    model, tokenizer = _load_model(recipe)
+    try:
+        trainer = DRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(
+                [{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]
+            ),
+            processing_class=tokenizer,
+            peft_config=_lora(recipe),
+        )
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.create_optimizer()
+    except UserError:
+        raise
+    except Exception as error:  # each option fails in its own way, deep in a library
+        raise UserError(f"cannot set up training: {type(error).__name__}: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
-    progress = Progress(
-        total=config.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=state.is_main_process
-    )
-    trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
+    return trainer
 
+
+def _run(
+    trainer: DRPOTrainer,
+    recipe: Recipe,
+    folder: RunFolder,
+    heldout: list[Problem],
+    reward: Reward,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    is_main, updates = trainer.accelerator.is_main_process, trainer.args.max_steps
+    evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
+    progress = Progress(total=updates, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
+    writer = RunWriter(trainer, evaluator, recipe, folder, progress)
+    trainer.add_callback(writer)
     with progress:
         if checkpoint is None and heldout:
             progress.accuracy(evaluator.run(update=0).accuracy, update=0)
-        started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - started
-    return _finish(trainer, tokenizer, recipe, folder, evaluator, seconds)
+    if recipe.lora is None:
+        trainer.save_model(str(folder.model))
+    if not is_main:
+        return {}
+    if recipe.lora is not None:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(folder.model)
+    summary = _summarise(recipe, folder)
+    write_json(folder.summary, summary)
+    return summary
+
+
+def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """What became of a run, from what it wrote, before an interruption too."""
+    metrics, accuracies = read_jsonl(folder.metrics), [row["accuracy"] for row in read_jsonl(folder.evaluations)]
+    first, last = metrics[0], metrics[-1]
+    objective = make_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    return {
+        "objective": recipe.objective.name,
+        "objective_kwargs": dataclasses.asdict(objective),
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": accuracies[-1] if accuracies else None,
+        "rollouts": recipe.rollouts,
+        "updates": last["update"],
+        "train_seconds": round(last["seconds"], 1),
+        "seed": recipe.seed,
+        "audit": {"mean": first["audit/logp_difference_mean"], "maximum": first["audit/logp_difference_max"]},
+    }
 
 
 def _quiet_libraries() -> None:
@@ -114,7 +171,9 @@ def _load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
     return problems if split == "train" else problems[:size]
 
 
-def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfig:
+def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
+    if recipe.precision == "bf16" and not torch.accelerator.is_available():
+        raise UserError("precision: bf16 needs an accelerator and none was found; --set precision=fp32")
     update = recipe.prompts_per_rollout * recipe.num_generations // recipe.updates_per_rollout
     micro_batch = recipe.micro_batch_size or max(update // processes, 1)
     if update % (micro_batch * processes):
@@ -127,7 +186,7 @@ def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfi
         for name in ("temperature", "aggregation", "horizon", "advantage", "audit_threshold")
     }
     settings: dict[str, Any] = {
-        "output_dir": str(folder.checkpoints),
+        "output_dir": output_dir,
         "objective": recipe.objective.name,
         "objective_kwargs": recipe.objective.hyperparameters,
         "updates_per_rollout": recipe.updates_per_rollout,
@@ -142,9 +201,19 @@ def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfi
         "bf16": recipe.precision == "bf16",
         "logging_steps": 1,
         "disable_tqdm": True,
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "eval_strategy": "no",
+        "log_completions": False,
+        "push_to_hub": False,
         **{name: value for name, value in chosen.items() if value is not None},
     }
-    defaults = {"lr_scheduler_type": "constant", "save_total_limit": 2, "report_to": "none"}
+    defaults = {
+        "lr_scheduler_type": "constant",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "ddp_find_unused_parameters": False,
+    }
     known = {field.name for field in dataclasses.fields(DRPOConfig)}
     types = get_type_hints(DRPOConfig)
     for name in recipe.trainer:
@@ -153,7 +222,7 @@ def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfi
                 f"trainer: {unknown_name('option', name, sorted(known)).split(' Known:')[0]} (the options are those of DRPOConfig)"
             )
         if name in settings:
-            raise UserError(f"trainer: {name} follows from the recipe's own fields; leave it out")
+            raise UserError(f"trainer: {name} follows from the recipe and its run folder; leave it out")
         try:
             TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
                 recipe.trainer[name]
@@ -164,9 +233,11 @@ def _make_config(recipe: Recipe, folder: RunFolder, processes: int) -> DRPOConfi
             )
             raise UserError(f"trainer.{name}: got {recipe.trainer[name]!r}; expected {expected}") from error
     try:
-        return DRPOConfig(**{**defaults, **settings, **recipe.trainer})
+        config = DRPOConfig(**{**defaults, **settings, **recipe.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {error}") from error
+    assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
+    return config
 
 
 def _load_model(recipe: Recipe) -> tuple[Any, Any]:
@@ -233,6 +304,8 @@ class RunWriter(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        before = [row["seconds"] for row in read_jsonl(self.folder.metrics)[-1:]]
+        self.started = time.perf_counter() - sum(before)
         self.progress.begin(done=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -242,6 +315,7 @@ class RunWriter(TrainerCallback):
         row = {
             "update": state.global_step,
             "rollout": (state.global_step - 1) // self.recipe.updates_per_rollout + 1,
+            "seconds": time.perf_counter() - self.started,
             **{name: value for name, value in logs.items() if value is not None},
             "divergence_histogram": measured.divergence_histogram,
             "weight_histogram": measured.weight_histogram,
@@ -253,32 +327,3 @@ class RunWriter(TrainerCallback):
         every = self.recipe.evaluate_every * self.recipe.updates_per_rollout
         if self.evaluator.problems and (state.global_step % every == 0 or state.global_step == state.max_steps):
             self.progress.accuracy(self.evaluator.run(state.global_step).accuracy, state.global_step)
-
-
-def _finish(
-    trainer: DRPOTrainer, tokenizer: Any, recipe: Recipe, folder: RunFolder, evaluator: Evaluator, seconds: float
-) -> dict[str, Any]:
-    if recipe.lora is None:
-        trainer.save_model(str(folder.model))
-    elif trainer.accelerator.is_main_process:
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
-    summary: dict[str, Any] = {}
-    if trainer.accelerator.is_main_process:
-        tokenizer.save_pretrained(folder.model)
-        accuracies = [row["accuracy"] for row in read_jsonl(folder.evaluations)]
-        audit = trainer.audit
-        summary = {
-            "objective": recipe.objective.name,
-            "objective_kwargs": dataclasses.asdict(
-                make_objective(recipe.objective.name, **recipe.objective.hyperparameters)
-            ),
-            "accuracy_before": accuracies[0] if accuracies else None,
-            "accuracy_after": accuracies[-1] if accuracies else None,
-            "rollouts": recipe.rollouts,
-            "updates": trainer.state.global_step,
-            "train_seconds": round(seconds, 1),
-            "seed": recipe.seed,
-            "audit": dataclasses.asdict(audit) if audit else None,
-        }
-        write_json(folder.summary, summary)
-    return summary

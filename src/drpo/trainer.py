@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import textwrap
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from drpo.advantage import Advantage, group_advantage
-from drpo.aggregation import Aggregation, Counts, aggregate
+from drpo.advantage import group_advantage
+from drpo.aggregation import Counts, aggregate
+from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
-from drpo.objectives import Objective, make_objective
-from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes
+from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
 from drpo.rollout.record import record_log_probs
 from drpo.tokens import TokenBatch
-
-_FILTER = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
-_OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
-
-REFUSED: dict[str, str] = {
-    "beta": "no reference model is kept; the objective keeps π near μ by itself",
-    "loss_type": "set objective= (what is maximised) and aggregation= (how tokens are averaged)",
-    "epsilon": "set objective='ppo', objective_kwargs={'clip_low': ...}",
-    "epsilon_high": "set objective='ppo', objective_kwargs={'clip_high': ...}",
-    "delta": "this is TRL's two-sided clip; DRPO's δ is objective_kwargs={'delta': ...}",
-    "importance_sampling_level": "the objective decides what the ratio is taken over",
-    "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
-    "scale_rewards": "set advantage= ('mean', 'mean-std' or 'leave-one-out')",
-    "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
-    "vllm_importance_sampling_correction": "it would multiply by π_old/μ a loss whose ratio is anchored on μ already",
-    "vllm_importance_sampling_mode": "there is no correction to configure: the ratio is anchored on μ",
-    "vllm_importance_sampling_clip_max": "there is no correction to configure: the ratio is anchored on μ",
-    "vllm_importance_sampling_clip_min": "there is no correction to configure: the ratio is anchored on μ",
-    "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
-    "top_entropy_quantile": "every completion token is trained on",
-    "entropy_coef": "there is no entropy bonus",
-    "use_adaptive_entropy": "there is no entropy bonus",
-    "sync_ref_model": "no reference model is kept",
-    "top_p": _FILTER,
-    "top_k": _FILTER,
-    "min_p": _FILTER,
-    "repetition_penalty": _FILTER,
-    "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
-    "sapo_temperature_neg": _OTHER_OBJECTIVE,
-    "sapo_temperature_pos": _OTHER_OBJECTIVE,
-    "vespo_k_pos": _OTHER_OBJECTIVE,
-    "vespo_k_neg": _OTHER_OBJECTIVE,
-    "vespo_lambda_pos": _OTHER_OBJECTIVE,
-    "vespo_lambda_neg": _OTHER_OBJECTIVE,
-}
-"""Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults are accepted."""
 
 _MULTIMODAL = (
     "pixel_values",
@@ -69,88 +30,6 @@ _MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-
-
-@dataclass
-class DRPOConfig(GRPOConfig):
-    """GRPOConfig with an objective of this library.
-
-    One rollout is per_device_train_batch_size × processes × gradient_accumulation_steps ×
-    updates_per_rollout completions, split into that many disjoint updates. TRL's
-    ``steps_per_generation``, ``generation_batch_size`` and ``num_iterations`` follow from it.
-
-    Options of GRPOConfig that this trainer would ignore (``beta``, ``loss_type``, ``epsilon``...)
-    are refused with what to set instead; :data:`REFUSED` lists them.
-
-    Args:
-        objective: a name of :data:`drpo.OBJECTIVES`.
-        objective_kwargs: its hyperparameters; its own defaults where absent.
-        updates_per_rollout: optimizer steps on each rollout's samples.
-        aggregation: how token losses become one number; see :func:`drpo.token_scale`.
-        horizon: tokens, for the aggregation ``seq-mean-token-sum-norm``.
-        advantage: how rewards become advantages; see :func:`drpo.group_advantage`.
-        audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
-            training stops. None takes 1e-3 where one fp32 model samples and trains, else 0.1.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]
-
-    objective: str = field(default="drpo", metadata={"help": "Objective to optimise."})
-    objective_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
-    updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps on each rollout's samples."})
-    aggregation: Aggregation = field(default="token-mean", metadata={"help": "How token losses become one number."})
-    horizon: int | None = field(default=None, metadata={"help": "Tokens, for seq-mean-token-sum-norm."})
-    advantage: Advantage = field(default="mean", metadata={"help": "How rewards become advantages."})
-    audit_threshold: float | None = field(
-        default=None, metadata={"help": "Mean |log pi - log mu| before the first update above which training stops."}
-    )
-    scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
-    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
-
-    def __post_init__(self) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, instead in REFUSED.items():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
-        if self.updates_per_rollout < 1:
-            raise ValueError(f"updates_per_rollout is {self.updates_per_rollout}; expected at least 1")
-        asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
-        self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
-        self.generation_batch_size = None
-        super().__post_init__()
-        self._refuse_contradictions(asked_steps, asked_size)
-        self._align_checkpoints()
-        # Refused here rather than after the model was loaded.
-        self.make_objective()
-        aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
-        group_advantage(torch.zeros(1), 1, self.advantage)
-
-    def make_objective(self) -> Objective:
-        """The objective with its hyperparameters."""
-        kwargs: Any = self.objective_kwargs or {}  # parsed from JSON by now, if it was text
-        return make_objective(self.objective, **kwargs)
-
-    def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
-        if asked_steps not in (None, self.steps_per_generation):
-            raise ValueError(
-                f"steps_per_generation={asked_steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; leave it out"
-            )
-        if asked_size not in (None, self.generation_batch_size):
-            raise ValueError(
-                f"generation_batch_size={asked_size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
-                f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
-                f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
-            )
-
-    def _align_checkpoints(self) -> None:
-        # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
-        if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
-            if self.save_steps < 1:
-                raise ValueError(
-                    f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
-                )
-            self.save_steps += self.updates_per_rollout - self.save_steps % self.updates_per_rollout
 
 
 class DRPOTrainer(GRPOTrainer):
@@ -189,15 +68,19 @@ class DRPOTrainer(GRPOTrainer):
     num_generations_eval: int
     _buffered_inputs: list[dict[str, Any]]
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: DRPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: DRPOConfig | None = None, *more: Any, **kwargs: Any
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DRPO")
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.objective = args.make_objective()
-        parameters = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+        parameters = inspect.signature(base.forward).parameters
         self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
@@ -321,28 +204,39 @@ class DRPOTrainer(GRPOTrainer):
         # Every rank sees the same numbers, so all of them stop or none does.
         total, largest, tokens = self.accelerator.gather(torch.stack(self._differences)).view(-1, 3).unbind(dim=1)
         self._differences.clear()
-        by_transformers = not self.use_vllm and self.rollout_func is None
+        sampling = self._sampling_settings()
         threshold = self.args.audit_threshold
         if threshold is None:
-            exact = by_transformers and self._precision == "fp32"
+            exact = sampling is not None and not self.use_vllm and self._precision == "fp32"
             threshold = EXACT_THRESHOLD if exact else APPROXIMATE_THRESHOLD
         self.audit = Audit(
             mean=(total.sum() / tokens.sum().clamp(min=1)).item(),
             maximum=largest.max().item(),
             tokens=int(tokens.sum().item()),
             threshold=threshold,
+            mismatches=sampling_mismatches(self.temperature, sampling or {}),
         )
         if self.accelerator.is_main_process:
             print(self.audit)
         self._metrics["train"]["audit/logp_difference_mean"].append(self.audit.mean)
         self._metrics["train"]["audit/logp_difference_max"].append(self.audit.maximum)
-        # generation_kwargs wins over the trainer's own temperature, for generation only.
-        overrides: Any = self.args.generation_kwargs or {}
-        sampling = {"temperature": self.temperature, **overrides} if self.rollout_func is None else None
-        model = self.accelerator.unwrap_model(self.model)
         self.audit.check(
-            likely_causes(model, scoring_temperature=self.temperature, sampling=sampling, precision=self._precision)
+            likely_causes(
+                self.accelerator.unwrap_model(self.model),
+                scoring_temperature=self.temperature,
+                knows_sampling=sampling is not None,
+                precision=self._precision,
+            )
         )
+
+    def _sampling_settings(self) -> dict[str, Any] | None:
+        """What the rollout engine samples with; None where a rollout_func decides."""
+        if self.rollout_func is not None:
+            return None
+        if self.use_vllm:
+            overrides: Any = self.args.generation_kwargs or {}
+            return {"temperature": self.temperature, **overrides}
+        return self.generation_config.to_dict()
 
     @property
     def _precision(self) -> str:

@@ -38,7 +38,7 @@ def config(output: Path, **settings: Any) -> DRPOConfig:
         "bf16": False,
         "gradient_checkpointing": False,
         "max_completion_length": 20,
-        "max_steps": 1,
+        "max_steps": 4,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -89,7 +89,9 @@ def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **s
     trainer = DRPOTrainer(
         model=model,
         reward_funcs=made_up_reward,
-        args=config(output, updates_per_rollout=1, num_generations=GROUP, audit_threshold=100.0, **settings),
+        args=config(
+            output, max_steps=1, updates_per_rollout=1, num_generations=GROUP, audit_threshold=100.0, **settings
+        ),
         train_dataset=Dataset.from_dict(
             {"prompt": [p.prompt for p in builtin_problems("train", SEQUENCES // GROUP, 0)]}
         ),

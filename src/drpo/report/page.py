@@ -153,7 +153,7 @@ def _audit(run: RunData) -> str:
     if not audit:
         return ""
     note = (
-        f"{run.name}: before the first update, |log π − log μ| over {audit['tokens']} sampled tokens was "
+        f"{run.name}: before the first update, |log π − log μ| was "
         f"{audit['mean']:.2g} on average and {audit['maximum']:.2g} at most."
     )
     return f'<p class="note">{escape(note)}</p>'

@@ -19,89 +19,110 @@ class AuditError(RuntimeError):
     """The sampler and the trainer do not describe the same policy."""
 
 
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (None, 1.0),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+}
+"""Generation settings that change the distribution sampled from, and the values at which they do not."""
+
+
 @dataclass(frozen=True)
 class Audit:
-    """|log π − log μ| in nats over the tokens of the first update, before it is made."""
+    """|log π − log μ| in nats over the tokens of one update, before it is made.
+
+    Args:
+        mean: over tokens.
+        maximum: over tokens.
+        tokens: how many were compared.
+        threshold: of the mean, above which training stops.
+        mismatches: differences between sampling and scoring that are known from the settings; one
+            is enough to stop, however small the mean: greedy decoding, say, leaves no trace in it.
+    """
 
     mean: float
     maximum: float
     tokens: int
     threshold: float
+    mismatches: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return self.mean <= self.threshold
+        return self.mean <= self.threshold and not self.mismatches
 
     def __str__(self) -> str:
-        relation = "within" if self.passed else "above"
+        relation = "within" if self.mean <= self.threshold else "above"
         return (
-            f"Audit of {self.tokens} sampled tokens before any update: |log π − log μ| mean {self.mean:.2g}, "
+            f"Audit of {self.tokens} sampled tokens before any update on them: |log π − log μ| mean {self.mean:.2g}, "
             f"max {self.maximum:.2g}; the mean is {relation} the threshold of {self.threshold:g}."
         )
 
-    def check(self, causes: Sequence[str]) -> None:
-        """Raise :class:`AuditError`, with the causes in order, if the mean is above the threshold."""
+    def check(self, other_causes: Sequence[str]) -> None:
+        """Raise :class:`AuditError` if the audit is not passed, with the causes: the mismatches, then the others in order."""
         if not self.passed:
+            causes = [*self.mismatches, *other_causes]
             listed = "".join(f"\n  {i}. {cause}" for i, cause in enumerate(causes, 1))
             raise AuditError(f"{self} The ratio π/μ would be wrong from the first update on. Likely causes:{listed}")
 
 
-def likely_causes(
-    model: nn.Module, *, scoring_temperature: float, sampling: Mapping[str, Any] | None, precision: str
-) -> list[str]:
-    """Why μ and π may disagree: first what can be seen to be so, then what cannot be ruled out.
+def sampling_mismatches(scoring_temperature: float, sampling: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the generation settings alone say: temperature first, then filters and other changes of the distribution.
+
+    Args:
+        scoring_temperature: what the trainer divides its logits by.
+        sampling: the generation settings, by Transformers' names.
+    """
+    found = []
+    temperature = sampling.get("temperature")
+    if temperature not in (None, scoring_temperature):
+        found.append(f"temperature: tokens are sampled at {temperature:g} and scored at {scoring_temperature:g}")
+    changed = [f"{name}={sampling[name]}" for name, neutral in NEUTRAL.items() if sampling.get(name) not in neutral]
+    if changed:
+        found.append(
+            f"sampling filters: {', '.join(changed)} changes what is sampled from; the trainer scores the full distribution"
+        )
+    return tuple(found)
+
+
+def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_sampling: bool, precision: str) -> list[str]:
+    """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out.
 
     Args:
         model: the policy, searched for dropout.
         scoring_temperature: what the trainer divides its logits by.
-        sampling: the generation settings, where they are known.
+        knows_sampling: whether the sampling settings were compared already.
         precision: of the training forward pass, such as ``fp32``.
     """
     seen, unknown = [], []
-    sampling_temperature = (sampling or {}).get("temperature")
-    if sampling_temperature is None:
+    if not knows_sampling:
         unknown.append(
             f"temperature: the trainer scores at {scoring_temperature:g}; check that the sampler uses it too"
         )
-    elif sampling_temperature != scoring_temperature:
-        seen.append(
-            f"temperature: tokens are sampled at {sampling_temperature:g} and scored at {scoring_temperature:g}"
-        )
-    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
-    filters = (
-        {name: sampling.get(name) for name, off in neutral.items() if sampling.get(name) not in off} if sampling else {}
-    )
-    if filters:
-        named = ", ".join(f"{name}={value:g}" for name, value in filters.items())
-        seen.append(
-            f"sampling filters: {named} renormalises the sampler's distribution; the trainer scores the full one"
-        )
-    elif sampling is None:
         unknown.append("sampling filters: top_p, top_k or min_p in the sampler, which the trainer does not apply")
-    dropout = _dropout(model)
-    if dropout:
-        seen.append(
-            f"dropout: {', '.join(dropout)} is above 0 while training; set it to 0 in the model's configuration"
-        )
+    if dropout := _dropout(model):
+        seen.append(f"dropout: {dropout} is above 0 while training; set it to 0 in the model's configuration")
     unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
-    low = (
-        []
-        if precision == "fp32"
-        else [f"precision: the trainer's forward pass runs in {precision}; keep log-probs and LM head in fp32"]
-    )
-    seen += low
-    if not low:
+    if precision == "fp32":
         unknown.append(
             "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
         )
+    else:
+        seen.append(f"precision: the trainer's forward pass runs in {precision}; keep log-probs and LM head in fp32")
     return seen + unknown
 
 
-def _dropout(model: nn.Module) -> list[str]:
-    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+def _dropout(model: nn.Module) -> str | None:
+    """A module that drops out, or a setting of attention that does without a module."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return name
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    configured = [
-        k for k, v in settings.items() if k.endswith(("dropout", "_pdrop")) and isinstance(v, float) and v > 0
-    ]
-    return configured or modules[:1]
+    return "attention_dropout" if settings.get("attention_dropout") else None

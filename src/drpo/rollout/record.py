@@ -59,8 +59,10 @@ class LogProbRecorder:
             **model_kwargs,
         )
 
-    def log_probs(self, lengths: Sequence[int]) -> list[list[float]]:
-        """The log-probs of the first ``lengths[i]`` tokens drawn in each row i."""
+    def log_probs(self, lengths: Sequence[int]) -> list[list[float]] | None:
+        """The log-probs of the first ``lengths[i]`` tokens drawn in each row i; None if none was seen drawn."""
+        if not self._steps:
+            return None
         steps = torch.stack(self._steps, dim=1).cpu()
         return [row[:length].tolist() for row, length in zip(steps, lengths, strict=True)]
 

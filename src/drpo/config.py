@@ -1,0 +1,188 @@
+"""The trainer's options: TRL's, less those that would have no effect, and this library's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from trl.trainer.grpo_config import GRPOConfig
+
+from drpo.advantage import Advantage, group_advantage
+from drpo.aggregation import Aggregation, aggregate
+from drpo.objectives import Objective, make_objective
+
+logger = logging.getLogger(__name__)
+
+_FILTER = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
+
+REFUSED: dict[str, str] = {
+    "beta": "no reference model is kept; the objective keeps π near μ by itself",
+    "loss_type": "set objective= (what is maximised) and aggregation= (how tokens are averaged)",
+    "epsilon": "set objective='ppo', objective_kwargs={'clip_low': ...}",
+    "epsilon_high": "set objective='ppo', objective_kwargs={'clip_high': ...}",
+    "delta": "this is TRL's two-sided clip; DRPO's δ is objective_kwargs={'delta': ...}",
+    "importance_sampling_level": "the objective decides what the ratio is taken over",
+    "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
+    "scale_rewards": "set advantage= ('mean', 'mean-std' or 'leave-one-out')",
+    "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
+    "vllm_importance_sampling_correction": "it would multiply by π_old/μ a loss whose ratio is anchored on μ already",
+    "vllm_importance_sampling_mode": "there is no correction to configure: the ratio is anchored on μ",
+    "vllm_importance_sampling_clip_max": "there is no correction to configure: the ratio is anchored on μ",
+    "vllm_importance_sampling_cap": "there is no correction to configure: the ratio is anchored on μ",
+    "vllm_importance_sampling_clip_min": "there is no correction to configure: the ratio is anchored on μ",
+    "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
+    "top_entropy_quantile": "every completion token is trained on",
+    "entropy_coef": "there is no entropy bonus",
+    "use_adaptive_entropy": "there is no entropy bonus",
+    "entropy_coef_min": "there is no entropy bonus",
+    "entropy_coef_max": "there is no entropy bonus",
+    "entropy_coef_delta": "there is no entropy bonus",
+    "entropy_target": "there is no entropy bonus",
+    "sync_ref_model": "no reference model is kept",
+    "ref_model_mixup_alpha": "no reference model is kept",
+    "ref_model_sync_steps": "no reference model is kept",
+    "use_bias_correction_kl": "no reference model is kept",
+    "top_p": _FILTER,
+    "top_k": _FILTER,
+    "min_p": _FILTER,
+    "repetition_penalty": _FILTER,
+    "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
+    "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
+    "sapo_temperature_neg": _OTHER_OBJECTIVE,
+    "sapo_temperature_pos": _OTHER_OBJECTIVE,
+    "vespo_k_pos": _OTHER_OBJECTIVE,
+    "vespo_k_neg": _OTHER_OBJECTIVE,
+    "vespo_lambda_pos": _OTHER_OBJECTIVE,
+    "vespo_lambda_neg": _OTHER_OBJECTIVE,
+}
+"""Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (None, -1), "min_p": (0.0,)}
+"""Values other than the default that switch a filter off."""
+
+GENERATION_KWARGS = {
+    "bos_token_id",
+    "cache_config",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "eos_token_id",
+    "max_new_tokens",
+    "max_time",
+    "pad_token_id",
+    "prefill_chunk_size",
+    "stop_strings",
+    "temperature",
+    "use_cache",
+}
+"""Generation settings that leave what is sampled from as it is. The temperature is here because the audit compares it."""
+
+
+@dataclass
+class DRPOConfig(GRPOConfig):
+    """GRPOConfig with an objective of this library.
+
+    One rollout is per_device_train_batch_size × processes × gradient_accumulation_steps ×
+    updates_per_rollout completions, split into that many disjoint updates. TRL's
+    ``steps_per_generation``, ``generation_batch_size`` and ``num_iterations`` follow from it.
+
+    Options of GRPOConfig that this trainer would ignore (``beta``, ``loss_type``, ``epsilon``...)
+    are refused with what to set instead; :data:`REFUSED` lists them.
+
+    Args:
+        objective: a name of :data:`drpo.OBJECTIVES`.
+        objective_kwargs: its hyperparameters; its own defaults where absent.
+        updates_per_rollout: optimizer steps on each rollout's samples.
+        aggregation: how token losses become one number; see :func:`drpo.token_scale`.
+        horizon: tokens, for the aggregation ``seq-mean-token-sum-norm``.
+        advantage: how rewards become advantages; see :func:`drpo.group_advantage`.
+        audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
+            training stops. None takes 1e-3 where one fp32 model samples and trains, else 0.1.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]
+
+    objective: str = field(default="drpo", metadata={"help": "Objective to optimise."})
+    objective_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
+    updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps on each rollout's samples."})
+    aggregation: Aggregation = field(default="token-mean", metadata={"help": "How token losses become one number."})
+    horizon: int | None = field(default=None, metadata={"help": "Tokens, for seq-mean-token-sum-norm."})
+    advantage: Advantage = field(default="mean", metadata={"help": "How rewards become advantages."})
+    audit_threshold: float | None = field(
+        default=None, metadata={"help": "Mean |log pi - log mu| before the first update above which training stops."}
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
+    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
+
+    def __post_init__(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, instead in REFUSED.items():
+            if getattr(self, name) not in (defaults[name], *NEUTRAL.get(name, ())):
+                raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
+        if not isinstance(self.updates_per_rollout, int) or self.updates_per_rollout < 1:
+            raise ValueError(f"updates_per_rollout is {self.updates_per_rollout}; expected a whole number, at least 1")
+        for name in ("temperature", "audit_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a finite number > 0")
+        asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
+        self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
+        self.generation_batch_size = None
+        super().__post_init__()
+        for name in self.generation_kwargs or {}:
+            if name not in GENERATION_KWARGS:
+                raise ValueError(
+                    f"generation_kwargs has {name!r}, which may change what is sampled from, while the trainer scores "
+                    f"the full distribution; expected only {', '.join(sorted(GENERATION_KWARGS))}"
+                )
+        self._refuse_contradictions(asked_steps, asked_size)
+        self._align_checkpoints()
+        # Refused here rather than after the model was loaded.
+        self.make_objective()
+        aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
+        group_advantage(torch.zeros(1), 1, self.advantage)
+
+    def make_objective(self) -> Objective:
+        """The objective with its hyperparameters."""
+        kwargs: Any = self.objective_kwargs or {}  # parsed from JSON by now, if it was text
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"objective_kwargs is {kwargs!r}; expected a mapping of hyperparameters")
+        return make_objective(self.objective, **kwargs)
+
+    def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
+        if asked_steps not in (None, self.steps_per_generation):
+            raise ValueError(
+                f"steps_per_generation={asked_steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; leave it out"
+            )
+        if asked_size not in (None, self.generation_batch_size):
+            raise ValueError(
+                f"generation_batch_size={asked_size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
+                f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
+                f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
+            )
+
+    def _align_checkpoints(self) -> None:
+        # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
+        if self.save_strategy == "best":
+            raise ValueError("save_strategy='best' may save within a rollout; expected 'steps', 'epoch' or 'no'")
+        if self.max_steps > 0 and self.max_steps % self.updates_per_rollout:
+            raise ValueError(
+                f"max_steps={self.max_steps} ends within a rollout of updates_per_rollout={self.updates_per_rollout}; "
+                f"expected a multiple of {self.updates_per_rollout}"
+            )
+        if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
+            if self.save_steps < 1:
+                raise ValueError(
+                    f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
+                )
+            asked = self.save_steps
+            self.save_steps = math.ceil(asked / self.updates_per_rollout) * self.updates_per_rollout
+            logger.warning(
+                "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", asked, self.save_steps
+            )
