@@ -20,6 +20,7 @@ LAYERS = [
     {"config"},
     {"trainer", "run"},
     {"evaluation", "progress", "report"},
+    {"prepare"},
     {"train"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,166 @@
+"""From a recipe to what it needs: problems, configuration, model and trainer, with every mistake a user's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from datasets import Dataset
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+from drpo.config import DRPOConfig
+from drpo.errors import UserError
+from drpo.evaluation import as_prompt
+from drpo.names import unknown_name
+from drpo.recipe import Recipe
+from drpo.rewards import Reward
+from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems, read_problems
+from drpo.tasks.arithmetic import Split
+from drpo.trainer import DRPOTrainer
+
+BUILTIN_TRAIN_PROBLEMS = 10_000
+"""Distinct training problems of a built-in task, cycled through if the run needs more."""
+
+
+def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
+    """The problems of a split: all rows of a training file, ``size`` at most of anything else."""
+    task = recipe.task
+    source = task.train if split == "train" else task.heldout
+    if source is None:
+        return []
+    if source in BUILTIN_TASKS:
+        if split == "heldout":
+            return builtin_problems(split, size, seed=0)
+        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed)
+    try:
+        problems = read_problems(Path(source), prompt=task.prompt, answer=task.answer, template=task.template)
+    except UserError as error:
+        raise UserError(f"task.{split}: {error}") from error
+    if split == "train" and len(problems) < recipe.prompts_per_rollout:
+        raise UserError(
+            f"task.train: {source} has {len(problems)} rows; prompts_per_rollout {recipe.prompts_per_rollout} needs as many"
+        )
+    return problems if split == "train" else problems[:size]
+
+
+def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratch: str, processes: int) -> DRPOTrainer:
+    """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
+    config = _make_config(recipe, scratch, processes)
+    model, tokenizer = _load_model(recipe)
+    try:
+        trainer = DRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(
+                [{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]
+            ),
+            processing_class=tokenizer,
+            peft_config=_lora(recipe),
+        )
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.create_optimizer()
+    except UserError:
+        raise
+    except Exception as error:  # each option fails in its own way, deep in a library
+        raise UserError(f"cannot set up training: {type(error).__name__}: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
+    if recipe.precision == "bf16" and not torch.accelerator.is_available():
+        raise UserError("precision: bf16 needs an accelerator and none was found; --set precision=fp32")
+    update = recipe.prompts_per_rollout * recipe.num_generations // recipe.updates_per_rollout
+    micro_batch = recipe.micro_batch_size or max(update // processes, 1)
+    if update % (micro_batch * processes):
+        raise UserError(
+            f"micro_batch_size: {micro_batch} x {processes} processes does not divide the {update} samples of an update "
+            "(prompts_per_rollout x num_generations / updates_per_rollout)"
+        )
+    chosen = {
+        name: getattr(recipe, name)
+        for name in ("temperature", "aggregation", "horizon", "advantage", "audit_threshold")
+    }
+    settings: dict[str, Any] = {
+        "output_dir": output_dir,
+        "objective": recipe.objective.name,
+        "objective_kwargs": recipe.objective.hyperparameters,
+        "updates_per_rollout": recipe.updates_per_rollout,
+        "num_generations": recipe.num_generations,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": update // (micro_batch * processes),
+        "max_steps": recipe.rollouts * recipe.updates_per_rollout,
+        "learning_rate": recipe.learning_rate,
+        "max_completion_length": recipe.max_completion_length,
+        "save_steps": recipe.checkpoint_every * recipe.updates_per_rollout,
+        "seed": recipe.seed,
+        "bf16": recipe.precision == "bf16",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "eval_strategy": "no",
+        "log_completions": False,
+        "push_to_hub": False,
+        **{name: value for name, value in chosen.items() if value is not None},
+    }
+    defaults = {
+        "lr_scheduler_type": "constant",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "ddp_find_unused_parameters": False,
+    }
+    known = {field.name for field in dataclasses.fields(DRPOConfig)}
+    types = get_type_hints(DRPOConfig)
+    for name in recipe.trainer:
+        if name not in known:
+            raise UserError(
+                f"trainer: {unknown_name('option', name, sorted(known)).split(' Known:')[0]} (the options are those of DRPOConfig)"
+            )
+        if name in settings:
+            raise UserError(f"trainer: {name} follows from the recipe and its run folder; leave it out")
+        try:
+            TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+                recipe.trainer[name]
+            )
+        except ValidationError as error:
+            expected = " or ".join(
+                dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
+            )
+            raise UserError(f"trainer.{name}: got {recipe.trainer[name]!r}; expected {expected}") from error
+    try:
+        config = DRPOConfig(**{**defaults, **settings, **recipe.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {error}") from error
+    assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
+    return config
+
+
+def _load_model(recipe: Recipe) -> tuple[Any, Any]:
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+        raise UserError(
+            f"model: cannot load {recipe.model!r}: expected {', '.join(BUILTIN_MODELS)}, a folder saved by Transformers, "
+            f"or a model on the Hugging Face hub ({str(error)[:200]})"
+        ) from error
+    return model, tokenizer
+
+
+def _lora(recipe: Recipe) -> Any:
+    if recipe.lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("lora: needs peft; pip install 'drpo[lora]'") from error
+    target_modules: Any = recipe.lora.target_modules
+    return LoraConfig(
+        r=recipe.lora.r, lora_alpha=recipe.lora.alpha, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
