@@ -58,7 +58,11 @@ def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, overwrite:
         elif state.is_main_process and checkpoint is not None:
             folder.rewind(update_of(checkpoint))
         state.wait_for_everyone()
-        return _run(trainer, recipe, folder, heldout, reward, checkpoint)
+        summary = _run(trainer, recipe, folder, heldout, reward, checkpoint)
+    # A process that exits while gloo's threads still serve another one aborts now and then.
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return summary
 
 
 def _run(

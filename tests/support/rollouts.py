@@ -108,3 +108,6 @@ if __name__ == "__main__":
     gradient = gradient_of_one_update(target.parent / "trainer", **json.loads(sys.argv[2]))
     if int(os.environ.get("RANK", "0")) == 0:
         save_file({name: tensor.contiguous() for name, tensor in gradient.items()}, target)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
