@@ -14,6 +14,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from drpo.advantage import Advantage, group_advantage
 from drpo.aggregation import Aggregation, aggregate
 from drpo.objectives import Objective, make_objective
+from drpo.rollout.audit import NEUTRAL
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,6 @@ REFUSED: dict[str, str] = {
 }
 """Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (None, -1), "min_p": (0.0,)}
-"""Values other than the default that switch a filter off."""
-
 GENERATION_KWARGS = {
     "bos_token_id",
     "cache_config",
@@ -102,7 +100,8 @@ class DRPOConfig(GRPOConfig):
         horizon: tokens, for the aggregation ``seq-mean-token-sum-norm``.
         advantage: how rewards become advantages; see :func:`drpo.group_advantage`.
         audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
-            training stops. None takes 1e-3 where one fp32 model samples and trains, else 0.1.
+            training stops. None takes ``EXACT_THRESHOLD`` of :mod:`drpo.rollout.audit`
+            where one fp32 model samples and trains, else its ``APPROXIMATE_THRESHOLD``.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]

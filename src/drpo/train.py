@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,10 @@ def _run(
     reward: Reward,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
-    is_main, updates = trainer.accelerator.is_main_process, trainer.args.max_steps
+    is_main = trainer.accelerator.is_main_process
     evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
-    progress = Progress(total=updates, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
-    writer = RunWriter(trainer, evaluator, recipe, folder, progress)
-    trainer.add_callback(writer)
+    progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
+    trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
     with progress:
         if checkpoint is None and heldout:
             progress.accuracy(evaluator.run(update=0).accuracy, update=0)
@@ -145,19 +144,16 @@ class Evaluator:
         return result
 
 
+@dataclass(eq=False)
 class RunWriter(TrainerCallback):
     """Writes a row of metrics after every update, evaluates on schedule, and shows progress."""
 
-    def __init__(
-        self, trainer: DRPOTrainer, evaluator: Evaluator, recipe: Recipe, folder: RunFolder, progress: Progress
-    ) -> None:
-        self.trainer, self.evaluator, self.recipe, self.folder, self.progress = (
-            trainer,
-            evaluator,
-            recipe,
-            folder,
-            progress,
-        )
+    trainer: DRPOTrainer
+    evaluator: Evaluator
+    recipe: Recipe
+    folder: RunFolder
+    progress: Progress
+    started: float = field(init=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         before = [row["seconds"] for row in read_jsonl(self.folder.metrics)[-1:]]
