@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from drpo import TokenBatch
+from drpo import OBJECTIVES, TokenBatch
+from drpo.tokens import TopK
 
 # Where a kink is the point, a test names the hyperparameters; elsewhere these put tokens on both sides of every bound.
-TIGHT = {
+TIGHT: dict[str, dict[str, Any]] = {name: {} for name in OBJECTIVES} | {
     "drpo": {"delta": 0.1},
-    "dppo_tv": {"delta": 0.1},
     "mask_drpo": {"delta": 0.1},
-    "dppo_kl": {"delta": 0.05},
+    "drpo_topk": {"delta": 0.1},
+    "drpo_unweighted": {"delta": 0.1},
+    "drpo_kl": {"beta": 0.5},
+    "drpo_tv": {"beta": 0.5},
+    "drpo_k3": {"beta": 0.5},
+    "dppo_tv": {"delta": 0.1},
+    "dppo_topk_tv": {"delta": 0.2},
+    "dppo_topk_kl": {"delta": 0.2},
+    "cppo": {"delta": 0.1},
+    "pdm": {"delta": 0.1},
     "spo": {"epsilon": 0.5},
     "cispo": {"clip_low": 0.2, "clip_high": 0.2},
     "sapo": {"tau_positive": 1.0, "tau_negative": 2.0},
     "dgpo": {"clip_low": 0.2, "clip_high": 0.28, "low_power": 2.0, "high_root": 3.0},
-    "ppo": {"clip_low": 0.2, "clip_high": 0.28},
-    "pg": {},
+    "gspo": {"clip_low": 0.2, "clip_high": 0.28},
+    "icepop": {"mask_low": 0.7, "mask_high": 1.5},
+    "ppo_dual_clip": {"clip_dual": 1.5},
+    "dro": {"beta": 0.5},
 }
 
 
@@ -35,10 +49,11 @@ def one_token(prob: float, behavior_prob: float, advantage: float) -> TokenBatch
 
 def random_tensors(
     seed: int, shape: tuple[int, int] = (6, 9), spread: float = 1.0, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
-    """What TokenBatch takes, with NaN where masked; ``logp`` is a leaf that wants a gradient.
+) -> dict[str, Any]:
+    """What TokenBatch takes, with NaN where masked; ``logp`` and ``topk.logp`` are leaves that want a gradient.
 
-    ``spread`` is the standard deviation of the log-ratio. A seventh of the advantages are 0, a third of the tokens masked.
+    ``spread`` is the standard deviation of the log-ratio. A seventh of the advantages are 0, a third of the tokens
+    masked. The sampler's top three hold the sampled token in half of the places.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,12 +64,70 @@ def random_tensors(
     logp = (behavior_logp + spread * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(max=-1e-3)
     advantage = torch.where(uniform() < 1 / 7, 0.0, torch.randn(shape, generator=generator, dtype=torch.float64))
     mask = uniform() > 1 / 3
-    logp, behavior_logp, advantage = (
-        torch.where(mask, t, torch.nan).to(dtype) for t in (logp, behavior_logp, advantage)
+    sampler_logp = (behavior_logp + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(max=-1e-3)
+    is_sampled = torch.zeros((*shape, 3), dtype=torch.bool)
+    is_sampled[..., 0] = uniform() < 0.5
+
+    def over_support(sampled: Tensor) -> Tensor:
+        """What the sampled token leaves, over five other tokens of which the support holds two or three."""
+        others = torch.randn((*shape, 5), generator=generator, dtype=torch.float64).log_softmax(dim=2)
+        others = others + (-sampled.expm1()).log().unsqueeze(2)
+        return torch.where(is_sampled, sampled.unsqueeze(2), others[..., :3])
+
+    topk = TopK(over_support(logp), over_support(behavior_logp), is_sampled)
+    logp, behavior_logp, sampler_logp, advantage = (
+        torch.where(mask, t, torch.nan).to(dtype) for t in (logp, behavior_logp, sampler_logp, advantage)
+    )
+    topk_logp, topk_behavior_logp = (
+        torch.where(mask.unsqueeze(2), t, torch.nan).to(dtype) for t in (topk.logp, topk.behavior_logp)
     )
     return {
         "logp": logp.requires_grad_(),
         "behavior_logp": behavior_logp,
         "advantage": advantage,
         "mask": mask,
+        "sampler_logp": sampler_logp,
+        "topk": TopK(topk_logp.requires_grad_(), topk_behavior_logp, is_sampled),
     }
+
+
+def gradients(loss: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of the summed loss by log π: of the sampled tokens [B, T], wherever it enters, and of the others in the support [B, T, K]."""
+    topk: TopK = given["topk"]
+    by_logp, by_topk = torch.autograd.grad(loss.sum(), [given["logp"], topk.logp], allow_unused=True)
+    by_logp = torch.zeros_like(given["logp"]) if by_logp is None else by_logp
+    by_topk = torch.zeros_like(topk.logp) if by_topk is None else by_topk
+    return by_logp + (by_topk * topk.is_sampled).sum(dim=2), by_topk.masked_fill(topk.is_sampled, 0.0)
+
+
+def indexed(given: dict[str, Any], index: Any) -> dict[str, Any]:
+    """What TokenBatch takes, at some of its places; ``sampler_logp`` and ``topk`` too."""
+
+    def at(value: Any) -> Any:
+        return TopK(*(tensor[index] for tensor in vars(value).values())) if isinstance(value, TopK) else value[index]
+
+    return {name: at(value) for name, value in given.items()}
+
+
+class FrozenStops(TorchFunctionMode):
+    """What the first pass detaches is what every later pass gets: a loss with stopped gradients as a function of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[Tensor] = []
+        self._passes = 0
+        self._next = 0
+
+    def __enter__(self) -> FrozenStops:
+        self._next = 0
+        self._passes += 1
+        return super().__enter__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.detach:
+            return result
+        if self._passes == 1:
+            self._kept.append(result)
+        self._next += 1
+        return self._kept[self._next - 1]

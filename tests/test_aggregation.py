@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT
+from builders import TIGHT, gradients, indexed, random_tensors
 from drpo import OBJECTIVES, Counts, Objective, TokenBatch, aggregate, make_objective, token_scale
 from drpo.aggregation import Aggregation
+from drpo.tokens import TopK
 
 MODES = get_args(Aggregation)
 HORIZON = {"seq-mean-token-sum-norm": 10}
@@ -73,23 +74,26 @@ def test_the_counts_are_tokens_that_count_and_rows_that_have_one(dtype: torch.dt
     assert (counts.tokens.item(), counts.sequences.item()) == (4, 2)
 
 
-def _sequences(device_dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
+def _sequences() -> tuple[dict[str, Any], Tensor]:
     """Sixty-four sequences of 0 to 40 tokens, flush left, and their lengths."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 41, (64,), generator=generator)
+    given = random_tensors(seed=0, shape=(64, 40), spread=0.5, dtype=torch.float32)
+    lengths = torch.randint(1, 41, (64,), generator=torch.Generator().manual_seed(0))
     lengths[7] = 0
-    behavior_logp = torch.rand(64, 40, generator=generator).log()
-    logp = (behavior_logp + 0.5 * torch.randn(64, 40, generator=generator)).clamp(max=0)
-    advantage = torch.randn(64, generator=generator)
-    tensors = {"logp": logp, "behavior_logp": behavior_logp, "advantage": advantage}
-    return {name: tensor.to(device_dtype) for name, tensor in tensors.items()}, lengths
+    return {name: _finite(value) for name, value in given.items() if name != "mask"}, lengths
+
+
+def _finite(value: Any) -> Any:
+    """Without the NaN of masked tokens, still a leaf where it was one."""
+    if isinstance(value, TopK):
+        return TopK(_finite(value.logp), _finite(value.behavior_logp), value.is_sampled)
+    return value.detach().nan_to_num(-1.0).requires_grad_(value.requires_grad)
 
 
 def _gradient(objective: Objective, mode: Aggregation, rows: Tensor, rows_a_batch: int, padding: str) -> Tensor:
     """The gradient of the whole update for each token, flush left, after a pass over its micro-batches."""
     sequences, lengths = _sequences()
-    leaf = sequences["logp"].requires_grad_()
     counts = Counts(tokens=lengths.sum(), sequences=(lengths > 0).sum())
+    total = torch.zeros(())
     for batch_rows in rows.split(rows_a_batch):
         length = lengths[batch_rows].unsqueeze(1)
         width = int(length.max())
@@ -97,14 +101,10 @@ def _gradient(objective: Objective, mode: Aggregation, rows: Tensor, rows_a_batc
         if padding == "left":
             column = column - (width - length)
         mask = (column >= 0) & (column < length)
-        logp, behavior_logp = (
-            torch.where(mask, tensor[batch_rows.unsqueeze(1), column.clamp(0)], torch.nan)
-            for tensor in (leaf, sequences["behavior_logp"])
-        )
-        batch = TokenBatch(logp, behavior_logp, sequences["advantage"][batch_rows], mask)
-        aggregate(objective.loss(batch), batch.mask, mode, counts=counts, horizon=HORIZON.get(mode)).backward()
-    assert leaf.grad is not None
-    return leaf.grad
+        batch = TokenBatch(**indexed(sequences, (batch_rows.unsqueeze(1), column.clamp(0))), mask=mask)
+        total = total + aggregate(objective.loss(batch), mask, mode, counts=counts, horizon=HORIZON.get(mode))
+    of_sampled, of_others = gradients(total, sequences)
+    return torch.cat([of_sampled.unsqueeze(2), of_others], dim=2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -128,7 +128,7 @@ def test_the_gradient_does_not_depend_on_how_the_update_is_split_padded_or_order
 def test_the_gradient_of_an_update_is_that_of_each_sequence_with_its_share(mode: Aggregation) -> None:
     """Guards the test above: gradients that agree with one another might all be wrong."""
     sequences, lengths = _sequences()
-    gradient = _gradient(make_objective("pg"), mode, torch.arange(64), 16, "right")
+    gradient = _gradient(make_objective("pg"), mode, torch.arange(64), 16, "right")[..., 0]
     counted = torch.arange(40) < lengths.unsqueeze(1)
     tokens = int(lengths.sum())
     # 63 of the 64 have tokens.
@@ -139,7 +139,7 @@ def test_the_gradient_of_an_update_is_that_of_each_sequence_with_its_share(mode:
         "seq-mean-token-sum-norm": torch.full((64,), 1 / 630),
     }[mode]
     ratio = (sequences["logp"] - sequences["behavior_logp"]).exp()
-    expected = -ratio * (sequences["advantage"] * share).unsqueeze(1) * counted
+    expected = -ratio * sequences["advantage"] * share.unsqueeze(1) * counted
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, one_token, random_tensors, tokens
+from builders import TIGHT, indexed, one_token, random_tensors, tokens
 from drpo import OBJECTIVES, TokenBatch, TrustRegion, TrustRegionMetrics, make_objective
 from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES
 
@@ -145,7 +146,7 @@ def test_masked_tokens_are_measured_nowhere(garbage: float) -> None:
     batch = TokenBatch(**given)
     weight = make_objective("drpo", delta=0.1).gradient_weight(batch)
     entropy = torch.rand(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alone = TokenBatch(**{name: tensor[mask].unsqueeze(0) for name, tensor in given.items()})
+    alone = TokenBatch(**indexed(indexed(given, mask), None))
     expected = measured(alone, weight[mask].unsqueeze(0), entropy[mask].unsqueeze(0))
     region = measured(batch, torch.where(mask, weight, garbage), torch.where(mask, entropy, garbage))
     assert_same(region, expected)
@@ -162,7 +163,8 @@ def assert_same(region: TrustRegion | None, expected: TrustRegion) -> None:
 
 
 def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
-    return TokenBatch(batch.logp[rows], batch.behavior_logp[rows], batch.advantage[rows], batch.mask[rows])
+    names = [field.name for field in dataclasses.fields(batch) if field.init]
+    return TokenBatch(**indexed({name: getattr(batch, name) for name in names}, rows))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -3,16 +3,49 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, one_token, random_tensors
-from drpo import OBJECTIVES, TokenBatch, make_objective
-from drpo.objectives import CISPO, DGPO, DRPO, PG, PPO, SAPO, SPO, DPPOBinaryKL, DPPOBinaryTV, MaskDRPO, Objective
+from builders import TIGHT, FrozenStops, gradients, one_token, random_tensors, tokens
+from drpo import OBJECTIVES, TokenBatch, aggregate, make_objective
+from drpo.aggregation import Aggregation
+from drpo.objectives import (
+    CISPO,
+    CORRECTIONS,
+    CPPO,
+    DGPO,
+    DRO,
+    DRPO,
+    DRPOK3,
+    DRPOKL,
+    DRPOTV,
+    GMPO,
+    GSPO,
+    PDM,
+    PG,
+    PPO,
+    SAPO,
+    SPO,
+    VESPO,
+    Corrected,
+    DPPOBinaryKL,
+    DPPOBinaryTV,
+    DPPOTopKKL,
+    DPPOTopKTV,
+    DRPOTopK,
+    DRPOUnweighted,
+    DualClipPPO,
+    IcePop,
+    MaskDRPO,
+    Objective,
+    TopKObjective,
+    make_correction,
+)
 from drpo.objectives.drpo import _tell_confined
+from drpo.tokens import TopK
 
 
 def sigmoid(x: float) -> float:
@@ -22,42 +55,110 @@ def sigmoid(x: float) -> float:
 HYPERPARAMETERS = [(name, field.name) for name, cls in OBJECTIVES.items() for field in dataclasses.fields(cls)]
 
 
-@pytest.mark.parametrize("tight", [True, False], ids=["tight", "defaults"])
+CORRECTED = {name: Corrected(make_objective("ppo"), make_correction(name)) for name in CORRECTIONS}
+
+
+def objective_of(name: str, tight: bool) -> Objective:
+    """An objective of the registry, or PPO under a correction."""
+    return CORRECTED[name] if name in CORRECTED else make_objective(name, **(TIGHT[name] if tight else {}))
+
+
+EVERY = pytest.mark.parametrize(
+    ("name", "tight"),
+    [
+        *((name, False) for name in (*OBJECTIVES, *CORRECTED)),
+        *(pytest.param(name, True, id=f"{name}-tight") for name, tight in TIGHT.items() if tight),
+    ],
+)
+
+
+@EVERY
 @pytest.mark.parametrize("spread", [0.1, 2.0, 15.0, 1000.0])
-@pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_gradient_is_minus_advantage_times_ratio_times_weight(name: str, spread: float, tight: bool) -> None:
-    objective = make_objective(name, **(TIGHT[name] if tight else {}))
+    objective = objective_of(name, tight)
     for seed in range(20):
         given = random_tensors(seed, spread=spread)
         batch = TokenBatch(**given)
-        (gradient,) = torch.autograd.grad(objective.loss(batch).sum(), given["logp"])
+        gradient, others = gradients(objective.loss(batch), given)
         ratio, weight = batch.ratio.detach(), objective.gradient_weight(batch)
         # A weight near 0 is a difference of terms and keeps fewer digits than they have.
-        torch.testing.assert_close(gradient, -batch.advantage * ratio * weight, rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradient, -objective.coefficient(batch), rtol=1e-9, atol=0)
+        steered = batch.advantage != 0
+        torch.testing.assert_close(gradient[steered], (-batch.advantage * ratio * weight)[steered], rtol=1e-9, atol=0)
+        idle = batch.mask & ~steered
+        assert (gradient[idle] != 0).any() == objective.acts_without_advantage
+        of_others = torch.zeros_like(others)
+        if isinstance(objective, TopKObjective):
+            of_others = objective.top_k_coefficient(batch)
+        torch.testing.assert_close(others, -of_others, rtol=1e-9, atol=0)
+        low, high = objective.weight_bounds
+        assert ((low - 1e-12 <= weight) & (weight <= high + 1e-12))[batch.mask].all()
         assert not weight.requires_grad
 
 
-# Where an objective stops a gradient, its loss is not what its gradient is the derivative of.
-@pytest.mark.parametrize("tight", [True, False], ids=["tight", "defaults"])
-@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if "sg(" not in objective.formula])
+@EVERY
 def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> None:
-    objective = make_objective(name, **(TIGHT[name] if tight else {}))
+    """Where an objective stops a gradient, what it stops is held fixed."""
+    objective = objective_of(name, tight)
     for seed in range(5):
         given = random_tensors(seed, shape=(4, 6))
+        topk: TopK = given.pop("topk")
         logp, mask = given.pop("logp").detach(), given.pop("mask")
 
-        def weight(step: float, logp: Tensor = logp, given: Any = given, mask: Tensor = mask) -> Tensor:
-            return objective.gradient_weight(TokenBatch(logp=logp + step, mask=mask, **given))
+        def batch(
+            logp: Tensor, topk_logp: Tensor, mask: Tensor = mask, given: Any = given, topk: TopK = topk
+        ) -> TokenBatch:
+            return TokenBatch(logp=logp, mask=mask, topk=TopK(topk_logp, topk.behavior_logp, topk.is_sampled), **given)
 
-        # A weight that jumps within a step of 1e-4 has a kink there.
-        mask = mask & ((weight(1e-4) - weight(-1e-4)).abs() < 0.5)
+        def weight(step: float, batch: Any = batch, logp: Tensor = logp, topk: TopK = topk) -> Tensor:
+            return objective.gradient_weight(batch(logp + step, topk.logp.detach() + step * topk.is_sampled))
+
+        # A weight that jumps within a step of 1e-4 has a kink there; what it jumps by elsewhere is the curve.
+        calm = (weight(1e-4) - weight(-1e-4)).abs() < 0.05 * weight(0).abs().clamp(min=1)
+        mask = mask & calm
         assert mask.sum() > 8
+        stops = FrozenStops()
 
-        def loss(logp: Tensor, given: Any = given, mask: Tensor = mask) -> Tensor:
-            return objective.loss(TokenBatch(logp=logp, mask=mask, **given))
+        def loss(
+            logp: Tensor, topk_logp: Tensor, batch: Any = batch, mask: Tensor = mask, stops: Any = stops
+        ) -> Tensor:
+            with stops:
+                return objective.loss(batch(logp, topk_logp, mask))
 
-        logp = torch.where(mask, logp, -1.0).requires_grad_()
-        assert torch.autograd.gradcheck(loss, logp)
+        leaves = [torch.where(mask, logp, -1.0), torch.where(mask.unsqueeze(2), topk.logp.detach(), -1.0)]
+        assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves])
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+@pytest.mark.parametrize(
+    ("name", "sequence_loss"),
+    [
+        # Written from the papers' sequence losses: r is [B, T], the mean over the tokens that count.
+        pytest.param(
+            "gspo", lambda mean_log, a: -torch.minimum(mean_log.exp() * a, mean_log.exp().clamp(0.8, 1.28) * a)
+        ),
+        pytest.param("gmpo", lambda mean_log, a: -mean_log.exp() * a),
+    ],
+)
+def test_the_gradient_of_a_sequence_objective_is_that_of_the_sequence_loss(
+    name: str, sequence_loss: Any, aggregation: Any
+) -> None:
+    advantage = torch.tensor([1.0, -2.0, 0.5, -0.5, 3.0, 0.0], dtype=torch.float64)
+    given = random_tensors(seed=8, spread=0.3) | {"advantage": advantage}
+    batch = TokenBatch(**given)
+    horizon = 7 if aggregation.endswith("norm") else None
+    objective = make_objective(name, **TIGHT[name])
+    ours, _ = gradients(aggregate(objective.loss(batch), batch.mask, aggregation, horizon=horizon), given)
+
+    log_ratio = given["logp"].nan_to_num() - given["behavior_logp"].nan_to_num()
+    if name == "gmpo":
+        positive = batch.advantage > 0
+        log_ratio = torch.where(positive, log_ratio.clamp(max=0.4), log_ratio.clamp(min=-0.4))
+    mean_log = (log_ratio * batch.mask).sum(dim=1) / batch.mask.sum(dim=1)
+    per_token = sequence_loss(mean_log, advantage).unsqueeze(1).expand_as(batch.logp)
+    theirs, _ = gradients(aggregate(per_token, batch.mask, aggregation, horizon=horizon), given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+    assert theirs.norm() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -137,6 +238,52 @@ def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> No
         # r = 0.5 < 0.8; w = 0.5 / 0.8; L = 0.625 · 0.5 · 1
         pytest.param(DGPO(), 0.2, 0.4, -1.0, 0.625, 0.3125, id="dgpo-below"),
         pytest.param(DGPO(), 0.6, 0.4, -2.0, 1, 3, id="dgpo-coming-back"),
+        # Dual clip: A < 0 and r = 4 > 3; L = min(4 · 1, 3 · 1)
+        pytest.param(DualClipPPO(), 0.8, 0.2, -1.0, 0, 3, id="ppo_dual_clip-runaway"),
+        # r = 2 < 3: PPO's; L = 2 · 1
+        pytest.param(DualClipPPO(), 0.8, 0.4, -1.0, 1, 2, id="ppo_dual_clip-coming-back"),
+        pytest.param(DualClipPPO(), 0.8, 0.2, 1.0, 0, -1.28, id="ppo_dual_clip-positive"),
+        # DRPO without |A|: r = 1.5; w = 1 − 0.2 / (2 · 0.1); L = −3 + 0.4 · 0.25 / 0.2
+        pytest.param(DRPOUnweighted(delta=0.1), 0.6, 0.4, 2.0, 0, -2.5, id="drpo_unweighted-positive"),
+        # r = 0.5; w = 1 − (−0.2) / (−1 · 0.1); L = 0.5 + 0.4 · 0.25 / 0.2
+        pytest.param(DRPOUnweighted(delta=0.1), 0.2, 0.4, -1.0, -1, 1, id="drpo_unweighted-negative"),
+        # A = 0 has a loss all the same: 0.4 · 0.25 / 0.2
+        pytest.param(DRPOUnweighted(delta=0.1), 0.6, 0.4, 0.0, 1, 0.5, id="drpo_unweighted-no-advantage"),
+        # TV: w = 1 − 0.5 · 0.4; L = −3 + 0.5 · 2 · 0.2
+        pytest.param(DRPOTV(beta=0.5), 0.6, 0.4, 2.0, 0.8, -2.8, id="drpo_tv-away"),
+        # r = 0.5, moving back; w = 1 + 0.5 · 0.4; L = −0.5 + 0.5 · 1 · 0.2
+        pytest.param(DRPOTV(beta=0.5), 0.2, 0.4, 1.0, 1.2, -0.4, id="drpo_tv-back"),
+        # k3: r = 2; w = 1 − 0.5 · 1 / 2; L = −2 + 0.5 · 1 · (1 − ln 2)
+        pytest.param(DRPOK3(beta=0.5), 0.4, 0.2, 1.0, 0.75, -2 + 0.5 * (1 - math.log(2)), id="drpo_k3-away"),
+        # r = 0.5, A < 0; w = 1 − 0.5 · 0.5 / 0.5; L = 0.5 + 0.5 · 1 · (−0.5 + ln 2)
+        pytest.param(DRPOK3(beta=0.5), 0.2, 0.4, -1.0, 0.5, 0.25 + 0.5 * math.log(2), id="drpo_k3-negative"),
+        # KL: (π − μ)/(1 − π) = 0.2 / 0.4 = 0.5; w = 1 − 0.5 · 0.5 / 1.5; D = 0.4 ln(2/3) + 0.6 ln(0.6/0.4) = 0.2 ln 1.5
+        pytest.param(DRPOKL(beta=0.5), 0.6, 0.4, 2.0, 5 / 6, -3 + 0.2 * math.log(1.5), id="drpo_kl-away"),
+        # Of a token that both are sure of there is nothing to regularise: L = −1 · 1
+        pytest.param(DRPOKL(beta=0.5), 1.0, 1.0, 1.0, 1, -1, id="drpo_kl-both-certain"),
+        # GSPO of one token: s = r = 1.5 > 1.28; L = −1.28 · 2
+        pytest.param(GSPO(clip_low=0.2, clip_high=0.28), 0.6, 0.4, 2.0, 0, -2.56, id="gspo-clipped"),
+        # GMPO: ln 1.5 = 0.405 > 0.4; G = e^0.4
+        pytest.param(GMPO(), 0.6, 0.4, 2.0, 0, -2 * math.exp(0.4), id="gmpo-clipped"),
+        # ln 0.5 is not clipped where A > 0
+        pytest.param(GMPO(), 0.2, 0.4, 1.0, 1, -0.5, id="gmpo-coming-up"),
+        # VESPO: W = 2, k = 2, λ = 3: φ = e³ · 4 · e^−6; w = φ / 2; L = −φ · 1 · ln 0.4
+        pytest.param(VESPO(), 0.4, 0.2, 1.0, 2 * math.exp(-3), -4 * math.exp(-3) * math.log(0.4), id="vespo-positive"),
+        # k = 3, λ = 2: φ = e² · 8 · e^−4; L = φ · ln 0.4
+        pytest.param(VESPO(), 0.4, 0.2, -1.0, 4 * math.exp(-2), 8 * math.exp(-2) * math.log(0.4), id="vespo-negative"),
+        # DRO: c = 1 − 0.5 ln 2, w = c / 2; L = −ln 0.4 + 0.25 ln² 2
+        pytest.param(
+            DRO(beta=0.5),
+            0.4,
+            0.2,
+            1.0,
+            (1 - 0.5 * math.log(2)) / 2,
+            -math.log(0.4) + 0.25 * math.log(2) ** 2,
+            id="dro-away",
+        ),
+        # CPPO of one token is DPPO: Z = 0.2 > 0.15
+        pytest.param(CPPO(), 0.6, 0.4, 2.0, 0, 0, id="cppo-masked"),
+        pytest.param(CPPO(), 0.5, 0.4, 2.0, 1, -2.5, id="cppo-inside"),
         # The surrogate: L = −1.5 · 2 and 0.5 · 1
         pytest.param(PG(), 0.6, 0.4, 2.0, 1, -3, id="pg-positive"),
         pytest.param(PG(), 0.2, 0.4, -1.0, 1, 0.5, id="pg-negative"),
@@ -149,6 +296,108 @@ def test_weight_and_loss_are_those_worked_by_hand(
     t = one_token(prob=prob, behavior_prob=behavior_prob, advantage=advantage)
     assert objective.gradient_weight(t).item() == pytest.approx(weight, abs=1e-12)
     assert objective.loss(t).item() == pytest.approx(loss, abs=1e-12)
+
+
+def test_cppo_tightens_by_what_the_prefix_has_spent_beyond_its_allowance() -> None:
+    # ω = 1, 0.75, 0.5 and Z = 0.3, 0.075, 0.075; the allowance is clip(90 % quantile of 0.3, 0.1, 0.15) to 0.04.
+    t = tokens(prob=[0.1, 0.5, 0.55], behavior_prob=[0.4, 0.4, 0.4], advantage=[1.0, 1.0, 1.0])
+    # Coming back, whatever it spends. Then 0.2 + 0.04 · 1 − 0.3 < 0 < 0.075; then 0.2 + 0.04 · 1.75 − 0.375 < 0.
+    assert CPPO(delta=0.2, weight_min=0.5).gradient_weight(t).tolist() == [[1, 0, 0]]
+    # The same without the prefix: 0.1 < 0.2.
+    assert CPPO(delta=0.2, weight_min=0.5).gradient_weight(one_token(0.5, 0.4, 1.0)).item() == 1
+
+
+def two_of_four(sampled: int) -> TokenBatch:
+    """μ = (0.4, 0.3, 0.2, 0.1) and π = (0.6, 0.2, 0.1, 0.1) over a vocabulary of four of which two are in the support; A = 1."""
+    pi, mu = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.6, 0.2, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]))
+    is_sampled = torch.arange(2).view(1, 1, 2) == sampled
+    topk = TopK(pi[:2].view(1, 1, 2), mu[:2].view(1, 1, 2), is_sampled)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return TokenBatch(pi[sampled] * one, mu[sampled] * one, one, one, topk=topk)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampled", "weight", "loss"),
+    [
+        # ½(0.2 + 0.1 + 0.1) = 0.2 over the two and the rest, 0.3 and 0.2; r = 1.5
+        (DPPOTopKTV(delta=0.19), 0, 0, 0),
+        (DPPOTopKTV(delta=0.21), 0, 1, -1.5),
+        # Sampled from the rest: ½(0.2 + 0.1 + 0.1 + 0) with 0.2 → 0.1 apart; r = 0.5, coming up
+        (DPPOTopKTV(delta=0.19), 2, 1, -0.5),
+        # 0.4 ln(2/3) + 0.3 ln(3/2) + 0.3 ln(3/2) = 0.2 ln 1.5 = 0.0811
+        (DPPOTopKKL(delta=0.08), 0, 0, 0),
+        (DPPOTopKKL(delta=0.082), 0, 1, -1.5),
+        # (π − μ) + Σ π(μ − π) = 0.2 − 0.12 + 0.02 + 0.02 > 0 and 0.2 > 0.15
+        (PDM(delta=0.15), 0, 0, 0),
+        (PDM(delta=0.25), 0, 1, -1.5),
+        # 0.04 + 0.01 over the support; w = 1 − 0.4 · 0.2 / 0.1; L = −1.5 + 0.05 / 0.2
+        (DRPOTopK(delta=0.1), 0, 0.2, -1.25),
+        # from outside: μ(r − 1)² = 0.2 · 0.25 beside it; w = 1 + 0.1 / 0.1; L = −0.5 + 0.1 / 0.2
+        (DRPOTopK(delta=0.1), 2, 2, 0),
+    ],
+)
+def test_top_k_weights_and_losses_are_those_worked_by_hand(
+    objective: Objective, sampled: int, weight: float, loss: float
+) -> None:
+    t = two_of_four(sampled)
+    assert objective.gradient_weight(t).item() == pytest.approx(weight, abs=1e-12)
+    assert objective.loss(t).item() == pytest.approx(loss, abs=1e-12)
+
+
+def test_pdm_masks_a_token_on_its_way_back_that_takes_the_others_further_away() -> None:
+    pi, mu = (torch.tensor(p, dtype=torch.float64) for p in ([0.1, 0.5, *[0.1] * 4], [0.11, 0.6, *[0.0725] * 4]))
+    topk = TopK(pi.log().view(1, 1, 6), mu.log().view(1, 1, 6), (torch.arange(6) == 0).view(1, 1, 6))
+    t = dataclasses.replace(one_token(0.1, 0.11, 1.0), topk=topk)
+    # A(r − 1) < 0, but −0.01 + 0.1 · 0.01 + 0.5 · 0.1 − 4 · 0.1 · 0.0275 = 0.03 > 0
+    assert DPPOBinaryTV(delta=0.005).gradient_weight(t).item() == 1
+    assert PDM(delta=0.005).gradient_weight(t).item() == 0
+    # A step the other way lowers KL(μ‖π), as the derivative by the logits says.
+    logits = pi.log().requires_grad_()
+    (slope,) = torch.autograd.grad((mu * (mu.log() - logits.log_softmax(0))).sum(), logits)
+    (direction,) = torch.autograd.grad(logits.log_softmax(0)[0], logits)
+    assert (slope @ direction).item() == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_corrections_are_those_worked_by_hand(name: str) -> None:
+    # π_old/μ = 1.5 and 3, so Π = 4.5; and 0.25 alone.
+    old, sampler = [0.6, 0.6], [0.4, 0.2]
+    expected = {
+        "token_truncate": [1.5, 2.0],
+        "token_mask": [1.5, 0.0],
+        "sequence_truncate": [2.0, 2.0],
+        "sequence_mask": [0.0, 0.0],
+    }[name]
+    t = tokens(prob=[0.5, 0.5], behavior_prob=old, advantage=[1.0, 1.0])
+    t = dataclasses.replace(t, sampler_logp=torch.tensor([sampler], dtype=torch.float64).log())
+    correction = make_correction(name)
+    assert correction.weight(t)[0].tolist() == pytest.approx(expected)
+    corrected, plain = Corrected(PPO(), correction), PPO()
+    assert corrected.loss(t)[0].tolist() == pytest.approx((torch.tensor(expected) * plain.loss(t))[0].tolist())
+
+
+def test_icepop_weighs_by_the_mismatch_and_drops_what_is_out_of_range() -> None:
+    # r = 1, π_old/μ = 1.5, 6 (above 5) and 0.4 (below 0.5); L = −1.5 · 1 · 2
+    t = tokens(prob=[0.6, 0.6, 0.2], behavior_prob=[0.6, 0.6, 0.2], advantage=[2.0, 2.0, 2.0])
+    t = dataclasses.replace(t, sampler_logp=torch.tensor([[0.4, 0.1, 0.5]], dtype=torch.float64).log())
+    assert IcePop().gradient_weight(t)[0].tolist() == pytest.approx([1.5, 0, 0])
+    assert IcePop().loss(t)[0].tolist() == pytest.approx([-3, 0, 0])
+
+
+@pytest.mark.parametrize("name", [n for n, objective in OBJECTIVES.items() if issubclass(objective, TopKObjective)])
+def test_a_top_k_objective_without_a_support_says_what_is_missing(name: str) -> None:
+    with pytest.raises(ValueError, match="topk is missing; this objective needs log-probs of the sampler's likeliest"):
+        make_objective(name).loss(one_token(0.6, 0.4, 1.0))
+
+
+def test_a_correction_without_the_sampler_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="sampler_logp is missing"):
+        IcePop().loss(one_token(0.6, 0.4, 1.0))
+
+
+def test_a_correction_on_top_of_a_correction_is_refused() -> None:
+    with pytest.raises(ValueError, match="IcePop weighs tokens by π_old/μ itself"):
+        Corrected(IcePop(), make_correction("token_mask"))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -210,7 +459,7 @@ def test_the_drpo_weight_of_a_diverging_token_is_that_of_the_published_threshold
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "message"),
     [
-        ("drop", {}, "unknown objective 'drop'; did you mean 'drpo'"),
+        ("drop", {}, "unknown objective 'drop'; did you mean 'dro' or 'drpo'"),
         ("PPO", {}, r"unknown objective 'PPO'.*Known: .*ppo"),
         ("drpo", {"delt": 0.2}, "unknown hyperparameter of drpo 'delt'; did you mean 'delta'"),
         ("ppo", {"clip_hi": 0.2}, "unknown hyperparameter of ppo 'clip_hi'; did you mean 'clip_high'"),
@@ -238,7 +487,7 @@ def test_a_hyperparameter_that_is_not_a_finite_number_above_zero_is_refused(
 def test_make_objective_gives_the_registered_class_with_the_hyperparameters_given(name: str) -> None:
     objective = make_objective(name, **TIGHT[name])
     assert type(objective) is OBJECTIVES[name]
-    assert dataclasses.asdict(objective) == TIGHT[name]
+    assert dataclasses.asdict(objective) == dataclasses.asdict(OBJECTIVES[name]()) | TIGHT[name]
     assert make_objective(name) == OBJECTIVES[name]()
 
 

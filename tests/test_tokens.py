@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, one_token, random_tensors
+from builders import TIGHT, gradients, one_token, random_tensors
 from drpo import OBJECTIVES, TokenBatch, TrustRegionMetrics, aggregate, make_objective
+from drpo.tokens import TopK
 
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 
@@ -97,11 +98,15 @@ def test_what_masked_positions_hold_changes_neither_loss_nor_gradient(name: str,
     def loss_and_gradient(filler: float) -> tuple[Tensor, Tensor]:
         given = random_tensors(seed=0)
         mask = given["mask"]
+        topk: TopK = given.pop("topk")
         given = {k: torch.where(mask, t.detach(), filler) for k, t in given.items() if k != "mask"}
-        logp = given["logp"].requires_grad_()
+        given["logp"].requires_grad_()
+        of_support = [torch.where(mask.unsqueeze(2), t.detach(), filler) for t in (topk.logp, topk.behavior_logp)]
+        given["topk"] = TopK(of_support[0].requires_grad_(), of_support[1], topk.is_sampled)
         batch = TokenBatch(**given, mask=mask)
         loss = aggregate(make_objective(name, **TIGHT[name]).loss(batch), batch.mask)
-        (gradient,) = torch.autograd.grad(loss, logp)
+        of_sampled, of_others = gradients(loss, given)
+        gradient = torch.cat([of_sampled.unsqueeze(2), of_others], dim=2)
         assert (gradient[~mask] == 0).all()
         return loss, gradient
 

@@ -298,7 +298,7 @@ class TestConfig:
                 r"generation_batch_size=64 contradicts .* = 32",
             ),
             ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected a whole number, at least 1"),
-            ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'drpo'"),
+            ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'dro' or 'drpo'"),
             ({"objective_kwargs": {"delte": 1}}, "did you mean 'delta'"),
             ({"aggregation": "token-men"}, "did you mean 'token-mean'"),
             ({"aggregation": "seq-mean-token-sum-norm"}, "horizon is None"),

@@ -1,15 +1,34 @@
-"""Error messages about names."""
+"""Registries: dicts of names, and error messages about names that are not in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line: the unknown name, the nearest known one, all known ones."""
+    """One line: the unknown name, the nearest known ones, all known ones."""
     choices = list(known)
-    nearest = get_close_matches(name, choices, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    nearest = get_close_matches(name, choices, n=2, cutoff=0.75) or get_close_matches(name, choices, n=1)
+    hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
     listed = f" Known: {', '.join(choices)}." if choices else " There are none."
     return f"unknown {kind} {name!r}{hint or '.'}{listed}"
+
+
+def make(kind: str, registry: Mapping[str, type[T]], name: str, hyperparameters: Mapping[str, Any]) -> T:
+    """The dataclass called ``name`` in a registry with these hyperparameters.
+
+    Raises:
+        ValueError: an unknown name or hyperparameter, or a value that the class refuses.
+    """
+    if name not in registry:
+        raise ValueError(unknown_name(kind, name, registry))
+    known = [field.name for field in fields(registry[name])]  # type: ignore[arg-type]
+    for given in hyperparameters:
+        if given not in known:
+            raise ValueError(unknown_name(f"hyperparameter of {name}", given, known))
+    return registry[name](**hyperparameters)

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from drpo.names import unknown_name
-from drpo.objectives.base import Objective
+from drpo.names import make
+from drpo.objectives.base import Anchor, Objective, TopKObjective
 from drpo.objectives.cispo import CISPO
+from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, make_correction
+from drpo.objectives.cppo import CPPO
 from drpo.objectives.dgpo import DGPO
 from drpo.objectives.dppo_kl import DPPOBinaryKL
+from drpo.objectives.dppo_topk_kl import DPPOTopKKL
+from drpo.objectives.dppo_topk_tv import DPPOTopKTV
 from drpo.objectives.dppo_tv import DPPOBinaryTV
+from drpo.objectives.dro import DRO
 from drpo.objectives.drpo import DRPO
+from drpo.objectives.drpo_k3 import DRPOK3
+from drpo.objectives.drpo_kl import DRPOKL
+from drpo.objectives.drpo_topk import DRPOTopK
+from drpo.objectives.drpo_tv import DRPOTV
+from drpo.objectives.drpo_unweighted import DRPOUnweighted
+from drpo.objectives.gmpo import GMPO
+from drpo.objectives.gspo import GSPO
+from drpo.objectives.icepop import IcePop
 from drpo.objectives.mask_drpo import MaskDRPO
+from drpo.objectives.pdm import PDM
 from drpo.objectives.pg import PG
 from drpo.objectives.ppo import PPO
+from drpo.objectives.ppo_dual_clip import DualClipPPO
 from drpo.objectives.sapo import SAPO
 from drpo.objectives.spo import SPO
+from drpo.objectives.vespo import VESPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "drpo": DRPO,
     "mask_drpo": MaskDRPO,
+    "drpo_topk": DRPOTopK,
+    "drpo_unweighted": DRPOUnweighted,
+    "drpo_kl": DRPOKL,
+    "drpo_tv": DRPOTV,
+    "drpo_k3": DRPOK3,
     "dppo_tv": DPPOBinaryTV,
     "dppo_kl": DPPOBinaryKL,
+    "dppo_topk_tv": DPPOTopKTV,
+    "dppo_topk_kl": DPPOTopKKL,
+    "cppo": CPPO,
+    "pdm": PDM,
     "spo": SPO,
+    "pg": PG,
+    "vespo": VESPO,
     "ppo": PPO,
+    "ppo_dual_clip": DualClipPPO,
+    "icepop": IcePop,
     "cispo": CISPO,
     "sapo": SAPO,
     "dgpo": DGPO,
-    "pg": PG,
+    "gspo": GSPO,
+    "gmpo": GMPO,
+    "dro": DRO,
 }
 
 
@@ -39,28 +69,42 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
         ValueError: an unknown name or hyperparameter (the message lists the choices and the
             nearest match), or a value out of range.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(unknown_name("objective", name, OBJECTIVES))
-    objective = OBJECTIVES[name]
-    known = [field.name for field in fields(objective)]
-    for given in hyperparameters:
-        if given not in known:
-            raise ValueError(unknown_name(f"hyperparameter of {name}", given, known))
-    return objective(**hyperparameters)
+    return make("objective", OBJECTIVES, name, hyperparameters)
 
 
 __all__ = [
     "CISPO",
+    "CORRECTIONS",
+    "CPPO",
     "DGPO",
+    "DRO",
     "DRPO",
+    "DRPOK3",
+    "DRPOKL",
+    "DRPOTV",
+    "GMPO",
+    "GSPO",
     "OBJECTIVES",
+    "PDM",
     "PG",
     "PPO",
     "SAPO",
     "SPO",
+    "VESPO",
+    "Anchor",
+    "Corrected",
+    "Correction",
     "DPPOBinaryKL",
     "DPPOBinaryTV",
+    "DPPOTopKKL",
+    "DPPOTopKTV",
+    "DRPOTopK",
+    "DRPOUnweighted",
+    "DualClipPPO",
+    "IcePop",
     "MaskDRPO",
     "Objective",
+    "TopKObjective",
+    "make_correction",
     "make_objective",
 ]

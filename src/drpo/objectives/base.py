@@ -5,28 +5,20 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from drpo.tokens import TokenBatch
 
+Anchor = Literal["sampler", "old"]
+"""What a ratio is taken against: the sampler's own log-probs (μ), or the trainer's when the rollout began (π_old)."""
+
 
 @dataclass(frozen=True)
-class Objective(ABC):
-    """A policy-gradient objective over single tokens.
-
-    The gradient weight w is what tells objectives apart, and the two methods are tied by it:
-
-        ∂loss/∂log π = −A · r · w
-
-    A subclass is a frozen dataclass whose fields are positive hyperparameters, each with its
-    default. ``formula`` is the quantity maximised, per token; ``weight`` says what w is.
-    """
-
-    formula: ClassVar[str]
-    weight: ClassVar[str]
-    source: ClassVar[str]
+class Hyperparameters:
+    """A frozen dataclass whose fields are finite numbers > 0."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -35,10 +27,110 @@ class Objective(ABC):
             if not (is_number and 0 < value <= sys.float_info.max):
                 raise ValueError(f"{field.name} is {value!r}; expected a finite number > 0")
 
+
+@dataclass(frozen=True)
+class Objective(Hyperparameters, ABC):
+    """A policy-gradient objective.
+
+    The gradient weight w is what tells objectives apart, and the two methods are tied by it:
+
+        ∂loss/∂log π = −A · r · w, the loss of every token by its own log-prob and no other
+
+    An objective over whole sequences takes what it computes from all tokens of a sequence (a mean
+    ratio, a budget) as a constant, and lets each token's log-prob carry its share of the gradient.
+    That is the gradient of the sequence's loss: a reduction weighs all tokens of a row alike.
+
+    A subclass is a frozen dataclass whose fields are positive hyperparameters, each with its
+    default. ``formula`` is the quantity maximised, per token, in which sg stops the gradient;
+    ``weight`` says what w is; ``anchor`` which policy the ratio is taken against.
+    """
+
+    formula: ClassVar[str]
+    weight: ClassVar[str]
+    source: ClassVar[str]
+    anchor: ClassVar[Anchor]
+
+    acts_without_advantage: ClassVar[bool] = False
+    """Whether a token with A = 0 has a gradient too."""
+
+    corrects_mismatch: ClassVar[bool] = False
+    """Whether the objective weighs tokens by π_old/μ itself, and so needs both."""
+
+    @property
+    @abstractmethod
+    def weight_bounds(self) -> tuple[float, float]:
+        """What w stays within, whatever the tokens; infinite where it has no bound."""
+
     @abstractmethod
     def loss(self, batch: TokenBatch) -> Tensor:
         """The loss to minimise of each token, [B, T]; 0 where masked."""
 
     @abstractmethod
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        """The weight w of each token's policy gradient, [B, T]; without gradient."""
+        """The weight w of each token's policy gradient, [B, T]; without gradient. Where A = 0 it says nothing."""
+
+    def coefficient(self, batch: TokenBatch) -> Tensor:
+        """What each token's ∇log π is multiplied by, [B, T]; without gradient: −∂loss/∂log π = A · r · w."""
+        return batch.advantage * batch.ratio.detach() * self.gradient_weight(batch)
+
+
+@dataclass(frozen=True)
+class MaskObjective(Objective):
+    """The surrogate r·A of the tokens that are kept: M·r·A, so that w = M is 0 or 1."""
+
+    weight: ClassVar[str] = "M"
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    @abstractmethod
+    def is_masked(self, batch: TokenBatch) -> Tensor:
+        """Where M = 0, [B, T], bool."""
+
+    def loss(self, batch: TokenBatch) -> Tensor:
+        return -self.gradient_weight(batch) * batch.ratio * batch.advantage
+
+    def gradient_weight(self, batch: TokenBatch) -> Tensor:
+        return (~self.is_masked(batch)).to(batch.advantage.dtype)
+
+
+@dataclass(frozen=True)
+class PenaltyObjective(Objective):
+    """An objective whose coefficient is not a multiple of A; its weight follows from it."""
+
+    acts_without_advantage: ClassVar[bool] = True
+
+    @abstractmethod
+    def coefficient(self, batch: TokenBatch) -> Tensor: ...
+
+    def gradient_weight(self, batch: TokenBatch) -> Tensor:
+        steered = batch.advantage != 0
+        weight = self.coefficient(batch) / (torch.where(steered, batch.advantage, 1.0) * batch.ratio.detach())
+        return torch.where(steered, weight, 1.0)
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return -torch.inf, torch.inf
+
+
+@dataclass(frozen=True)
+class TopKObjective(Objective):
+    """An objective that looks at the sampler's likeliest tokens, ``TokenBatch.topk``, beside the sampled one.
+
+    The gradient weight is that of the sampled token's log π, wherever the loss takes it from.
+
+    Args:
+        top_k: how many log-probs of each policy a token carries; all of a smaller vocabulary.
+    """
+
+    top_k: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.top_k, int):
+            raise ValueError(f"top_k is {self.top_k!r}; expected a whole number")
+
+    def top_k_coefficient(self, batch: TokenBatch) -> Tensor:
+        """−∂loss/∂log π of the tokens in ``topk`` that were not sampled, [B, T, K]; without gradient."""
+        return torch.zeros_like(batch.support.behavior_logp)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 
@@ -24,9 +25,14 @@ class CISPO(Objective):
     formula: ClassVar[str] = "sg(clip(r, 1 − clip_low, 1 + clip_high))·A·log π, where sg stops the gradient"
     weight: ClassVar[str] = "clip(r, 1 − clip_low, 1 + clip_high) / r"
     source: ClassVar[str] = "arXiv 2506.13585"
+    anchor: ClassVar[Anchor] = "old"
 
     clip_low: float = 10.0
     clip_high: float = 0.2
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 0.0, 1.0 if self.clip_low >= 1 else math.inf
 
     def _clipped(self, batch: TokenBatch) -> Tensor:
         return batch.ratio.detach().clamp(1 - self.clip_low, 1 + self.clip_high)

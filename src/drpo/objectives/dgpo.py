@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 
@@ -27,6 +27,7 @@ class DGPO(Objective):
         "((1 + clip_high) / r)^(1/high_root) where A > 0 and r > 1 + clip_high; else 1"
     )
     source: ClassVar[str] = "arXiv 2603.14389"
+    anchor: ClassVar[Anchor] = "old"
 
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -37,6 +38,10 @@ class DGPO(Objective):
         super().__post_init__()
         if self.clip_low >= 1:
             raise ValueError(f"clip_low is {self.clip_low!r}; expected less than 1, as r does not fall below 0")
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return -self.gradient_weight(batch) * batch.ratio * batch.advantage

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,13 @@ class DRPO(Objective):
     formula: ClassVar[str] = "r·A − |A|·μ·(r − 1)² / (2·delta)"
     weight: ClassVar[str] = "1 − sign(A(r − 1))·|π − μ| / delta"
     source: ClassVar[str] = "arXiv 2606.09821, Eq. 8–9"
+    anchor: ClassVar[Anchor] = "sampler"
 
     delta: float = 12.5
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 1 - 1 / self.delta, 1 + 1 / self.delta
 
     def loss(self, batch: TokenBatch) -> Tensor:
         if self.delta >= 1:

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.divergences import moving_away
 from drpo.tokens import TokenBatch
 
 
@@ -25,12 +26,17 @@ class MaskDRPO(Objective):
     )
     weight: ClassVar[str] = "1 − (1 − M)·|π − μ| / delta"
     source: ClassVar[str] = "arXiv 2606.09821, Fig. 11"
+    anchor: ClassVar[Anchor] = "sampler"
 
     delta: float = 0.15
 
     def _outside(self, batch: TokenBatch) -> Tensor:
         shift = batch.shift.detach()
-        return ((batch.advantage * shift > 0) & (shift.abs() > self.delta)).to(shift.dtype)
+        return (moving_away(batch) & (shift.abs() > self.delta)).to(shift.dtype)
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 1 - 1 / self.delta, 1.0
 
     def loss(self, batch: TokenBatch) -> Tensor:
         penalty = batch.advantage.abs() * batch.shift * batch.excess / (2 * self.delta)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 
@@ -17,6 +17,11 @@ class PG(Objective):
     formula: ClassVar[str] = "r·A"
     weight: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2606.09821, Eq. 2"
+    anchor: ClassVar[Anchor] = "sampler"
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return -batch.ratio * batch.advantage

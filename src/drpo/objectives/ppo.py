@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 
@@ -22,9 +22,14 @@ class PPO(Objective):
     formula: ClassVar[str] = "min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)"
     weight: ClassVar[str] = "0 where (A > 0, r > 1 + clip_high) or (A < 0, r < 1 − clip_low), else 1"
     source: ClassVar[str] = "arXiv 1707.06347, Eq. 7; arXiv 2503.14476, Eq. 10"
+    anchor: ClassVar[Anchor] = "old"
 
     clip_low: float = 0.2
     clip_high: float = 0.28
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def loss(self, batch: TokenBatch) -> Tensor:
         clipped = batch.ratio.clamp(1 - self.clip_low, 1 + self.clip_high)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 
@@ -24,9 +24,14 @@ class SAPO(Objective):
     formula: ClassVar[str] = "(4/τ)·σ(τ(r − 1))·A, with τ = tau_positive where A > 0, else tau_negative"
     weight: ClassVar[str] = "4·σ(τ(r − 1))·(1 − σ(τ(r − 1)))"
     source: ClassVar[str] = "arXiv 2511.20347"
+    anchor: ClassVar[Anchor] = "old"
 
     tau_positive: float = 1.0
     tau_negative: float = 1.05
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def _tau(self, batch: TokenBatch) -> Tensor:
         positive, negative = batch.advantage.new_tensor([self.tau_positive, self.tau_negative])

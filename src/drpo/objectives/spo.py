@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from drpo.objectives.base import Objective
+from drpo.objectives.base import Anchor, Objective
 from drpo.tokens import TokenBatch
 
 
@@ -22,8 +23,13 @@ class SPO(Objective):
     formula: ClassVar[str] = "r·A − |A|·(r − 1)² / (2·epsilon)"
     weight: ClassVar[str] = "1 − sign(A(r − 1))·|r − 1| / epsilon"
     source: ClassVar[str] = "arXiv 2606.09821, Eq. 5"
+    anchor: ClassVar[Anchor] = "sampler"
 
     epsilon: float = 12.5
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        return -math.inf, math.inf
 
     def loss(self, batch: TokenBatch) -> Tensor:
         penalty = batch.advantage.abs() * batch.excess.square() / (2 * self.epsilon)

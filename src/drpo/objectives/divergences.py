@@ -1,0 +1,52 @@
+"""How far π is from μ at a token, beyond the sampled token's |π − μ|; all without gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from drpo.tokens import TokenBatch
+
+
+def moving_away(batch: TokenBatch) -> Tensor:
+    """Where the policy gradient takes π further from μ, A(r − 1) > 0; [B, T], bool."""
+    # The sign of r − 1, not of π − μ, which is 0 where a rare token's μ underflows.
+    return batch.advantage.sign() * batch.excess.detach() > 0
+
+
+def others_log_ratio(batch: TokenBatch, bound: float = math.inf) -> Tensor:
+    """log of (1 − π)/(1 − μ), of any other token than the sampled one, [B, T]; 0 where both are certain of it."""
+    others, behavior_others = (_log_others(logp.detach().clamp(max=0)) for logp in (batch.logp, batch.behavior_logp))
+    both_certain = others.isinf() & behavior_others.isinf()
+    return torch.where(both_certain, 0.0, others - behavior_others).clamp(-bound, bound)
+
+
+def _log_others(logp: Tensor) -> Tensor:
+    # Either form keeps the digits that the other one loses: 1 − p where p is nearly 1, log(1 − p) where it is nearly 0.
+    return torch.where(logp > -math.log(2), (-logp.expm1()).log(), (-logp.exp()).log1p())
+
+
+def binary_kl(batch: TokenBatch, bound: float = math.inf) -> Tensor:
+    """KL of (π, 1 − π) from (μ, 1 − μ) in nats, [B, T] (arXiv 2602.04879), with |log (1 − π)/(1 − μ)| bounded."""
+    behavior_others = -batch.behavior_logp.clamp(max=0).expm1()
+    of_others = torch.where(behavior_others > 0, behavior_others * others_log_ratio(batch, bound), 0.0)
+    return -batch.behavior_prob * batch.log_ratio.detach() - of_others
+
+
+def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """π and μ over the sampler's top K, the sampled token where it is not among them, and the rest; each [B, T, K + 2].
+
+    The rest is at least the rounding error of 1: below that a difference from 1 says nothing.
+    """
+    support = batch.support
+    within = support.is_sampled.any(dim=2)
+
+    def over(support_logp: Tensor, logp: Tensor) -> Tensor:
+        sampled = torch.where(within, 0.0, logp.detach().exp())
+        known = torch.cat([support_logp.detach().exp(), sampled.unsqueeze(2)], dim=2)
+        rest = (1 - known.sum(dim=2, keepdim=True)).clamp(min=torch.finfo(known.dtype).eps)
+        return torch.cat([known, rest], dim=2)
+
+    return over(support.logp, batch.logp), over(support.behavior_logp, batch.behavior_logp)
