@@ -16,7 +16,7 @@ LAYERS = [
     {"names", "errors"},
     {"tokens", "tasks"},
     {"objectives", "aggregation", "advantage", "recipe"},
-    {"metrics", "rewards", "rollout"},
+    {"metrics", "rewards", "rollout", "scoring"},
     {"config"},
     {"trainer", "run"},
     {"evaluation", "progress", "report"},

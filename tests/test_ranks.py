@@ -54,8 +54,16 @@ def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path, 
     assert difference.norm() <= 1e-6 * torch.cat([g.flatten() for g in one.values()]).norm()
 
 
-def test_a_recipe_trains_and_reports(tmp_path: Path) -> None:
-    small = ["rollouts=2", "heldout_problems=6", "heldout_samples=1", "prompts_per_rollout=4", "evaluate_every=1"]
+@pytest.mark.parametrize("objective", ["drpo", "drpo_topk"])
+def test_a_recipe_trains_and_reports(tmp_path: Path, objective: str) -> None:
+    small = [
+        f"objective={objective}",
+        "rollouts=2",
+        "heldout_problems=6",
+        "heldout_samples=1",
+        "prompts_per_rollout=4",
+        "evaluate_every=1",
+    ]
     sets = [argument for assignment in small for argument in ("--set", assignment)]
     done = launch("-m", "drpo", "train", "--output", str(tmp_path / "run"), *sets)
     assert done.returncode == 0, done.stderr[-3000:]

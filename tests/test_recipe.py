@@ -88,6 +88,15 @@ MALFORMED = [
         ("missing field", "learning_rate: 0.0001\n", "", "learning_rate: is missing"),
         ("missing nested field", "train: arithmetic\n", "prompt: question\n", "task.train: is missing"),
         ("objective without a name", "name: drpo\n", "", "objective.name: is missing"),
+        ("unknown anchor", "seed: 0", "anchor: oldd", "anchor: got 'oldd'; expected 'sampler' or 'old'"),
+        ("unknown correction", "seed: 0", "correction: token_mas", "correction 'token_mas'; did you mean 'token_mask'"),
+        ("correction of the sampler", "seed: 0", "correction: token_mask", "correction: TokenMask weighs by π_old/μ"),
+        (
+            "likeliest tokens of the old policy",
+            "objective:\n  name: drpo\n",
+            "anchor: old\nobjective:\n  name: drpo_topk\n",
+            "anchor: got 'old' with DRPOTopK",
+        ),
         ("unknown objective", "name: drpo", "name: drop", "objective: unknown objective 'drop'; did you mean 'dro' or 'drpo'?"),
         ("hyperparameter of another objective", "delta: 0.2", "clip_low: 0.2", "objective: unknown hyperparameter of drpo 'clip_low'"),
         ("misspelt hyperparameter", "delta: 0.2", "detla: 0.2", "'detla'; did you mean 'delta'?"),
@@ -223,6 +232,8 @@ temperature: 0.7
 aggregation: seq-mean-token-sum-norm
 horizon: 30
 advantage: mean-std
+anchor: old
+correction: {name: token_mask, high: 3.0}
 audit_threshold: 0.01
 precision: bf16
 lora: {r: 4, alpha: 8, target_modules: [q_proj, v_proj]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,13 +21,15 @@ from drpo.rollout.record import record_log_probs
 from drpo.tasks import builtin_problems
 from support.rollouts import config, gradient_of_one_update, load_model, made_up_reward, made_up_rollout
 
+T = TypeVar("T", bound=DRPOTrainer)
+
 
 @pytest.fixture(scope="module")
 def problems() -> Dataset:
     return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 32, seed=0)])
 
 
-def make_trainer(output: Path, problems: Dataset, model: Any = None, **kwargs: Any) -> DRPOTrainer:
+def make_trainer(output: Path, problems: Dataset, kind: type[T] = DRPOTrainer, model: Any = None, **kwargs: Any) -> T:
     settings = {"per_device_train_batch_size": 8, "num_generations": 4, "updates_per_rollout": 2, "max_steps": 2}
     extra = {
         name: kwargs.pop(name)
@@ -35,7 +37,7 @@ def make_trainer(output: Path, problems: Dataset, model: Any = None, **kwargs: A
         if name in kwargs
     }
     loaded, tokenizer = load_model()
-    return DRPOTrainer(
+    return kind(
         model=model or loaded,
         reward_funcs=extra.pop("reward_funcs", exact_answer),
         args=config(output, **{**settings, **kwargs}),
@@ -61,6 +63,24 @@ class TestBehaviorLogProbs:
         expected = scores.gather(2, drawn.unsqueeze(2)).squeeze(2)
         for row, (length, recorded) in enumerate(zip((8, 3), recorder.log_probs([8, 3]), strict=True)):
             assert recorded == pytest.approx(expected[row, :length].tolist(), abs=1e-5)
+
+    def test_come_with_those_of_the_likeliest_tokens_if_asked_for(self) -> None:
+        model, tokenizer = load_model()
+        inputs = tokenizer(["1+2=", "10+34-6+29-38="], return_tensors="pt", padding=True)
+        torch.manual_seed(0)
+        with record_log_probs(model, top_k=3) as recorder:
+            generated = model.generate(
+                **inputs, do_sample=True, max_new_tokens=8, output_scores=True, return_dict_in_generate=True
+            )
+        expected = torch.stack(generated.scores, dim=1).log_softmax(dim=-1).topk(3, dim=2)
+        steps = len(generated.scores)
+        likeliest = recorder.likeliest(steps + 2)
+        assert likeliest is not None
+        ids, log_probs = likeliest
+        assert torch.equal(ids[:, :steps], expected.indices)
+        torch.testing.assert_close(log_probs[:, :steps], expected.values)
+        assert ids.shape == log_probs.shape == (2, steps + 2, 3)
+        assert (log_probs[:, steps:] == 0).all()
 
     def test_leave_the_model_as_it_was(self) -> None:
         model, _ = load_model()
@@ -89,6 +109,112 @@ class TestBehaviorLogProbs:
         with pytest.raises(ValueError, match="the sampler's log-prob of token 0 of completion 0 is nan"):
             trainer.train()
         assert all(torch.equal(before[name], after) for name, after in _weights(trainer).items())
+
+
+class Watching(DRPOTrainer):
+    """Keeps what each update is made of."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.updates: list[dict[str, Any]] = []
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> Any:
+        scored = super()._score(model, inputs)
+        logp, _, _, topk = scored
+        self.updates.append({**inputs, "logp": logp.detach(), "topk": topk})
+        return scored
+
+
+class TestAnchor:
+    def test_of_an_old_policy_is_the_trainer_s_own_when_the_rollout_began(
+        self, tmp_path: Path, problems: Dataset
+    ) -> None:
+        made_up = {"rollout_func": made_up_rollout, "reward_funcs": made_up_reward, "audit_threshold": 100.0}
+        trainer = make_trainer(
+            tmp_path, problems, Watching, objective="ppo", max_steps=4, learning_rate=1e-3, **made_up
+        )
+        trainer.train()
+        for rollout in (trainer.updates[:2], trainer.updates[2:]):
+            mask = [update["completion_mask"].bool() for update in rollout]
+            distances = [
+                (update["logp"] - update["old_per_token_logps"]).abs()[m].max()
+                for update, m in zip(rollout, mask, strict=True)
+            ]
+            assert distances[0] < 1e-5 < distances[1]
+        # The made-up sampler is another policy, and how far π is from that one is what is measured.
+        assert trainer.state.log_history[0]["divergence/mean"] > 0.1
+
+    def test_at_the_only_update_of_a_rollout_is_the_policy_itself(self, tmp_path: Path) -> None:
+        gradients = [
+            _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **settings))
+            for settings in ({"objective": "ppo"}, {"objective": "pg", "anchor": "old"}, {"objective": "pg"})
+        ]
+        assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
+        assert (gradients[0] - gradients[2]).norm() > 1e-3 * gradients[0].norm()
+
+    def test_with_a_correction_weighs_tokens_by_what_it_and_the_sampler_differ_by(self, tmp_path: Path) -> None:
+        gradients = [
+            _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **settings))
+            for settings in (
+                # At r = π_old/π_old = 1, ρ·r is π/μ: a truncation that is never reached makes it the surrogate.
+                {"objective": "ppo", "correction": "token_truncate", "correction_kwargs": {"cap": 1e9}},
+                {"objective": "pg"},
+                {"objective": "ppo", "correction": "token_truncate"},
+            )
+        ]
+        assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
+        assert (gradients[2] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
+class TestTopK:
+    def test_log_probs_of_sampler_and_trainer_agree_before_an_update(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(
+            tmp_path,
+            problems,
+            Watching,
+            objective="drpo_topk",
+            objective_kwargs={"top_k": 4, "delta": 0.2},
+            learning_rate=1e-3,
+        )
+        trainer.train()
+        first, second = trainer.updates
+        mask = first["completion_mask"].bool()
+        topk = first["topk"]
+        assert topk.logp.shape == (*mask.shape, 4)
+        assert (topk.logp - topk.behavior_logp).abs()[mask].max() < 1e-4
+        # Where the sampled token is among them, its log-prob is the same one.
+        sampled = topk.is_sampled & mask.unsqueeze(2)
+        assert sampled.any()
+        alone = first["sampling_per_token_logps"].unsqueeze(2).expand_as(topk.logp)
+        torch.testing.assert_close(topk.behavior_logp[sampled], alone[sampled], rtol=0, atol=1e-5)
+        assert (second["topk"].logp - second["topk"].behavior_logp).abs()[second["completion_mask"].bool()].max() > 1e-3
+
+    def test_scores_are_those_of_the_fused_head(self, tmp_path: Path, problems: Dataset) -> None:
+        scored = {}
+        for objective in ("drpo", "drpo_topk"):
+            trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8)
+            torch.manual_seed(0)
+            ids = torch.randint(3, 12, (4, 9))
+            padded = {"prompt_ids": ids[:, :4], "prompt_mask": torch.ones(4, 4, dtype=torch.long)}
+            padded["prompt_mask"][1, :2] = 0
+            completions = {"completion_ids": ids[:, 4:], "completion_mask": torch.ones(4, 5, dtype=torch.long)}
+            likeliest = {"top_k_ids": torch.randint(3, 12, (4, 5, 2)), "top_k_sampling_logps": torch.zeros(4, 5, 2)}
+            scored[objective] = trainer._score(trainer.model, {**padded, **completions, **likeliest})
+        for fused, full in zip(scored["drpo"][:2], scored["drpo_topk"][:2], strict=True):
+            torch.testing.assert_close(full, fused, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("settings", "what"),
+        [
+            ({"rollout_func": made_up_rollout, "reward_funcs": made_up_reward}, "a rollout_func"),
+            ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
+        ],
+    )
+    def test_is_refused_where_it_is_not_recorded(
+        self, tmp_path: Path, problems: Dataset, settings: dict[str, Any], what: str
+    ) -> None:
+        with pytest.raises(ValueError, match=f"objective='pdm' needs log-probs of .* does not work with {what}"):
+            make_trainer(tmp_path, problems, objective="pdm", **settings)
 
 
 class TestAudit:
@@ -307,6 +433,17 @@ class TestConfig:
             ({"audit_threshold": float("nan")}, "audit_threshold is nan"),
             ({"updates_per_rollout": 2.5}, "updates_per_rollout is 2.5"),
             ({"objective_kwargs": [1]}, r"objective_kwargs is \[1\]; expected a mapping"),
+            ({"anchor": "olt"}, "unknown anchor 'olt'; did you mean 'old'"),
+            ({"objective": "ppo", "correction": "token_cap"}, "unknown correction 'token_cap'"),
+            ({"correction": "token_mask"}, "correction: TokenMask weighs by π_old/μ .* against μ already"),
+            ({"objective": "ppo", "correction_kwargs": {"cap": 2}}, "correction_kwargs is .* without a correction"),
+            (
+                {"objective": "ppo", "correction": "token_mask", "correction_kwargs": {"cap": 2}},
+                "unknown hyperparameter of token_mask 'cap'",
+            ),
+            ({"objective": "icepop", "correction": "token_mask"}, "IcePop weighs tokens by π_old/μ itself"),
+            ({"objective": "icepop", "anchor": "sampler"}, "anchor: got 'sampler' with IcePop"),
+            ({"objective": "pdm", "anchor": "old"}, "anchor: got 'old' with PDM"),
             ({"max_steps": 6}, "max_steps=6 ends within a rollout of updates_per_rollout=4"),
             ({"save_strategy": "best"}, "save_strategy='best'"),
             ({"generation_kwargs": {"do_sample": False}}, "generation_kwargs has 'do_sample'"),

@@ -6,20 +6,23 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from drpo.advantage import Advantage, group_advantage
 from drpo.aggregation import Aggregation, aggregate
-from drpo.objectives import Objective, make_objective
+from drpo.names import unknown_name
+from drpo.objectives import Anchor, Objective, anchored, make_correction, make_objective
 from drpo.rollout.audit import NEUTRAL
 
 logger = logging.getLogger(__name__)
 
 _FILTER = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
 _OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
+
+_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
 
 REFUSED: dict[str, str] = {
     "beta": "no reference model is kept; the objective keeps π near μ by itself",
@@ -31,11 +34,11 @@ REFUSED: dict[str, str] = {
     "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
     "scale_rewards": "set advantage= ('mean', 'mean-std' or 'leave-one-out')",
     "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
-    "vllm_importance_sampling_correction": "it would multiply by π_old/μ a loss whose ratio is anchored on μ already",
-    "vllm_importance_sampling_mode": "there is no correction to configure: the ratio is anchored on μ",
-    "vllm_importance_sampling_clip_max": "there is no correction to configure: the ratio is anchored on μ",
-    "vllm_importance_sampling_cap": "there is no correction to configure: the ratio is anchored on μ",
-    "vllm_importance_sampling_clip_min": "there is no correction to configure: the ratio is anchored on μ",
+    "vllm_importance_sampling_correction": "set correction='token_truncate', for an objective anchored on the old policy",
+    "vllm_importance_sampling_mode": "set correction= ('token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask')",
+    "vllm_importance_sampling_clip_max": _CORRECTION,
+    "vllm_importance_sampling_cap": _CORRECTION,
+    "vllm_importance_sampling_clip_min": _CORRECTION,
     "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
     "top_entropy_quantile": "every completion token is trained on",
     "entropy_coef": "there is no entropy bonus",
@@ -95,6 +98,12 @@ class DRPOConfig(GRPOConfig):
     Args:
         objective: a name of :data:`drpo.OBJECTIVES`.
         objective_kwargs: its hyperparameters; its own defaults where absent.
+        anchor: what the ratio is taken against: ``sampler`` (μ, its recorded log-probs) or ``old``
+            (the trainer's policy when the rollout began, at the price of one more forward pass a
+            rollout). None takes the objective's own.
+        correction: a name of :data:`drpo.objectives.CORRECTIONS`, the weight by π_old/μ of an
+            objective anchored on the old policy; none by default.
+        correction_kwargs: its hyperparameters; its own defaults where absent.
         updates_per_rollout: optimizer steps on each rollout's samples.
         aggregation: how token losses become one number; see :func:`drpo.token_scale`.
         horizon: tokens, for the aggregation ``seq-mean-token-sum-norm``.
@@ -104,10 +113,13 @@ class DRPOConfig(GRPOConfig):
             where one fp32 model samples and trains, else its ``APPROXIMATE_THRESHOLD``.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
 
     objective: str = field(default="drpo", metadata={"help": "Objective to optimise."})
     objective_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
+    anchor: Anchor | None = field(default=None, metadata={"help": "What the ratio is taken against."})
+    correction: str | None = field(default=None, metadata={"help": "Weight by pi_old/mu."})
+    correction_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
     updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps on each rollout's samples."})
     aggregation: Aggregation = field(default="token-mean", metadata={"help": "How token losses become one number."})
     horizon: int | None = field(default=None, metadata={"help": "Tokens, for seq-mean-token-sum-norm."})
@@ -147,11 +159,19 @@ class DRPOConfig(GRPOConfig):
         group_advantage(torch.zeros(1), 1, self.advantage)
 
     def make_objective(self) -> Objective:
-        """The objective with its hyperparameters."""
-        kwargs: Any = self.objective_kwargs or {}  # parsed from JSON by now, if it was text
-        if not isinstance(kwargs, dict):
-            raise ValueError(f"objective_kwargs is {kwargs!r}; expected a mapping of hyperparameters")
-        return make_objective(self.objective, **kwargs)
+        """The objective with its hyperparameters, under the correction if there is one.
+
+        Raises:
+            ValueError: an unknown name, a value out of range, or an anchor that does not go with them.
+        """
+        objective = make_objective(self.objective, **_mapping("objective_kwargs", self.objective_kwargs))
+        if self.anchor not in (None, *get_args(Anchor)):
+            raise ValueError(unknown_name("anchor", str(self.anchor), get_args(Anchor)))
+        correction_kwargs = _mapping("correction_kwargs", self.correction_kwargs)
+        if self.correction is None and correction_kwargs:
+            raise ValueError(f"correction_kwargs is {correction_kwargs!r} without a correction")
+        correction = make_correction(self.correction, **correction_kwargs) if self.correction else None
+        return anchored(objective, self.anchor, correction)
 
     def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
         if asked_steps not in (None, self.steps_per_generation):
@@ -185,3 +205,10 @@ class DRPOConfig(GRPOConfig):
             logger.warning(
                 "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", asked, self.save_steps
             )
+
+
+def _mapping(name: str, kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+    kwargs = kwargs or {}  # parsed from JSON by now, if it was text
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"{name} is {kwargs!r}; expected a mapping of hyperparameters")
+    return kwargs

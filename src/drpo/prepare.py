@@ -83,12 +83,14 @@ def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         )
     chosen = {
         name: getattr(recipe, name)
-        for name in ("temperature", "aggregation", "horizon", "advantage", "audit_threshold")
+        for name in ("temperature", "aggregation", "horizon", "advantage", "anchor", "audit_threshold")
     }
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "objective": recipe.objective.name,
         "objective_kwargs": recipe.objective.hyperparameters,
+        "correction": recipe.correction and recipe.correction.name,
+        "correction_kwargs": recipe.correction and recipe.correction.hyperparameters,
         "updates_per_rollout": recipe.updates_per_rollout,
         "num_generations": recipe.num_generations,
         "per_device_train_batch_size": micro_batch,

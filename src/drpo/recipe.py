@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from drpo.errors import UserError
 from drpo.names import unknown_name
 from drpo.tasks import BUILTIN_MODELS
+
+if TYPE_CHECKING:
+    from drpo.objectives import Correction, Objective
 
 BUILTIN_RECIPE = Path(str(files("drpo.tasks") / "arithmetic.yaml"))
 
@@ -50,8 +53,8 @@ class TaskSpec(_Strict):
         return template
 
 
-class ObjectiveSpec(BaseModel):
-    """An objective's name and, beside it, its hyperparameters."""
+class _Named(BaseModel):
+    """A name and, beside it, the hyperparameters of what it names; :meth:`make` makes it."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -61,12 +64,36 @@ class ObjectiveSpec(BaseModel):
     def hyperparameters(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    def make(self) -> Any:
+        raise NotImplementedError
+
     @model_validator(mode="after")
-    def _exists(self) -> ObjectiveSpec:
+    def _exists(self) -> Self:
+        self.make()
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class ObjectiveSpec(_Named):
+    """An objective of :data:`drpo.OBJECTIVES`."""
+
+    def make(self) -> Objective:
         from drpo.objectives import make_objective
 
-        make_objective(self.name, **self.hyperparameters)
-        return self
+        return make_objective(self.name, **self.hyperparameters)
+
+
+class CorrectionSpec(_Named):
+    """A correction of :data:`drpo.objectives.CORRECTIONS`."""
+
+    def make(self) -> Correction:
+        from drpo.objectives import make_correction
+
+        return make_correction(self.name, **self.hyperparameters)
 
 
 class LoRASpec(_Strict):
@@ -101,6 +128,8 @@ class Recipe(_Strict):
     ) = None
     horizon: Positive | None = None
     advantage: Literal["mean", "mean-std", "leave-one-out"] | None = None
+    anchor: Literal["sampler", "old"] | None = None
+    correction: CorrectionSpec | None = None
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     lora: LoRASpec | None = None
@@ -117,11 +146,6 @@ class Recipe(_Strict):
         is_folder = model not in BUILTIN_MODELS and "\0" not in model and os.path.isdir(model)
         return str(Path(model).absolute()) if is_folder else model
 
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
     @field_validator("trainer")
     @classmethod
     def _not_ours(cls, trainer: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +155,13 @@ class Recipe(_Strict):
             if not _is_finite(trainer[name]):
                 raise ValueError(f"{name} is {trainer[name]}; expected finite numbers")
         return trainer
+
+    @model_validator(mode="after")
+    def _is_anchored(self) -> Recipe:
+        from drpo.objectives import anchored
+
+        anchored(self.objective.make(), self.anchor, self.correction and self.correction.make())
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Recipe:
@@ -217,7 +248,7 @@ def _override(document: dict[str, Any], assignment: str) -> None:
         value = float(text)
     *parents, last = path.split(".")
     for parent in parents:
-        if parent == "objective" and isinstance(document.get(parent), str):
+        if parent in ("objective", "correction") and isinstance(document.get(parent), str):
             document[parent] = {"name": document[parent]}
         document = document.setdefault(parent, {})
         if not isinstance(document, dict):

@@ -19,7 +19,6 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 
 from drpo.evaluation import Evaluation, evaluate
-from drpo.objectives import make_objective
 from drpo.prepare import load_problems, make_trainer
 from drpo.progress import Progress
 from drpo.recipe import Recipe
@@ -98,10 +97,9 @@ def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """What became of a run, from what it wrote, before an interruption too."""
     metrics, accuracies = read_jsonl(folder.metrics), [row["accuracy"] for row in read_jsonl(folder.evaluations)]
     first, last = metrics[0], metrics[-1]
-    objective = make_objective(recipe.objective.name, **recipe.objective.hyperparameters)
     return {
         "objective": recipe.objective.name,
-        "objective_kwargs": dataclasses.asdict(objective),
+        "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
         "accuracy_before": accuracies[0] if accuracies else None,
         "accuracy_after": accuracies[-1] if accuracies else None,
         "rollouts": recipe.rollouts,

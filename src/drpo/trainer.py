@@ -14,9 +14,11 @@ from drpo.advantage import group_advantage
 from drpo.aggregation import Counts, aggregate
 from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
+from drpo.objectives import TopKObjective
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
-from drpo.rollout.record import record_log_probs
-from drpo.tokens import TokenBatch
+from drpo.rollout.record import LogProbRecorder, record_log_probs
+from drpo.scoring import score_top_k
+from drpo.tokens import TokenBatch, TopK
 
 _MULTIMODAL = (
     "pixel_values",
@@ -35,14 +37,17 @@ _MULTIMODAL = (
 class DRPOTrainer(GRPOTrainer):
     """GRPOTrainer with the objective of its :class:`DRPOConfig`.
 
-    The ratio is π/μ with μ the sampler's own log-probs, recorded as the tokens are drawn, also
-    when Transformers generates. Before the first update they are compared with the trainer's
+    The sampler's own log-probs are recorded as the tokens are drawn, also when Transformers
+    generates. An objective anchored on μ takes its ratio against them; for one anchored on the
+    trainer's old policy every rollout is scored once more before it is trained on. Before the first
+    update the sampler's log-probs are compared with the trainer's
     (:class:`~drpo.rollout.audit.Audit`); a run whose sampler and trainer disagree stops there.
 
     Arguments as for ``trl.GRPOTrainer``.
 
     Attributes:
         objective: the objective being optimised.
+        anchor: what its ratio is taken against, ``sampler`` or ``old``.
         audit: the comparison made before the first update; None until then.
         trust_region: what was measured over the updates last logged, on every rank.
     """
@@ -78,6 +83,10 @@ class DRPOTrainer(GRPOTrainer):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.objective = args.make_objective()
+        self.anchor = args.anchor or self.objective.anchor
+        self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
+        if self._top_k:
+            self._refuse_without_top_k()
         unwrapped = self.accelerator.unwrap_model(self.model)
         base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
         parameters = inspect.signature(base.forward).parameters
@@ -87,25 +96,40 @@ class DRPOTrainer(GRPOTrainer):
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences: list[Tensor] = []
         self._sampling = False
+        self._recorder: LogProbRecorder | None = None
+
+    def _refuse_without_top_k(self) -> None:
+        for is_used, what in (
+            (self.use_vllm, "vLLM, of which TRL keeps the sampled token's log-prob alone"),
+            (self.rollout_func is not None, "a rollout_func, which returns the sampled tokens' log-probs alone"),
+            (bool(self.tools), "tools, whose turns are generated apart from one another"),
+            (self._is_vlm, "a vision-language model"),
+            (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32, which is TRL's fused head's"),
+        ):
+            if is_used:
+                raise ValueError(
+                    f"objective={self.args.objective!r} needs log-probs of the sampler's likeliest tokens, as "
+                    f"Transformers generation records them; it does not work with {what}"
+                )
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
-        with record_log_probs(self.accelerator.unwrap_model(self.model_wrapped)) as recorder:
+        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
+        with record_log_probs(unwrapped, self._top_k if self._sampling else 0) as recorder:
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
+        self._recorder = recorder
         return completion_ids, recorder.log_probs([len(ids) for ids in completion_ids])
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._sampling:
-            # TRL scores every rollout once more for π_old; the ratio here is anchored on the sampler.
+        if self._sampling and self.anchor == "sampler":
+            # TRL scores every rollout once more for π_old, which the ratio is not taken against.
             return None, None, None
         if not self._takes_positions:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
         def scored_where_sampled(*, attention_mask: Tensor, **inputs: Any) -> Any:
-            # Positions that do not count left padding, as in generation.
-            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-            return model(attention_mask=attention_mask, position_ids=positions, **inputs)
+            return model(attention_mask=attention_mask, position_ids=_positions(attention_mask), **inputs)
 
         return super()._get_per_token_logps_and_entropies(scored_where_sampled, *args, **kwargs)
 
@@ -143,6 +167,9 @@ class DRPOTrainer(GRPOTrainer):
         logged.extend(advantages.tolist())
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = advantages[first : first + len(inputs)]
+        if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
+            output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
+        self._recorder = None
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -161,26 +188,47 @@ class DRPOTrainer(GRPOTrainer):
         tokens, sequences = self.accelerator.reduce(local, reduction="sum")
         return Counts(tokens=tokens, sequences=sequences)
 
+    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, TopK | None]:
+        """log π and entropy [B, T], the load-balancing loss, and the log-probs of the likeliest tokens if the objective needs them."""
+        completion_ids = inputs["completion_ids"]
+        input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        if not self._top_k:
+            logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                completion_ids.shape[1],
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **{name: inputs.get(name) for name in _MULTIMODAL},
+            )
+            return logp, entropy, aux_loss, None
+        model_inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._takes_positions:
+            model_inputs["position_ids"] = _positions(attention_mask)
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        ids = inputs["top_k_ids"]
+        with self.accelerator.autocast():
+            scores = score_top_k(model, completion_ids, ids, self.temperature, model_inputs)
+        topk = TopK(scores.top_k_logp, inputs["top_k_sampling_logps"], ids == completion_ids.unsqueeze(2))
+        return scores.logp, scores.entropy, scores.aux_loss, topk
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs.get(name) for name in _MULTIMODAL},
-        )
-        batch = TokenBatch(
-            logp=logp,
-            behavior_logp=inputs["sampling_per_token_logps"],
-            advantage=inputs["advantages"],
-            mask=_loss_mask(inputs),
-        )
+        logp, entropy, aux_loss, topk = self._score(model, inputs)
+        tokens = {"logp": logp, "advantage": inputs["advantages"], "mask": _loss_mask(inputs)}
+        sampler_logp = inputs["sampling_per_token_logps"]
+        sampled = batch = TokenBatch(**tokens, behavior_logp=sampler_logp, topk=topk)
+        if self.anchor == "old":
+            # TRL keeps none where a rollout is a single update: π is π_old then.
+            old_logp = inputs.get("old_per_token_logps", logp.detach())
+            batch = TokenBatch(**tokens, behavior_logp=old_logp, sampler_logp=sampler_logp)
         if self.audit is None and mode == "train":
-            self._audit(batch)
-        self._measured[mode].update(batch, self.objective.gradient_weight(batch), entropy)
+            self._audit(sampled)
+        # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
+        self._measured[mode].update(sampled, self.objective.gradient_weight(batch), entropy)
         loss = aggregate(
             self.objective.loss(batch),
             batch.mask,
@@ -190,7 +238,7 @@ class DRPOTrainer(GRPOTrainer):
         )
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled:
+        if aux_loss is not None:
             parts = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / parts
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
@@ -253,6 +301,11 @@ class DRPOTrainer(GRPOTrainer):
             if mode == "train":
                 self.trust_region = measured
         super().log(logs, start_time)
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Positions that do not count left padding, as in generation."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

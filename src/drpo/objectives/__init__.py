@@ -7,7 +7,7 @@ from typing import Any
 from drpo.names import make
 from drpo.objectives.base import Anchor, Objective, TopKObjective
 from drpo.objectives.cispo import CISPO
-from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, make_correction
+from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, anchored, make_correction
 from drpo.objectives.cppo import CPPO
 from drpo.objectives.dgpo import DGPO
 from drpo.objectives.dppo_kl import DPPOBinaryKL
@@ -105,6 +105,7 @@ __all__ = [
     "MaskDRPO",
     "Objective",
     "TopKObjective",
+    "anchored",
     "make_correction",
     "make_objective",
 ]

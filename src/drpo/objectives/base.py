@@ -61,6 +61,11 @@ class Objective(Hyperparameters, ABC):
     def weight_bounds(self) -> tuple[float, float]:
         """What w stays within, whatever the tokens; infinite where it has no bound."""
 
+    @property
+    def edge(self) -> float | None:
+        """The |π − μ| at which w reaches 0 or a mask sets in; None where it is not |π − μ| that decides."""
+        return None
+
     @abstractmethod
     def loss(self, batch: TokenBatch) -> Tensor:
         """The loss to minimise of each token, [B, T]; 0 where masked."""

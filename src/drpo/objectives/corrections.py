@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drpo.names import make
-from drpo.objectives.base import Anchor, Hyperparameters, Objective
+from drpo.objectives.base import Anchor, Hyperparameters, Objective, TopKObjective
 from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 
@@ -175,3 +175,28 @@ class Corrected(Objective):
 
     def coefficient(self, batch: TokenBatch) -> Tensor:
         return self.correction.weight(batch) * self.objective.coefficient(batch)
+
+
+def anchored(objective: Objective, anchor: Anchor | None = None, correction: Correction | None = None) -> Objective:
+    """The objective under the correction, if both go with the anchor: the one given, or the objective's own.
+
+    Raises:
+        ValueError: they do not.
+    """
+    anchor = anchor or objective.anchor
+    name = type(objective).__name__
+    if correction is not None:
+        if anchor == "sampler":
+            raise ValueError(
+                f"correction: {type(correction).__name__} weighs by π_old/μ a loss whose ratio is taken against μ "
+                f"already ({name}); expected an objective anchored on the old policy, or anchor 'old'"
+            )
+        objective = Corrected(objective, correction)
+    if anchor == "sampler" and objective.corrects_mismatch:
+        raise ValueError(f"anchor: got 'sampler' with {name}, which weighs tokens by π_old/μ; expected 'old'")
+    if anchor == "old" and isinstance(objective, TopKObjective):
+        raise ValueError(
+            f"anchor: got 'old' with {name}, which needs the anchor's likeliest tokens, and they are recorded of the "
+            "sampler alone; expected 'sampler'"
+        )
+    return objective

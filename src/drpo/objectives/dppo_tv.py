@@ -24,5 +24,9 @@ class DPPOBinaryTV(MaskObjective):
 
     delta: float = 0.15
 
+    @property
+    def edge(self) -> float:
+        return self.delta
+
     def is_masked(self, batch: TokenBatch) -> Tensor:
         return moving_away(batch) & (batch.shift.detach().abs() > self.delta)

@@ -34,6 +34,10 @@ class DRPO(Objective):
     delta: float = 12.5
 
     @property
+    def edge(self) -> float:
+        return self.delta
+
+    @property
     def weight_bounds(self) -> tuple[float, float]:
         return 1 - 1 / self.delta, 1 + 1 / self.delta
 

@@ -30,6 +30,10 @@ class MaskDRPO(Objective):
 
     delta: float = 0.15
 
+    @property
+    def edge(self) -> float:
+        return self.delta
+
     def _outside(self, batch: TokenBatch) -> Tensor:
         shift = batch.shift.detach()
         return (moving_away(batch) & (shift.abs() > self.delta)).to(shift.dtype)

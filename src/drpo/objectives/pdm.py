@@ -30,6 +30,10 @@ class PDM(MaskObjective, TopKObjective):
 
     delta: float = 0.15
 
+    @property
+    def edge(self) -> float:
+        return self.delta
+
     def is_masked(self, batch: TokenBatch) -> Tensor:
         pi, mu = categories(batch)
         shift = batch.shift.detach()

@@ -67,7 +67,7 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
     for index, run in enumerate(runs):
         for order, (key, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"), ("max", "maximum"))):
             figure.add_trace(_line(run, index, len(runs), f"divergence/{key}", label, order))
-    if len(runs) == 1 and (delta := getattr(runs[0].objective, "delta", 1)) < 1:
+    if len(runs) == 1 and (delta := runs[0].objective.edge or 1) < 1:
         rollouts = [row["rollout"] for row in runs[0].metrics]
         edge = {"x": rollouts[:: max(len(rollouts) - 1, 1)], "y": [delta, delta], "name": f"δ = {delta:g}"}
         figure.add_trace(go.Scatter(**edge, mode="lines", line={"color": "#555", "dash": "dash", "width": 1}))

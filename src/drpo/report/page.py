@@ -128,15 +128,13 @@ def _overview(runs: Sequence[RunData]) -> str:
     ]
     rows = []
     for run in runs:
-        hyperparameters = run.summary.get("objective_kwargs", run.recipe.objective.hyperparameters)
-        named = ", ".join(f"{name}={value}" for name, value in hyperparameters.items())
         accuracies = [row["accuracy"] for row in run.evaluations] or ["not measured"]
         done = run.metrics[-1]["rollout"] if run.metrics else 0
         rollouts = run.recipe.rollouts if run.summary else f"{done} of {run.recipe.rollouts}"
         rows.append(
             [
                 run.name,
-                f"{run.recipe.objective.name}({named})",
+                _objective(run),
                 accuracies[0],
                 accuracies[-1],
                 rollouts,
@@ -146,6 +144,15 @@ def _overview(runs: Sequence[RunData]) -> str:
             ]
         )
     return _table(columns, rows) + "".join(_audit(run) for run in runs)
+
+
+def _objective(run: RunData) -> str:
+    recipe = run.recipe
+    parts = [(recipe.objective.name, run.summary.get("objective_kwargs", recipe.objective.hyperparameters))]
+    if recipe.correction is not None:
+        parts.append((recipe.correction.name, recipe.correction.hyperparameters))
+    said = [f"{name}({', '.join(f'{field}={value}' for field, value in fields.items())})" for name, fields in parts]
+    return " × ".join(said) + (f", anchor: {recipe.anchor}" if recipe.anchor else "")
 
 
 def _audit(run: RunData) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from drpo.errors import UserError
 from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES
-from drpo.objectives import Objective, make_objective
+from drpo.objectives import Objective
 from drpo.recipe import Recipe, load_recipe
 from drpo.run import RunFolder, read_jsonl
 
@@ -39,7 +39,7 @@ class RunData:
 
     @property
     def objective(self) -> Objective:
-        return make_objective(self.recipe.objective.name, **self.recipe.objective.hyperparameters)
+        return self.recipe.objective.make()
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Rollouts and the values of a metric, at the last update of each at which it was measured."""

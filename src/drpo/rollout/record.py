@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -20,11 +21,16 @@ class LogProbRecorder:
 
     Only one step's scores [B, V] are held at a time, and one fp32 log-prob a token is kept: of
     the distribution that was sampled from, after temperature and every filter.
+
+    Args:
+        top_k: how many of the likeliest tokens to keep at each position, with their log-probs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, top_k: int = 0) -> None:
+        self._top_k = top_k
         self._scores: Tensor | None = None
         self._steps: list[Tensor] = []
+        self._likeliest: list[tuple[Tensor, Tensor]] = []
 
     def _see_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._scores = scores
@@ -32,8 +38,12 @@ class LogProbRecorder:
 
     def _see_draw(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         assert self._scores is not None
-        drawn = self._scores.gather(1, input_ids[:, -1:]).squeeze(1)
-        self._steps.append((drawn - self._scores.logsumexp(dim=1)).float())
+        drawn = self._scores.gather(1, input_ids[:, -1:])
+        total = self._scores.logsumexp(dim=1, keepdim=True)
+        self._steps.append((drawn - total).squeeze(1).float())
+        if self._top_k:
+            scores, ids = self._scores.topk(min(self._top_k, self._scores.shape[1]), dim=1)
+            self._likeliest.append((ids, (scores - total).float()))
         self._scores = None
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -66,11 +76,19 @@ class LogProbRecorder:
         steps = torch.stack(self._steps, dim=1).cpu()
         return [row[:length].tolist() for row, length in zip(steps, lengths, strict=True)]
 
+    def likeliest(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Ids and log-probs of the likeliest tokens at the first ``length`` positions, [B, length, K] each, zeros past the last; None unless asked for."""
+        if not self._likeliest:
+            return None
+        ids, log_probs = (torch.stack(steps, dim=1)[:, :length] for steps in zip(*self._likeliest, strict=True))
+        missing = (0, 0, 0, length - ids.shape[1])
+        return pad(ids, missing), pad(log_probs, missing)
+
 
 @contextmanager
-def record_log_probs(model: Any) -> Iterator[LogProbRecorder]:
+def record_log_probs(model: Any, top_k: int = 0) -> Iterator[LogProbRecorder]:
     """Within this context ``model.generate`` samples through a recorder."""
-    recorder = LogProbRecorder()
+    recorder = LogProbRecorder(top_k)
     model.generate = partial(model.generate, custom_generate=recorder.sample)
     try:
         yield recorder

@@ -1,0 +1,105 @@
+"""The same tokens through verl's own policy losses, called as a library: loss and gradient, in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from builders import random_tensors
+from drpo import TokenBatch, aggregate, make_objective
+
+core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
+
+BETA = 0.3
+
+
+def verl_loss(loss_mode: str, mode: str, settings: dict[str, Any], **tensors: Tensor) -> Tensor:
+    policy_loss = PolicyLossConfig(loss_mode=loss_mode, dro_beta=BETA)
+    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy_loss, **settings)
+    loss, _ = core_algos.get_policy_loss_fn(loss_mode)(loss_agg_mode=mode, config=config, **tensors)
+    return loss
+
+
+def clip(low: float, high: float, **more: float) -> dict[str, float]:
+    """Where verl keeps the bounds of every objective; clip_ratio itself is read only if these are not set, and they are."""
+    return {"clip_ratio_low": low, "clip_ratio_high": high, **more}
+
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+MODES = ["token-mean", "seq-mean-token-sum"]
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+@pytest.mark.parametrize(
+    ("loss_mode", "settings", "objective", "hyperparameters", "modes"),
+    [
+        ("vanilla", clip(0.2, 0.28), "ppo_dual_clip", {**CLIP, "clip_dual": 3.0}, MODES),
+        # verl's DPPO keeps its threshold among the clip ratios, and truncates the ratio at a bound not reached here.
+        ("dppo_tv", clip(0.15, 0.15, clip_ratio_c=1e9), "dppo_tv", {"delta": 0.15}, MODES),
+        ("dppo_kl", clip(0.05, 0.05, clip_ratio_c=1e9), "dppo_kl", {"delta": 0.05}, MODES),
+        ("gspo", clip(0.2, 0.28), "gspo", CLIP, MODES),
+        # verl averages over a sequence with 1e-8 added to its length, whence the long rows.
+        ("sapo", {}, "sapo", {}, ["seq-mean-token-mean"]),
+        ("geo_mean", clip(0.4, 0.4), "gmpo", {}, ["seq-mean-token-mean"]),
+        ("cispo", clip(10.0, 0.2), "cispo", {}, MODES),
+        ("dro", {}, "dro", {"beta": BETA}, MODES),
+    ],
+)
+def test_loss_and_gradient_are_those_of_verl(
+    loss_mode: str,
+    settings: dict[str, Any],
+    objective: str,
+    hyperparameters: dict[str, float],
+    modes: list[Any],
+    spread: float,
+) -> None:
+    given = random_tensors(seed=1, shape=(8, 120), spread=spread)
+    mask = given["mask"]
+    logp, behavior_logp = (given[name].detach().nan_to_num(-1.0) for name in ("logp", "behavior_logp"))
+    advantage = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).expand(8, 120)
+    for mode in modes:
+        theirs = logp.clone().requires_grad_()
+        expected = verl_loss(
+            loss_mode,
+            mode,
+            settings,
+            old_log_prob=behavior_logp,
+            log_prob=theirs,
+            advantages=advantage,
+            response_mask=mask,
+        )
+        expected.backward()
+
+        ours = logp.clone().requires_grad_()
+        batch = TokenBatch(logp=ours, behavior_logp=behavior_logp, advantage=advantage, mask=mask)
+        loss = aggregate(make_objective(objective, **hyperparameters).loss(batch), mask, mode)
+        loss.backward()
+
+        assert theirs.grad is not None
+        assert theirs.grad.norm() > 1e-3
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-15)
+        if not loss_mode.startswith("dppo"):
+            torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+
+
+def test_the_value_of_dppo_in_verl_is_a_weighted_log_likelihood_and_here_the_surrogate() -> None:
+    """The one value that differs; the gradients are the same."""
+    ratio, advantage = torch.tensor([[1.2, 0.9]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+    behavior_logp = torch.tensor([[0.1, 0.2]], dtype=torch.float64).log()
+    logp, mask = behavior_logp + ratio.log(), torch.ones(1, 2, dtype=torch.bool)
+    theirs = verl_loss(
+        "dppo_tv",
+        "token-mean",
+        clip(0.15, 0.15, clip_ratio_c=20.0),
+        old_log_prob=behavior_logp,
+        log_prob=logp,
+        advantages=advantage,
+        response_mask=mask,
+    )
+    assert theirs.item() == pytest.approx(-(ratio * logp).mean().item())
+    batch = TokenBatch(logp, behavior_logp, advantage, mask)
+    assert aggregate(make_objective("dppo_tv").loss(batch), mask).item() == pytest.approx(-ratio.mean().item())
