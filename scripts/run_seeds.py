@@ -31,7 +31,12 @@ DRPO = Path(sys.executable).with_name("drpo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--objectives", nargs="*", default=[], help="instead of the recipe's own; 'all' of them")
+    parser.add_argument(
+        "--objectives",
+        nargs="*",
+        default=[],
+        help="instead of the recipe's own: names, '{name: drpo, delta: 0.2}', or 'all'",
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--output", type=Path, required=True)
@@ -43,7 +48,8 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.jobs} runs at a time",
     }
-    objectives = list(OBJECTIVES) if options.objectives == ["all"] else options.objectives or [None]
+    asked = options.objectives or [None]
+    objectives = [name for each in asked for name in (OBJECTIVES if each == "all" else [each])]
     sets = [
         [*([f"objective={objective}"] if objective else []), f"seed={seed}", *options.overrides]
         for objective in objectives
