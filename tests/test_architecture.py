@@ -19,7 +19,7 @@ LAYERS = [
     {"metrics", "rewards", "rollout", "scoring"},
     {"config"},
     {"trainer", "run"},
-    {"evaluation", "progress", "report"},
+    {"catalogue", "evaluation", "progress", "report"},
     {"prepare"},
     {"train"},
     {"cli"},

@@ -6,15 +6,16 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from drpo import __version__
 from drpo.errors import UserError
+
+if TYPE_CHECKING:
+    from drpo.objectives import Objective
 
 app = typer.Typer(
     add_completion=False,
@@ -145,27 +146,102 @@ def report(
     typer.echo(str(target))
 
 
-@app.command()
-def objectives() -> None:
-    """List the objectives: what each maximises per token, its hyperparameters and their defaults, its source.
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="[NAME.]FIELD=VALUE",
+        help="Change a hyperparameter, of one objective or of all that have it. Repeatable.",
+        show_default=False,
+    ),
+]
 
-    Example:
+
+@app.command()
+def objectives(
+    name: Annotated[str | None, typer.Argument(help="One objective.", show_default=False)] = None,
+    overrides: Overrides = None,
+) -> None:
+    """List the objectives: what each maximises, its hyperparameters, anchor and source; or all there is to say of one.
+
+    Examples:
 
       drpo objectives
-    """
-    from drpo.objectives import OBJECTIVES
 
-    table = Table.grid(padding=(0, 2))
-    for name, objective in OBJECTIVES.items():
-        hyperparameters = ", ".join(f"{field.name}={field.default}" for field in fields(objective))
-        table.add_row(Text(name, style="bold"), "maximises", objective.formula)
-        table.add_row("", "weight w", objective.weight)
-        table.add_row("", "fields", hyperparameters or "none")
-        table.add_row("", "source", objective.source)
-        table.add_row()
-    Console(highlight=False).print(
-        "Per token, with r = π/μ and advantage A; the gradient is ∂loss/∂log π = −A·r·w.\n", table
-    )
+      drpo objectives drpo --set delta=0.2
+    """
+    from drpo.catalogue import overview, page
+
+    console = Console(highlight=False)
+    if name is None:
+        if overrides:
+            raise UserError(f"--set {overrides[0]}: expected with the NAME of an objective")
+        console.print(overview())
+    else:
+        console.print(page(name, _chosen([name], overrides or [])[name]))
+
+
+@app.command()
+def weights(
+    names: Annotated[list[str], typer.Argument(help="Objectives.", show_default=False)],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="The picture, by its ending: .png, .svg or .pdf.")] = Path("weights.png"),
+) -> None:
+    """Draw the gradient weight of objectives against the ratio and against |π − μ|, for likely and for rare tokens.
+
+    Examples:
+
+      drpo weights drpo dppo_tv spo ppo --set drpo.delta=0.2
+
+      drpo weights drpo --output drpo.svg
+    """
+    if output.suffix not in PICTURES:
+        raise UserError(f"--output {output}: expected a name that ends in {', '.join(PICTURES)}")
+    chosen = _chosen(names, overrides or [])
+
+    from drpo.report.weights import draw_weights
+
+    try:
+        draw_weights(chosen).savefig(output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--output {output}: cannot be written ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    typer.echo(str(output))
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def _chosen(names: list[str], overrides: list[str]) -> dict[str, Objective]:
+    """Objectives by name, with hyperparameters from ``[NAME.]FIELD=VALUE``."""
+    from drpo.names import unknown_name
+    from drpo.objectives import OBJECTIVES, make_objective
+
+    for name in names:
+        if name not in OBJECTIVES:
+            raise UserError(unknown_name("objective", name, OBJECTIVES))
+    known = {name: [field.name for field in fields(OBJECTIVES[name])] for name in names}
+    chosen: dict[str, dict[str, int | float]] = {name: {} for name in names}
+    for override in overrides:
+        target, separator, text = override.partition("=")
+        of, _, field = target.rpartition(".")
+        try:
+            value = int(text) if text.lstrip("-").isdecimal() else float(text)
+        except ValueError as error:
+            raise UserError(f"--set {override}: expected [NAME.]FIELD=NUMBER") from error
+        if not separator or (of and of not in names):
+            raise UserError(f"--set {override}: {unknown_name('objective', of, names)}")
+        concerned = [of] if of else [name for name in names if field in known[name]]
+        if not concerned or field not in known[concerned[0]]:
+            choices = dict.fromkeys(known_field for name in ([of] if of else names) for known_field in known[name])
+            raise UserError(f"--set {override}: {unknown_name('hyperparameter', field, choices)}")
+        for name in concerned:
+            chosen[name][field] = value
+    try:
+        return {name: make_objective(name, **hyperparameters) for name, hyperparameters in chosen.items()}
+    except ValueError as error:
+        raise UserError(f"--set: {error}") from error
 
 
 def main() -> None:

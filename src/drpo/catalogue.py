@@ -1,0 +1,92 @@
+"""The objectives as text: all of them in short, or one on a page."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from drpo.objectives import CORRECTIONS, OBJECTIVES, Objective, TopKObjective
+
+ANCHORS = {"sampler": "μ, the log-probs of the sampler", "old": "π_old, the trainer's policy when the rollout began"}
+
+
+def overview() -> RenderableType:
+    """Every objective: what it maximises, its fields, anchor and source; then the corrections."""
+    table = Table.grid(padding=(0, 2))
+    for name, objective in OBJECTIVES.items():
+        table.add_row(Text(name, style="bold"), Text(objective.formula))
+        table.add_row("", Text(f"{_defaults(objective)}; r = π/{_anchor(objective)}; {objective.source}", style="dim"))
+    corrections = Table.grid(padding=(0, 2))
+    for name, correction in CORRECTIONS.items():
+        corrections.add_row(Text(name, style="bold"), Text(f"{correction.formula}; {_defaults(correction)}"))
+    return Group(
+        "Maximised per token, with advantage A and r = π/μ, or π/π_old where it says so; more: drpo objectives NAME\n",
+        table,
+        "\nCorrections by ρ = π_old/μ, for objectives with r = π/π_old (correction=NAME in a recipe)\n",
+        corrections,
+    )
+
+
+def page(name: str, objective: Objective) -> RenderableType:
+    """One objective: what it is, its formula, weight, bounds, anchor and fields."""
+    kind = type(objective)
+    low, high = objective.weight_bounds
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "maximises": kind.formula,
+        "weight w": kind.weight,
+        "w within": "no bounds" if math.isinf(low) and math.isinf(high) else f"[{_number(low)}, {_number(high)}]",
+        "ratio r": f"π over {ANCHORS[kind.anchor]}",
+        "where A = 0": "the token has a gradient too" if kind.acts_without_advantage else "no gradient",
+    }
+    if kind.corrects_mismatch:
+        rows["needs"] = "log-probs of the sampler beside those of the trainer's old policy"
+    if issubclass(kind, TopKObjective):
+        rows["needs"] = "log-probs of the sampler's likeliest tokens; Transformers generation records them"
+    rows["source"] = kind.source
+    for label, text in rows.items():
+        table.add_row(Text(label, style="dim"), Text(text))
+    described = describe_fields(kind)
+    hyperparameters = Table.grid(padding=(0, 2))
+    for field in fields(objective):
+        value = f"{field.name} = {getattr(objective, field.name)}"
+        hyperparameters.add_row(Text(value, style="bold"), Text(described[field.name]))
+    said = _without_arguments(inspect.getdoc(kind) or "")
+    title = Text.assemble((name, "bold"), f"  {kind.__module__}.{kind.__name__}")
+    body: Sequence[RenderableType] = [title, "", Text(said), "", table, "", hyperparameters]
+    return Group(*body) if fields(objective) else Group(*body[:-2])
+
+
+def describe_fields(kind: type) -> dict[str, str]:
+    """What each field of a dataclass is for, from the Args section of its docstring and its bases'."""
+    described: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, arguments = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
+        # A field stands indented by four; what it says goes on indented further.
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n      .*)*)", arguments, re.MULTILINE):
+            described[name] = " ".join(text.replace("``", "").split())
+    return described
+
+
+def _without_arguments(doc: str) -> str:
+    paragraphs = re.split(r"\n\s*\n", doc.partition("\nArgs:\n")[0].replace("``", ""))
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs).strip()
+
+
+def _defaults(kind: type) -> str:
+    return ", ".join(f"{field.name}={field.default}" for field in fields(kind)) or "no hyperparameters"
+
+
+def _anchor(objective: type[Objective]) -> str:
+    return {"sampler": "μ", "old": "π_old"}[objective.anchor]
+
+
+def _number(value: float) -> str:
+    return ("−" if value < 0 else "") + ("∞" if math.isinf(value) else f"{abs(value):.4g}")
