@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from drpo import __version__, cli
-from drpo.objectives import OBJECTIVES
+from drpo.objectives import CORRECTIONS, OBJECTIVES
 from drpo.recipe import load_recipe
 from drpo.run import RunFolder, write_json
 from test_recipe import MALFORMED, NOT_RECIPES, RECIPE
@@ -276,7 +276,7 @@ def test_a_report_that_cannot_be_made_is_refused(here, refusal, arguments, expec
         ["train", "a.yaml", "b.yaml"],
         ["train", "--set"],
         ["report"],
-        ["objectives", "drpo"],
+        ["objectives", "drpo", "ppo"],
     ],
     ids=" ".join,
 )
@@ -305,6 +305,7 @@ def test_help_lists_the_commands(drpo, arguments):
         ("train", "drpo train --set objective=ppo --set seed=1 --output runs/ppo-1"),
         ("report", "drpo report runs/drpo runs/ppo --output comparison.html"),
         ("objectives", "drpo objectives"),
+        ("weights", "drpo weights"),
     ],
 )
 def test_the_help_of_a_command_shows_an_example(drpo, name, example):
@@ -314,19 +315,79 @@ def test_the_help_of_a_command_shows_an_example(drpo, name, example):
     assert example in out
 
 
-def test_objectives_lists_every_objective_with_its_defaults(drpo):
+def test_objectives_lists_every_objective_with_its_defaults_and_anchor(drpo):
     code, out, _ = drpo("objectives")
     assert code == 0
+    listed, corrections = out.split("Corrections by")
     # What stands between a name at the start of a line and the next one.
-    _, *parts = re.split(rf"^\W*({'|'.join(OBJECTIVES)})\b", out, flags=re.MULTILINE)
+    _, *parts = re.split(rf"^({'|'.join(OBJECTIVES)}) ", listed, flags=re.MULTILINE)
     described = dict(zip(parts[::2], parts[1::2], strict=True))
     assert list(described) == list(OBJECTIVES)
     for name, objective in OBJECTIVES.items():
         defaults = [f"{field.name}={field.default}" for field in dataclasses.fields(objective)]
-        assert re.findall(r"\w+=[\d.]+", described[name]) == defaults
+        assert re.findall(r"\b(\w+=[\d.e-]+)(?=[,;])", described[name]) == defaults
+        assert {"sampler": "r = π/μ;", "old": "r = π/π_old;"}[objective.anchor] in described[name]
+    assert all(name in corrections for name in CORRECTIONS)
 
 
-@pytest.mark.parametrize("module", ["torch", "transformers", "trl", "datasets", "plotly"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_shows_one_on_a_page(drpo, name):
+    code, out, _ = drpo("objectives", name)
+    assert code == 0
+    text = " ".join(out.split())
+    objective = OBJECTIVES[name]
+    for said in (objective.formula, objective.weight, objective.source):
+        assert said in text
+    for field in dataclasses.fields(objective):
+        assert f"{field.name} = {field.default}" in text
+    assert {"sampler": "π over μ", "old": "π over π_old"}[objective.anchor] in text
+
+
+def test_objectives_shows_bounds_for_the_hyperparameters_asked_for(drpo):
+    assert "w within     [−4, 6]" in drpo("objectives", "drpo", "--set", "delta=0.2")[1]
+    assert "w within     no bounds" in drpo("objectives", "spo")[1]
+    assert "w within     [0, ∞]" in drpo("objectives", "gspo")[1]
+
+
+@pytest.mark.parametrize("output", ["w.png", "w.svg", "w.pdf"])
+def test_weights_draws_a_picture(here, drpo, output):
+    code, out, _ = drpo("weights", "drpo", "spo", "--set", "drpo.delta=0.2", "--output", output)
+    assert (code, out.strip()) == (0, output)
+    start = {"w.png": b"\x89PNG", "w.svg": b"<?xml", "w.pdf": b"%PDF"}[output]
+    assert (here / output).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["objectives", "drop"], "unknown objective 'drop'; did you mean 'dro' or 'drpo'?"),
+        (["objectives", "--set", "delta=1"], "--set delta=1: expected with the NAME of an objective"),
+        (["objectives", "drpo", "--set", "delte=1"], "unknown hyperparameter 'delte'; did you mean 'delta'?"),
+        (["objectives", "drpo", "--set", "delta=much"], "--set delta=much: expected [NAME.]FIELD=NUMBER"),
+        (["objectives", "drpo", "--set", "delta"], "--set delta: expected [NAME.]FIELD=NUMBER"),
+        (["objectives", "drpo", "--set", "delta=-1"], "delta is -1; expected a finite number > 0"),
+        (["objectives", "drpo", "--set", "delta=nan"], "delta is nan; expected a finite number > 0"),
+        (["objectives", "pdm", "--set", "top_k=2.5"], "top_k is 2.5; expected a whole number"),
+        (["weights", "drpo", "--set", "spo.epsilon=1"], "--set spo.epsilon=1: unknown objective 'spo'"),
+        (["weights", "drpo", "--set", "drpo.epsilon=1"], "unknown hyperparameter 'epsilon'"),
+        (["weights", "drpoo"], "unknown objective 'drpoo'"),
+        (["weights", "drpo", "--output", "w.gif"], "--output w.gif: expected a name that ends in .png, .svg, .pdf"),
+        (["weights", "drpo", "--output", "none/w.png"], "--output none/w.png: cannot be written"),
+        (["train", "--set", "anchor=olt"], "anchor: got 'olt'; expected 'sampler' or 'old'"),
+        (["train", "--set", "correction=token_trunc"], "did you mean 'token_truncate'"),
+        (["train", "--set", "correction=token_mask"], "correction: TokenMask weighs by π_old/μ"),
+        (
+            ["train", "--set", "objective=ppo", "--set", "correction=token_mask", "--set", "correction.low=3"],
+            "low is 3; expected less than high, 2.0",
+        ),
+        (["train", "--set", "objective=icepop", "--set", "anchor=sampler"], "anchor: got 'sampler' with IcePop"),
+    ],
+)
+def test_a_mistake_about_objectives_is_one_line(refusal, arguments, expected):
+    assert expected in refusal(*arguments)
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers", "trl", "datasets", "plotly", "matplotlib"])
 def test_help_and_usage_errors_wait_for_no_slow_import(here, module):
     statement = f"import sys, drpo.cli; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", statement], env=os.environ, check=False).returncode == 0

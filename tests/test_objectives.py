@@ -358,6 +358,34 @@ def test_pdm_masks_a_token_on_its_way_back_that_takes_the_others_further_away() 
     assert (slope @ direction).item() == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 5, 8])
+def test_the_expectation_of_drpo_topk_over_a_whole_vocabulary_is_that_of_drpo(top_k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, behavior_logits = torch.randn(2, 8, dtype=torch.float64, generator=generator).unbind()
+    behavior_logp = behavior_logits.log_softmax(0)
+    support = behavior_logp.topk(top_k).indices.expand(8, 1, top_k)
+
+    def expected(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss over y ~ μ, its gradient by the logits, and the variance of the penalty."""
+        leaf = logits.clone().requires_grad_()
+        logp = leaf.log_softmax(0)
+        topk = TopK(logp[support], behavior_logp[support], support == torch.arange(8).view(8, 1, 1))
+        batch = TokenBatch(
+            logp.unsqueeze(1), behavior_logp.unsqueeze(1), -2 * torch.ones(8), torch.ones(8, 1), topk=topk
+        )
+        loss = (behavior_logp.exp() * objective.loss(batch).squeeze(1)).sum()
+        penalty = (objective.loss(batch) + batch.ratio * batch.advantage).squeeze(1).detach()
+        mean = (behavior_logp.exp() * penalty).sum()
+        variance = (behavior_logp.exp() * (penalty - mean).square()).sum()
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0], variance
+
+    ours, theirs = expected(DRPOTopK(delta=0.3)), expected(DRPO(delta=0.3))
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-12, atol=1e-15)
+    assert theirs[2] > 1e-3
+    if top_k == 8:
+        assert ours[2] < 1e-20
+
+
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_corrections_are_those_worked_by_hand(name: str) -> None:
     # π_old/μ = 1.5 and 3, so Π = 4.5; and 0.25 alone.

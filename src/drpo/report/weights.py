@@ -96,7 +96,7 @@ def _write_extremes(axes: Axes, weight: Tensor) -> None:
     ):
         if abs(extreme) > LARGEST:
             said = f"{word} to {extreme:,.0f}" if abs(extreme) < 1e5 else f"{word} without bound"
-            axes.text(0.5, height, said, transform=axes.transAxes, ha="center", va=side, fontsize=9)
+            axes.text(0.5, height, said.replace("-", "−"), transform=axes.transAxes, ha="center", va=side, fontsize=9)
     for height, color in ((0, "#888"), (1, "#ddd")):
         axes.axhline(height, color=color, linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

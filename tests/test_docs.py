@@ -1,0 +1,119 @@
+"""What the documentation shows runs, and what it says agrees with the code and with the committed results."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import re
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import test_fuzz
+import test_objectives
+from drpo import OBJECTIVES
+from drpo.catalogue import describe_fields
+
+ROOT = Path(__file__).parents[1]
+PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+SEEN = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+
+
+class TestContributing:
+    """The worked example of adding an objective, as it stands there."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def blocks() -> list[str]:
+        text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+        return [textwrap.dedent(block) for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL)]
+
+    @pytest.fixture
+    def capped(self, blocks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        (tmp_path / "capped.py").write_text(blocks[0], encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("capped", tmp_path / "capped.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "capped", module)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(OBJECTIVES, "capped", module.Capped)
+        return module
+
+    def test_keeps_the_contract(self, capped: ModuleType) -> None:
+        for spread in (0.1, 2.0, 1000.0):
+            test_objectives.test_the_gradient_is_minus_advantage_times_ratio_times_weight("capped", spread, False)
+        test_objectives.test_the_loss_passes_gradcheck_away_from_kinks("capped", False)
+        test_fuzz.test_loss_weight_and_gradient_are_finite_and_match_an_independent_reference(name="capped")
+
+    def test_has_the_values_worked_by_hand(self, capped: ModuleType, blocks: list[str]) -> None:
+        cases = eval(blocks[1], {"pytest": pytest, "Capped": capped.Capped})
+        assert len(cases) == 2
+        for case in cases:
+            test_objectives.test_weight_and_loss_are_those_worked_by_hand(*case.values)
+
+    def test_shows_a_row_of_the_table_s_shape(self, blocks: list[str]) -> None:
+        header = next(line for line in PAPERS.splitlines() if line.startswith("| objective |"))
+        assert blocks[2].count("|") == header.count("|")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_has_its_row_with_file_anchor_and_defaults(name: str) -> None:
+    objective = OBJECTIVES[name]
+    (row,) = [line for line in PAPERS.splitlines() if line.startswith(f"| `{name}` |")]
+    file = f"{objective.__module__.split('.')[-1]}.py"
+    assert f"[{file}](../src/drpo/objectives/{file})" in row
+    assert (ROOT / "src" / "drpo" / "objectives" / file).is_file()
+    assert row.split("|")[2].strip().startswith({"sampler": "μ", "old": "π_old"}[objective.anchor])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_field_says_what_it_is_for(name: str) -> None:
+    described = describe_fields(OBJECTIVES[name])
+    assert [field.name for field in dataclasses.fields(OBJECTIVES[name]) if not described.get(field.name)] == []
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (ROOT / "docs" / "results" / name).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_of_all_objectives_is_that_of_the_committed_runs() -> None:
+    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows("objectives.csv"):
+        runs.setdefault((row["objective"], row["hyperparameters"]), []).append(row)
+    assert {name for name, _ in runs} <= set(OBJECTIVES)
+    assert len(runs) >= 26
+    for (name, hyperparameters), seeds in runs.items():
+        given: dict[str, Any] = json.loads(hyperparameters)
+        accuracies = [float(row["accuracy_after"]) for row in seeds]
+        said = ", ".join(f"{field} {value:g}" for field, value in given.items()) or "–"
+        divergence = statistics.fmean(float(row["mean_divergence"]) for row in seeds)
+        assert [row["seed"] for row in seeds] == ["0", "1", "2"]
+        assert (
+            f"| `{name}` | {said} | {' / '.join(f'{a:.3f}' for a in accuracies)} | "
+            f"{statistics.fmean(accuracies):.3f} | {divergence:.4f} |"
+        ) in SEEN
+
+
+def test_the_table_of_variances_is_that_of_the_committed_results() -> None:
+    for row in rows("topk_variance.csv"):
+        top_k = row["top_k"] if row["top_k"] != row["vocabulary"] else f"all {int(row['vocabulary']):,}"
+        assert (
+            f"| {row['total_variation']} | {top_k} | {float(row['mass_of_top_k']):.3f} | "
+            f"{float(row['penalty_variance_over_drpo']):.2g} | {float(row['gradient_variance_over_drpo']):.3f} |"
+        ) in SEEN
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
