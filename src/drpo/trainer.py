@@ -118,7 +118,8 @@ class DRPOTrainer(GRPOTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
         with record_log_probs(unwrapped, self._top_k if self._sampling else 0) as recorder:
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
-        self._recorder = recorder
+        if self._sampling:
+            self._recorder = recorder
         return completion_ids, recorder.log_probs([len(ids) for ids in completion_ids])
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +239,7 @@ class DRPOTrainer(GRPOTrainer):
         )
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
-        if aux_loss is not None:
+        if self.aux_loss_enabled and aux_loss is not None:
             parts = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / parts
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
