@@ -349,6 +349,13 @@ def test_objectives_shows_bounds_for_the_hyperparameters_asked_for(drpo):
     assert "w within     [0, ∞]" in drpo("objectives", "gspo")[1]
 
 
+def test_objectives_are_listed_where_greek_cannot_be_written(here):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([DRPO, "objectives"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"drpo_topk" in done.stdout
+
+
 @pytest.mark.parametrize("output", ["w.png", "w.svg", "w.pdf"])
 def test_weights_draws_a_picture(here, drpo, output):
     code, out, _ = drpo("weights", "drpo", "spo", "--set", "drpo.delta=0.2", "--output", output)
@@ -367,6 +374,14 @@ def test_weights_draws_a_picture(here, drpo, output):
         (["objectives", "drpo", "--set", "delta"], "--set delta: expected [NAME.]FIELD=NUMBER"),
         (["objectives", "drpo", "--set", "delta=-1"], "delta is -1; expected a finite number > 0"),
         (["objectives", "drpo", "--set", "delta=nan"], "delta is nan; expected a finite number > 0"),
+        (["objectives", "drpo", "--set", ".delta=1"], "--set .delta=1: unknown objective ''"),
+        (["objectives", "drpo", "--set", "delta=٣"], "--set delta=٣: expected [NAME.]FIELD=NUMBER"),
+        (["objectives", "drpo", "--set", "delta=1_0"], "--set delta=1_0: expected [NAME.]FIELD=NUMBER"),
+        (
+            ["weights", "drpo", "spo", "--set", "spo.epsilon=1e-50"],
+            "--set spo.epsilon is 1e-50; expected a number from",
+        ),
+        (["train", "--set", f"objective.delta={10**20}"], "expected a number from 1e-09 to 1e+09"),
         (["objectives", "pdm", "--set", "top_k=2.5"], "top_k is 2.5; expected a whole number"),
         (["weights", "drpo", "--set", "spo.epsilon=1"], "--set spo.epsilon=1: unknown objective 'spo'"),
         (["weights", "drpo", "--set", "drpo.epsilon=1"], "unknown hyperparameter 'epsilon'"),

@@ -44,6 +44,7 @@ from drpo.objectives import (
     TopKObjective,
     make_correction,
 )
+from drpo.objectives.divergences import others_log_ratio
 from drpo.objectives.drpo import _tell_confined
 from drpo.tokens import TopK
 
@@ -217,6 +218,8 @@ def test_the_gradient_of_a_sequence_objective_is_that_of_the_sequence_loss(
         pytest.param(DPPOBinaryKL(delta=0.05), 0.45, 0.4, 2.0, 1, -2.25, id="dppo_kl-inside"),
         # 0.01 · ln(0.01 / 0.1) + 0.99 · ln(0.99 / 0.9) = 0.0713 > 0.05, where |π − μ| is 0.09
         pytest.param(DPPOBinaryKL(delta=0.05), 0.1, 0.01, 1.0, 0, 0, id="dppo_kl-rare-masked"),
+        # Of μ from π, not the other way: 0.1 · ln 10 + 0.9 · ln(0.9 / 0.99) = 0.1445, and 0.0713 the other way
+        pytest.param(DPPOBinaryKL(delta=0.1), 0.01, 0.1, -1.0, 0, 0, id="dppo_kl-direction"),
         pytest.param(DPPOBinaryKL(delta=0.05), 0.6, 0.4, -2.0, 1, 3, id="dppo_kl-coming-back"),
         # π = 1: the divergence is infinite; μ = 1 as well: it is 0, and L = −1 · 1
         pytest.param(DPPOBinaryKL(delta=0.05), 1.0, 0.999, 1.0, 0, 0, id="dppo_kl-certain"),
@@ -303,6 +306,10 @@ def test_cppo_tightens_by_what_the_prefix_has_spent_beyond_its_allowance() -> No
     t = tokens(prob=[0.1, 0.5, 0.55], behavior_prob=[0.4, 0.4, 0.4], advantage=[1.0, 1.0, 1.0])
     # Coming back, whatever it spends. Then 0.2 + 0.04 · 1 − 0.3 < 0 < 0.075; then 0.2 + 0.04 · 1.75 − 0.375 < 0.
     assert CPPO(delta=0.2, weight_min=0.5).gradient_weight(t).tolist() == [[1, 0, 0]]
+    # A prefix of which 90 % never moved earns the least allowance: 0.02 · 31 > 0.3, but 0.2 + 0.001 · 31 − 0.3 < 0.1.
+    t = tokens([0.1, *[0.4] * 30, 0.5], [0.4] * 32, [1.0] * 32)
+    assert CPPO(delta=0.2, weight_min=1.0).gradient_weight(t)[0, -1] == 1
+    assert CPPO(delta=0.2, weight_min=1.0, allowance_low=1e-3).gradient_weight(t)[0, -1] == 0
     # The same without the prefix: 0.1 < 0.2.
     assert CPPO(delta=0.2, weight_min=0.5).gradient_weight(one_token(0.5, 0.4, 1.0)).item() == 1
 
@@ -342,6 +349,40 @@ def test_top_k_weights_and_losses_are_those_worked_by_hand(
     t = two_of_four(sampled)
     assert objective.gradient_weight(t).item() == pytest.approx(weight, abs=1e-12)
     assert objective.loss(t).item() == pytest.approx(loss, abs=1e-12)
+
+
+@pytest.mark.parametrize(("delta", "weight"), [(0.21, 0), (0.24, 1)])
+def test_the_top_k_divergence_is_that_of_mu_from_pi(delta: float, weight: float) -> None:
+    pi, mu = (torch.tensor(p, dtype=torch.float64).log().view(1, 1, 3) for p in ([0.8, 0.1, 0.1], [0.5, 0.3, 0.2]))
+    topk = TopK(pi, mu, torch.tensor([[[True, False, False]]]))
+    t = dataclasses.replace(one_token(0.8, 0.5, 1.0), topk=topk)
+    # 0.5 ln(5/8) + 0.3 ln 3 + 0.2 ln 2 = 0.233; the other way 0.8 ln(8/5) − 0.1 ln 3 − 0.1 ln 2 = 0.197
+    assert DPPOTopKKL(delta=delta).gradient_weight(t).item() == weight
+
+
+def test_a_support_that_is_the_whole_vocabulary_leaves_no_rest_to_diverge_in() -> None:
+    generator = torch.Generator().manual_seed(0)
+    behavior_logp = torch.randn(200, 1, 50, generator=generator).log_softmax(2)
+    logp = (behavior_logp + 1e-4 * torch.randn(200, 1, 50, generator=generator)).log_softmax(2)
+    is_sampled = torch.zeros(200, 1, 50, dtype=torch.bool)
+    is_sampled[:, :, 0] = True
+    t = TokenBatch(
+        logp[..., 0],
+        behavior_logp[..., 0],
+        torch.ones(200),
+        torch.ones(200, 1),
+        topk=TopK(logp, behavior_logp, is_sampled),
+    )
+    assert (DPPOTopKKL(delta=0.001).gradient_weight(t) == 1).all()
+
+
+@pytest.mark.parametrize(("prob", "behavior_prob"), [(1e-9, 3e-9), (0.3, 0.4), (1 - 2e-7, 1 - 4e-7)])
+def test_the_ratio_of_what_is_left_keeps_its_digits_in_fp32(prob: float, behavior_prob: float) -> None:
+    logp, behavior_logp = (torch.tensor([[math.log(p)]], dtype=torch.float32) for p in (prob, behavior_prob))
+    t = TokenBatch(logp, behavior_logp, torch.ones(1), torch.ones(1, 1))
+    # Of the log-probs as rounded to fp32.
+    left, behavior_left = (-math.expm1(t.item()) for t in (logp, behavior_logp))
+    assert others_log_ratio(t).item() == pytest.approx(math.log1p((left - behavior_left) / behavior_left), rel=1e-5)
 
 
 def test_pdm_masks_a_token_on_its_way_back_that_takes_the_others_further_away() -> None:
@@ -386,22 +427,59 @@ def test_the_expectation_of_drpo_topk_over_a_whole_vocabulary_is_that_of_drpo(to
         assert ours[2] < 1e-20
 
 
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        # π_old = 0.6 twice, so ρ = 1.5 and 3, Π = 4.5
+        (
+            [0.4, 0.2],
+            {"token_truncate": [1.5, 2], "token_mask": [1.5, 0], "sequence_truncate": [2, 2], "sequence_mask": [0, 0]},
+        ),
+        # ρ = 1.2 and 1.5, Π = 1.8
+        (
+            [0.5, 0.4],
+            {
+                "token_truncate": [1.2, 1.5],
+                "token_mask": [1.2, 1.5],
+                "sequence_truncate": [1.8, 1.8],
+                "sequence_mask": [1.8, 1.8],
+            },
+        ),
+        # ρ = 2/3 and 0.6, Π = 0.4
+        (
+            [0.9, 1.0],
+            {
+                "token_truncate": [2 / 3, 0.6],
+                "token_mask": [2 / 3, 0.6],
+                "sequence_truncate": [0.4, 0.4],
+                "sequence_mask": [0, 0],
+            },
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", CORRECTIONS)
-def test_corrections_are_those_worked_by_hand(name: str) -> None:
-    # π_old/μ = 1.5 and 3, so Π = 4.5; and 0.25 alone.
-    old, sampler = [0.6, 0.6], [0.4, 0.2]
-    expected = {
-        "token_truncate": [1.5, 2.0],
-        "token_mask": [1.5, 0.0],
-        "sequence_truncate": [2.0, 2.0],
-        "sequence_mask": [0.0, 0.0],
-    }[name]
-    t = tokens(prob=[0.5, 0.5], behavior_prob=old, advantage=[1.0, 1.0])
+def test_corrections_are_those_worked_by_hand(
+    name: str, sampler: list[float], expected: dict[str, list[float]]
+) -> None:
+    t = tokens(prob=[0.5, 0.5], behavior_prob=[0.6, 0.6], advantage=[1.0, 1.0])
     t = dataclasses.replace(t, sampler_logp=torch.tensor([sampler], dtype=torch.float64).log())
     correction = make_correction(name)
-    assert correction.weight(t)[0].tolist() == pytest.approx(expected)
+    assert correction.weight(t)[0].tolist() == pytest.approx(expected[name])
     corrected, plain = Corrected(PPO(), correction), PPO()
-    assert corrected.loss(t)[0].tolist() == pytest.approx((torch.tensor(expected) * plain.loss(t))[0].tolist())
+    weighted = torch.tensor(expected[name], dtype=torch.float64) * plain.loss(t)[0]
+    assert corrected.loss(t)[0].tolist() == pytest.approx(weighted.tolist())
+    assert corrected.weight_bounds == (0, 2)
+    assert Corrected(DRO(), correction).acts_without_advantage
+
+
+@pytest.mark.parametrize("distance", [-600.0, 600.0])
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_correction_of_policies_far_apart_is_finite(name: str, distance: float) -> None:
+    logp = torch.full((1, 64), -600.0)
+    behavior, sampler = (logp, logp + 600) if distance < 0 else (logp + 600, logp)
+    t = TokenBatch(behavior, behavior, torch.ones(1), torch.ones(1, 64), sampler_logp=sampler)
+    weight = make_correction(name).weight(t)
+    assert ((weight >= 0) & (weight <= 2)).all()
 
 
 def test_icepop_weighs_by_the_mismatch_and_drops_what_is_out_of_range() -> None:

@@ -131,12 +131,31 @@ def test_the_log_ratio_is_bounded_at_twenty_and_its_gradient_passes_through(dist
 
 def test_behavior_log_probs_and_advantages_get_no_gradient() -> None:
     given = tensors(logp=torch.full((2, 3), -1.0, requires_grad=True))
-    given["behavior_logp"].requires_grad_()
-    given["advantage"].requires_grad_()
-    batch = TokenBatch(**given)
+    given["sampler_logp"] = given["behavior_logp"].clone()
+    for name in ("behavior_logp", "advantage", "sampler_logp"):
+        given[name].requires_grad_()
+    wide = torch.full((2, 3, 2), -1.0, requires_grad=True)
+    batch = TokenBatch(**given, topk=TopK(wide, wide.clone(), torch.zeros(2, 3, 2)))
     assert batch.logp.requires_grad
-    assert not batch.behavior_logp.requires_grad
-    assert not batch.advantage.requires_grad
+    assert batch.support.logp.requires_grad
+    for tensor in (batch.behavior_logp, batch.advantage, batch.sampler_logp, batch.support.behavior_logp):
+        assert tensor is not None
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"logp": torch.zeros(2, 3)}, r"topk.logp has shape \(2, 3\); expected \(2, 3\) and K"),
+        ({"behavior_logp": torch.zeros(2, 3, 5)}, r"topk.behavior_logp has shape \(2, 3, 5\); expected \(2, 3, 2\)"),
+        ({"is_sampled": torch.zeros(2, 3)}, r"topk.is_sampled has shape \(2, 3\); expected \(2, 3, 2\)"),
+        ({"logp": torch.ones(2, 3, 2)}, r"topk.logp is 1 at \[0, 0, 0\], a token that counts"),
+    ],
+)
+def test_a_support_that_does_not_fit_is_refused(replaced: dict[str, Tensor], message: str) -> None:
+    valid = {"logp": -torch.ones(2, 3, 2), "behavior_logp": -torch.ones(2, 3, 2), "is_sampled": torch.zeros(2, 3, 2)}
+    with pytest.raises(ValueError, match=message):
+        TokenBatch(**tensors(), topk=TopK(**{**valid, **replaced}))
 
 
 def test_ratio_behavior_prob_and_shift_are_those_of_the_probabilities() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -124,6 +125,18 @@ class Watching(DRPOTrainer):
         self.updates.append({**inputs, "logp": logp.detach(), "topk": topk})
         return scored
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        objective = self.objective
+        # What the objective is given, which is not what the rollout brought unless the trainer passes it on.
+        self.objective = SimpleNamespace(  # type: ignore[assignment]
+            loss=lambda batch: self.updates[-1].update(batch=batch) or objective.loss(batch),
+            gradient_weight=objective.gradient_weight,
+        )
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.objective = objective
+
 
 class TestAnchor:
     def test_of_an_old_policy_is_the_trainer_s_own_when_the_rollout_began(
@@ -135,12 +148,11 @@ class TestAnchor:
         )
         trainer.train()
         for rollout in (trainer.updates[:2], trainer.updates[2:]):
-            mask = [update["completion_mask"].bool() for update in rollout]
-            distances = [
-                (update["logp"] - update["old_per_token_logps"]).abs()[m].max()
-                for update, m in zip(rollout, mask, strict=True)
-            ]
-            assert distances[0] < 1e-5 < distances[1]
+            assert rollout[0]["batch"].log_ratio.abs().max() < 1e-5 < rollout[1]["batch"].log_ratio.abs().max()
+            for update in rollout:
+                mask, batch = update["completion_mask"].bool(), update["batch"]
+                assert torch.equal(batch.behavior_logp[mask], update["old_per_token_logps"][mask])
+                assert torch.equal(batch.sampler_logp[mask], update["sampling_per_token_logps"][mask])
         # The made-up sampler is another policy, and how far π is from that one is what is measured.
         assert trainer.state.log_history[0]["divergence/mean"] > 0.1
 
@@ -259,8 +271,10 @@ class TestAudit:
             trainer.train()
         assert _first_cause(stopped.value).startswith("temperature: the trainer scores at 1")
 
-    @pytest.mark.parametrize("lora", [False, True])
-    def test_is_passed_where_positions_are_absolute(self, tmp_path: Path, problems: Dataset, lora: bool) -> None:
+    @pytest.mark.parametrize(("lora", "objective"), [(False, "drpo"), (True, "drpo"), (False, "drpo_topk")])
+    def test_is_passed_where_positions_are_absolute(
+        self, tmp_path: Path, problems: Dataset, lora: bool, objective: str
+    ) -> None:
         peft = pytest.importorskip("peft")
         small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 99}
         without_dropout = {
@@ -272,7 +286,7 @@ class TestAudit:
         }
         model = GPT2LMHeadModel(GPT2Config(**small, **without_dropout))
         peft_config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True) if lora else None
-        trainer = make_trainer(tmp_path, problems, model=model, peft_config=peft_config)
+        trainer = make_trainer(tmp_path, problems, model=model, peft_config=peft_config, objective=objective)
         trainer.train()
         assert trainer.audit is not None
         assert trainer.audit.maximum < 1e-4
@@ -444,6 +458,11 @@ class TestConfig:
             ({"objective": "icepop", "correction": "token_mask"}, "IcePop weighs tokens by π_old/μ itself"),
             ({"objective": "icepop", "anchor": "sampler"}, "anchor: got 'sampler' with IcePop"),
             ({"objective": "pdm", "anchor": "old"}, "anchor: got 'old' with PDM"),
+            (
+                {"objective": "drpo_topk", "anchor": "old", "correction": "token_mask"},
+                "anchor: got 'old' with DRPOTopK",
+            ),
+            ({"objective": "ppo", "correction": ""}, "unknown correction ''"),
             ({"max_steps": 6}, "max_steps=6 ends within a rollout of updates_per_rollout=4"),
             ({"save_strategy": "best"}, "save_strategy='best'"),
             ({"generation_kwargs": {"do_sample": False}}, "generation_kwargs has 'do_sample'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -195,14 +197,15 @@ def weights(
 
       drpo weights drpo --output drpo.svg
     """
-    if output.suffix not in PICTURES:
+    if output.suffix.lower() not in PICTURES:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(PICTURES)}")
     chosen = _chosen(names, overrides or [])
 
     from drpo.report.weights import draw_weights
 
+    figure = draw_weights(chosen)
     try:
-        draw_weights(chosen).savefig(output, dpi=150)
+        figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--output {output}: cannot be written ({getattr(error, 'strerror', None) or error})"
@@ -224,13 +227,12 @@ def _chosen(names: list[str], overrides: list[str]) -> dict[str, Objective]:
     known = {name: [field.name for field in fields(OBJECTIVES[name])] for name in names}
     chosen: dict[str, dict[str, int | float]] = {name: {} for name in names}
     for override in overrides:
-        target, separator, text = override.partition("=")
-        of, _, field = target.rpartition(".")
-        try:
-            value = int(text) if text.lstrip("-").isdecimal() else float(text)
-        except ValueError as error:
-            raise UserError(f"--set {override}: expected [NAME.]FIELD=NUMBER") from error
-        if not separator or (of and of not in names):
+        target, _, text = override.partition("=")
+        of, dot, field = target.rpartition(".")
+        if not re.fullmatch(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?|nan|inf", text):
+            raise UserError(f"--set {override}: expected [NAME.]FIELD=NUMBER")
+        value = int(text) if text.lstrip("-").isdecimal() else float(text)
+        if dot and of not in names:
             raise UserError(f"--set {override}: {unknown_name('objective', of, names)}")
         concerned = [of] if of else [name for name in names if field in known[name]]
         if not concerned or field not in known[concerned[0]]:
@@ -238,16 +240,23 @@ def _chosen(names: list[str], overrides: list[str]) -> dict[str, Objective]:
             raise UserError(f"--set {override}: {unknown_name('hyperparameter', field, choices)}")
         for name in concerned:
             chosen[name][field] = value
-    try:
-        return {name: make_objective(name, **hyperparameters) for name, hyperparameters in chosen.items()}
-    except ValueError as error:
-        raise UserError(f"--set: {error}") from error
+    made = {}
+    for name, hyperparameters in chosen.items():
+        try:
+            made[name] = make_objective(name, **hyperparameters)
+        except ValueError as error:
+            raise UserError(f"--set {name}.{error}") from error
+    return made
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     # TRL reports each trainer it builds; a run of this library talks to nobody but the model hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # Greek letters do not fit every encoding; a question mark is better than no answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except UserError as error:

@@ -170,7 +170,7 @@ class DRPOConfig(GRPOConfig):
         correction_kwargs = _mapping("correction_kwargs", self.correction_kwargs)
         if self.correction is None and correction_kwargs:
             raise ValueError(f"correction_kwargs is {correction_kwargs!r} without a correction")
-        correction = make_correction(self.correction, **correction_kwargs) if self.correction else None
+        correction = make_correction(self.correction, **correction_kwargs) if self.correction is not None else None
         return anchored(objective, self.anchor, correction)
 
     def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
@@ -16,16 +16,22 @@ Anchor = Literal["sampler", "old"]
 """What a ratio is taken against: the sampler's own log-probs (μ), or the trainer's when the rollout began (π_old)."""
 
 
+SMALLEST, LARGEST = 1e-9, 1e9
+"""What a hyperparameter may be: losses and gradients stay finite in fp32 with any in between."""
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    """A frozen dataclass whose fields are finite numbers > 0."""
+    """A frozen dataclass whose fields are numbers > 0, within :data:`SMALLEST` and :data:`LARGEST`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (is_number and 0 < value <= sys.float_info.max):
+            if not (is_number and 0 < value < math.inf):
                 raise ValueError(f"{field.name} is {value!r}; expected a finite number > 0")
+            if not SMALLEST <= value <= LARGEST:
+                raise ValueError(f"{field.name} is {value!r}; expected a number from {SMALLEST:g} to {LARGEST:g}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from drpo.names import make
 from drpo.objectives.base import Anchor, Hyperparameters, Objective, TopKObjective
-from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
+from drpo.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ class SequenceMask(_Mask):
 
 def _of_sequence(batch: TokenBatch) -> Tensor:
     log_ratio = batch.sampler_log_ratio
-    product = log_ratio.sum(dim=1, keepdim=True).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    return product.expand_as(log_ratio)
+    return log_ratio.sum(dim=1, keepdim=True).exp().expand_as(log_ratio)
 
 
 CORRECTIONS: dict[str, type[Correction]] = {
@@ -161,6 +160,11 @@ class Corrected(Objective):
             raise ValueError(
                 f"{type(self.objective).__name__} weighs tokens by π_old/μ itself; leave the correction out"
             )
+        object.__setattr__(self, "acts_without_advantage", self.objective.acts_without_advantage)
+
+    @property
+    def edge(self) -> float | None:
+        return self.objective.edge
 
     @property
     def weight_bounds(self) -> tuple[float, float]:
@@ -185,18 +189,18 @@ def anchored(objective: Objective, anchor: Anchor | None = None, correction: Cor
     """
     anchor = anchor or objective.anchor
     name = type(objective).__name__
-    if correction is not None:
-        if anchor == "sampler":
-            raise ValueError(
-                f"correction: {type(correction).__name__} weighs by π_old/μ a loss whose ratio is taken against μ "
-                f"already ({name}); expected an objective anchored on the old policy, or anchor 'old'"
-            )
-        objective = Corrected(objective, correction)
-    if anchor == "sampler" and objective.corrects_mismatch:
-        raise ValueError(f"anchor: got 'sampler' with {name}, which weighs tokens by π_old/μ; expected 'old'")
     if anchor == "old" and isinstance(objective, TopKObjective):
         raise ValueError(
             f"anchor: got 'old' with {name}, which needs the anchor's likeliest tokens, and they are recorded of the "
             "sampler alone; expected 'sampler'"
         )
-    return objective
+    if anchor == "sampler" and objective.corrects_mismatch:
+        raise ValueError(f"anchor: got 'sampler' with {name}, which weighs tokens by π_old/μ; expected 'old'")
+    if correction is None:
+        return objective
+    if anchor == "sampler":
+        raise ValueError(
+            f"correction: {type(correction).__name__} weighs by π_old/μ a loss whose ratio is taken against μ "
+            f"already ({name}); expected an objective anchored on the old policy, or anchor 'old'"
+        )
+    return Corrected(objective, correction)

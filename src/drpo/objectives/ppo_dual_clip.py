@@ -17,7 +17,7 @@ class DualClipPPO(PPO):
     PPO's min leaves such a token unclipped however large its ratio, as its gradient brings it back.
 
     Args:
-        clip_dual: the ratio above which a token with A < 0 stops counting; above 1 + clip_high.
+        clip_dual: the ratio above which a token with A < 0 stops counting; above 1.
     """
 
     formula: ClassVar[str] = "max(min(r·A, clip(r)·A), clip_dual·A) where A < 0, else min(r·A, clip(r)·A)"
@@ -28,9 +28,9 @@ class DualClipPPO(PPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clip_dual <= 1 + self.clip_high:
+        if self.clip_dual <= 1:
             raise ValueError(
-                f"clip_dual is {self.clip_dual!r}; expected more than 1 + clip_high = {1 + self.clip_high:g}"
+                f"clip_dual is {self.clip_dual!r}; expected more than 1, the ratio of a token that has not moved"
             )
 
     def loss(self, batch: TokenBatch) -> Tensor:

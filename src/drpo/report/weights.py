@@ -58,7 +58,7 @@ def draw_weights(objectives: Mapping[str, Objective]) -> Figure:
     for (name, objective), row in zip(objectives.items(), panels, strict=True):
         drawn: list[list[Tensor]] = [[], [], []]
         for line, behavior_prob in zip(_STYLES, BEHAVIOR_PROBS, strict=True):
-            style: dict[str, Any] = {**line, "label": f"μ = {behavior_prob:g}"}
+            style: dict[str, Any] = {**line, "label": f"μ or π_old = {behavior_prob:g}"}
             ratio = torch.logspace(-2, min(2.0, -math.log10(behavior_prob)), 801, dtype=torch.float64)
             distance = torch.linspace(0, 1 - behavior_prob, 801, dtype=torch.float64)
             for axes, weights, x, prob, advantage in zip(
@@ -72,14 +72,15 @@ def draw_weights(objectives: Mapping[str, Objective]) -> Figure:
                 weights.append(weight_at(objective, prob.clamp(max=1), behavior_prob, advantage))
                 axes.plot(x, weights[-1], **style)
         row[0].set_ylabel(f"{name}\ngradient weight w")
-        for axes, where, weights in zip(row, ("A > 0", "A < 0", "A > 0, moving away from μ"), drawn, strict=True):
+        for axes, where, weights in zip(row, ("A > 0", "A < 0", "A > 0, moving away"), drawn, strict=True):
             axes.set_title(where, fontsize=10)
             _write_extremes(axes, torch.cat(weights))
+        anchor = {"sampler": "μ", "old": "π_old"}[objective.anchor]
         for axes in row[:2]:
             axes.set_xscale("log")
-            axes.set_xlabel("ratio r = π/μ")
+            axes.set_xlabel(f"ratio r = π/{anchor}")
             axes.axvline(1, color="#bbb", linewidth=0.8, zorder=0)
-        row[2].set_xlabel("|π − μ|")
+        row[2].set_xlabel(f"|π − {anchor}|")
         every = torch.cat([torch.cat(weights) for weights in drawn])
         row[0].set_ylim(
             max(min(every.min().item(), 0), -LARGEST) - 0.25, min(max(every.max().item(), 1), LARGEST) + 0.25

@@ -28,6 +28,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (None, 0.0),
     "repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
     "do_sample": (None, True),
     "num_beams": (None, 1),
 }

@@ -43,7 +43,8 @@ class LogProbRecorder:
         self._steps.append((drawn - total).squeeze(1).float())
         if self._top_k:
             scores, ids = self._scores.topk(min(self._top_k, self._scores.shape[1]), dim=1)
-            self._likeliest.append((ids, (scores - total).float()))
+            # A token that cannot be drawn has log-prob −inf; e^−10,000 is 0 as well.
+            self._likeliest.append((ids, (scores - total).float().clamp(min=-1e4)))
         self._scores = None
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
