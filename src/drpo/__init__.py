@@ -8,23 +8,27 @@ if TYPE_CHECKING:
     from drpo.aggregation import Counts, aggregate, token_scale
     from drpo.config import DRPOConfig
     from drpo.metrics import TrustRegion, TrustRegionMetrics
-    from drpo.objectives import OBJECTIVES, Objective, make_objective
-    from drpo.tokens import TokenBatch
+    from drpo.objectives import CORRECTIONS, OBJECTIVES, Corrected, Objective, make_correction, make_objective
+    from drpo.tokens import TokenBatch, TopK
     from drpo.trainer import DRPOTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CORRECTIONS",
     "OBJECTIVES",
+    "Corrected",
     "Counts",
     "DRPOConfig",
     "DRPOTrainer",
     "Objective",
     "TokenBatch",
+    "TopK",
     "TrustRegion",
     "TrustRegionMetrics",
     "aggregate",
     "group_advantage",
+    "make_correction",
     "make_objective",
     "token_scale",
 ]
@@ -33,8 +37,8 @@ _MODULES = {
     "advantage": ("group_advantage",),
     "aggregation": ("Counts", "aggregate", "token_scale"),
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
-    "objectives": ("OBJECTIVES", "Objective", "make_objective"),
-    "tokens": ("TokenBatch",),
+    "objectives": ("CORRECTIONS", "OBJECTIVES", "Corrected", "Objective", "make_correction", "make_objective"),
+    "tokens": ("TokenBatch", "TopK"),
     "config": ("DRPOConfig",),
     "trainer": ("DRPOTrainer",),
 }
