@@ -64,6 +64,17 @@ def test_every_objective_makes_four_updates_a_rollout_and_reports_its_weights(
     assert AutoTokenizer.from_pretrained(run / "model").decode([1]) == "<eos>"
 
 
+def test_a_correction_and_an_anchor_train_and_are_reported(tmp_path: Path, drpo: Any) -> None:
+    corrected, anchored = tmp_path / "corrected", tmp_path / "anchored"
+    few = {**SMALL, "rollouts": 1}
+    drpo(
+        "train", "--output", corrected, *sets(**few, objective="ppo", correction="token_mask", **{"correction.high": 3})
+    )
+    drpo("train", "--output", anchored, *sets(**few, objective="ppo", anchor="sampler"))
+    assert "ppo(clip_low=0.2, clip_high=0.28) × token_mask(low=0.5, high=3)" in (corrected / "report.html").read_text()
+    assert "ppo(clip_low=0.2, clip_high=0.28), anchor: sampler" in (anchored / "report.html").read_text()
+
+
 def test_the_built_in_task_is_learned(tmp_path: Path, drpo: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     drpo("train", "--output", run, *sets(rollouts=30, heldout_problems=100, evaluate_every=30, seed=5))

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _objective(run: RunData) -> str:
     recipe = run.recipe
     parts = [(recipe.objective.name, run.summary.get("objective_kwargs", recipe.objective.hyperparameters))]
     if recipe.correction is not None:
-        parts.append((recipe.correction.name, recipe.correction.hyperparameters))
+        parts.append((recipe.correction.name, asdict(recipe.correction.make())))
     said = [f"{name}({', '.join(f'{field}={value}' for field, value in fields.items())})" for name, fields in parts]
     return " × ".join(said) + (f", anchor: {recipe.anchor}" if recipe.anchor else "")
 
