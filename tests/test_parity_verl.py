@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from builders import random_tensors
 from drpo import TokenBatch, aggregate, make_objective
-
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
-from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
 BETA = 0.3
 
@@ -20,7 +19,7 @@ BETA = 0.3
 def verl_loss(loss_mode: str, mode: str, settings: dict[str, Any], **tensors: Tensor) -> Tensor:
     policy_loss = PolicyLossConfig(loss_mode=loss_mode, dro_beta=BETA)
     config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy_loss, **settings)
-    loss, _ = core_algos.get_policy_loss_fn(loss_mode)(loss_agg_mode=mode, config=config, **tensors)
+    loss, _ = get_policy_loss_fn(loss_mode)(loss_agg_mode=mode, config=config, **tensors)
     return loss
 
 
