@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     provenance = {
-        "command": "python benchmarks/topk_variance.py",
+        "command": f"python benchmarks/topk_variance.py --output {options.output}",
         "commit": described.stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
