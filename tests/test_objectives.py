@@ -44,6 +44,7 @@ from drpo.objectives import (
     TopKObjective,
     make_correction,
 )
+from drpo.objectives.base import LARGEST, SMALLEST
 from drpo.objectives.divergences import others_log_ratio
 from drpo.objectives.drpo import _tell_confined
 from drpo.tokens import TopK
@@ -587,6 +588,24 @@ def test_a_hyperparameter_that_is_not_a_finite_number_above_zero_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"{hyperparameter} is {value!r}; expected a finite number > 0"):
         make_objective(name, **{hyperparameter: value})
+
+
+@pytest.mark.parametrize("value", [SMALLEST, 1.0, 100.0, LARGEST])
+@pytest.mark.parametrize(("name", "hyperparameter"), [(n, h) for n, h in HYPERPARAMETERS if h != "top_k"])
+def test_loss_gradient_and_weight_are_finite_in_fp32_with_any_hyperparameter(
+    name: str, hyperparameter: str, value: float
+) -> None:
+    try:
+        objective = make_objective(name, **{hyperparameter: value})
+    except ValueError as refused:
+        assert hyperparameter in str(refused)  # noqa: PT017
+        return
+    for spread in (1e-3, 0.5, 15.0, 1000.0):
+        given = random_tensors(seed=1, spread=spread, dtype=torch.float32)
+        batch = TokenBatch(**given)
+        loss = objective.loss(batch)
+        for tensor in (loss, *gradients(loss, given), objective.gradient_weight(batch)):
+            assert tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

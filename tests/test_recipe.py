@@ -10,6 +10,7 @@ import pytest
 from drpo.advantage import Advantage
 from drpo.aggregation import Aggregation
 from drpo.errors import UserError
+from drpo.objectives import Anchor
 from drpo.recipe import BUILTIN_RECIPE, Recipe, dump_recipe, load_recipe
 
 RECIPES = [BUILTIN_RECIPE, *sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))]
@@ -346,7 +347,9 @@ def test_a_malformed_override_is_refused_in_one_line(recipe_file, assignment, ex
     assert expected in refusal(recipe_file, [assignment])
 
 
-@pytest.mark.parametrize(("field", "choices"), [("aggregation", Aggregation), ("advantage", Advantage)])
+@pytest.mark.parametrize(
+    ("field", "choices"), [("aggregation", Aggregation), ("advantage", Advantage), ("anchor", Anchor)]
+)
 def test_the_choices_of_a_field_are_those_of_the_library(field, choices):
     # Written out in the recipe, so that a mistake in one is answered without importing torch.
     literal, _ = get_args(Recipe.model_fields[field].annotation)

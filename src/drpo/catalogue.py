@@ -12,9 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from drpo.objectives import CORRECTIONS, OBJECTIVES, Objective, TopKObjective
+from drpo.objectives import CORRECTIONS, OBJECTIVES, SYMBOLS, Objective, TopKObjective
 
-ANCHORS = {"sampler": "μ, the log-probs of the sampler", "old": "π_old, the trainer's policy when the rollout began"}
+ANCHORS = {"sampler": "the log-probs of the sampler", "old": "the trainer's policy when the rollout began"}
 
 
 def overview() -> RenderableType:
@@ -22,7 +22,9 @@ def overview() -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, objective in OBJECTIVES.items():
         table.add_row(Text(name, style="bold"), Text(objective.formula))
-        table.add_row("", Text(f"{_defaults(objective)}; r = π/{_anchor(objective)}; {objective.source}", style="dim"))
+        table.add_row(
+            "", Text(f"{_defaults(objective)}; r = π/{SYMBOLS[objective.anchor]}; {objective.source}", style="dim")
+        )
     corrections = Table.grid(padding=(0, 2))
     for name, correction in CORRECTIONS.items():
         corrections.add_row(Text(name, style="bold"), Text(f"{correction.formula}; {_defaults(correction)}"))
@@ -43,7 +45,7 @@ def page(name: str, objective: Objective) -> RenderableType:
         "maximises": kind.formula,
         "weight w": kind.weight,
         "w within": "no bounds" if math.isinf(low) and math.isinf(high) else f"[{_number(low)}, {_number(high)}]",
-        "ratio r": f"π over {ANCHORS[kind.anchor]}",
+        "ratio r": f"π over {SYMBOLS[kind.anchor]}, {ANCHORS[kind.anchor]}",
         "where A = 0": "the token has a gradient too" if kind.acts_without_advantage else "no gradient",
     }
     if kind.corrects_mismatch:
@@ -82,10 +84,6 @@ def _without_arguments(doc: str) -> str:
 
 def _defaults(kind: type) -> str:
     return ", ".join(f"{field.name}={field.default}" for field in fields(kind)) or "no hyperparameters"
-
-
-def _anchor(objective: type[Objective]) -> str:
-    return {"sampler": "μ", "old": "π_old"}[objective.anchor]
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from drpo.names import make
-from drpo.objectives.base import Anchor, Objective, TopKObjective
+from drpo.objectives.base import SYMBOLS, Anchor, Objective, TopKObjective
 from drpo.objectives.cispo import CISPO
 from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, anchored, make_correction
 from drpo.objectives.cppo import CPPO
@@ -90,6 +90,7 @@ __all__ = [
     "PPO",
     "SAPO",
     "SPO",
+    "SYMBOLS",
     "VESPO",
     "Anchor",
     "Corrected",

@@ -15,6 +15,7 @@ from drpo.tokens import TokenBatch
 Anchor = Literal["sampler", "old"]
 """What a ratio is taken against: the sampler's own log-probs (μ), or the trainer's when the rollout began (π_old)."""
 
+SYMBOLS: dict[Anchor, str] = {"sampler": "μ", "old": "π_old"}
 
 SMALLEST, LARGEST = 1e-9, 1e9
 """What a hyperparameter may be: losses and gradients stay finite in fp32 with any in between."""
@@ -122,7 +123,7 @@ class PenaltyObjective(Objective):
 
     @property
     def weight_bounds(self) -> tuple[float, float]:
-        return -torch.inf, torch.inf
+        return -math.inf, math.inf
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.tokens import TokenBatch
+from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class VESPO(Objective):
             torch.where(negative, *batch.advantage.new_tensor(pair))
             for pair in ((self.k_negative, self.k_positive), (self.lambda_negative, self.lambda_positive))
         )
-        # Where W overflows its term is −inf, and φ is 0.
-        return (rate + k * log_ratio - rate * log_ratio.exp()).exp()
+        # Where W overflows its term is −inf, and φ is 0. A k or λ far above the other takes φ beyond fp32 unbounded.
+        return (rate + k * log_ratio - rate * log_ratio.exp()).clamp(max=LOG_RATIO_BOUND).exp()
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return -self._phi(batch) * batch.advantage * batch.logp

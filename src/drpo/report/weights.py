@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from drpo.objectives import Objective
+from drpo.objectives import SYMBOLS, Objective
 from drpo.tokens import TokenBatch, TopK
 
 BEHAVIOR_PROBS = (0.5, 0.1, 0.01, 0.001)
@@ -75,7 +75,7 @@ def draw_weights(objectives: Mapping[str, Objective]) -> Figure:
         for axes, where, weights in zip(row, ("A > 0", "A < 0", "A > 0, moving away"), drawn, strict=True):
             axes.set_title(where, fontsize=10)
             _write_extremes(axes, torch.cat(weights))
-        anchor = {"sampler": "μ", "old": "π_old"}[objective.anchor]
+        anchor = SYMBOLS[objective.anchor]
         for axes in row[:2]:
             axes.set_xscale("log")
             axes.set_xlabel(f"ratio r = π/{anchor}")
