@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from drpo import OBJECTIVES, TokenBatch
+from drpo import OBJECTIVES, TokenBatch, make_objective
+from drpo.objectives import CORRECTIONS, Corrected, Objective, make_correction
 from drpo.tokens import TopK
 
 # Where a kink is the point, a test names the hyperparameters; elsewhere these put tokens on both sides of every bound.
@@ -34,6 +36,23 @@ TIGHT: dict[str, dict[str, Any]] = {name: {} for name in OBJECTIVES} | {
     "ppo_dual_clip": {"clip_dual": 1.5},
     "dro": {"beta": 0.5},
 }
+
+
+CORRECTED = {name: Corrected(make_objective("ppo"), make_correction(name)) for name in CORRECTIONS}
+
+
+def objective_of(name: str, tight: bool) -> Objective:
+    """An objective of the registry, or PPO under a correction."""
+    return CORRECTED[name] if name in CORRECTED else make_objective(name, **(TIGHT[name] if tight else {}))
+
+
+EVERY = pytest.mark.parametrize(
+    ("name", "tight"),
+    [
+        *((name, False) for name in (*OBJECTIVES, *CORRECTED)),
+        *(pytest.param(name, True, id=f"{name}-tight") for name, tight in TIGHT.items() if tight),
+    ],
+)
 
 
 def tokens(prob: list[float], behavior_prob: list[float], advantage: list[float]) -> TokenBatch:

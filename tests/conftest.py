@@ -1,5 +1,10 @@
 import os
 
+import torch
+
 # No test talks to a model hub; TRL's notices about its experimental options are not ours to show.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported: kernels then run on the CPU, slowly.
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -16,7 +16,7 @@ LAYERS = [
     {"names", "errors"},
     {"tokens", "tasks"},
     {"objectives", "aggregation", "advantage", "recipe"},
-    {"metrics", "rewards", "rollout", "scoring"},
+    {"kernels", "metrics", "rewards", "rollout", "scoring"},
     {"config"},
     {"trainer", "run"},
     {"catalogue", "evaluation", "progress", "report"},

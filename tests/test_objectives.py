@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, FrozenStops, gradients, one_token, random_tensors, tokens
+from builders import EVERY, TIGHT, FrozenStops, gradients, objective_of, one_token, random_tensors, tokens
 from drpo import OBJECTIVES, TokenBatch, aggregate, make_objective
 from drpo.aggregation import Aggregation
 from drpo.objectives import (
@@ -55,23 +55,6 @@ def sigmoid(x: float) -> float:
 
 
 HYPERPARAMETERS = [(name, field.name) for name, cls in OBJECTIVES.items() for field in dataclasses.fields(cls)]
-
-
-CORRECTED = {name: Corrected(make_objective("ppo"), make_correction(name)) for name in CORRECTIONS}
-
-
-def objective_of(name: str, tight: bool) -> Objective:
-    """An objective of the registry, or PPO under a correction."""
-    return CORRECTED[name] if name in CORRECTED else make_objective(name, **(TIGHT[name] if tight else {}))
-
-
-EVERY = pytest.mark.parametrize(
-    ("name", "tight"),
-    [
-        *((name, False) for name in (*OBJECTIVES, *CORRECTED)),
-        *(pytest.param(name, True, id=f"{name}-tight") for name, tight in TIGHT.items() if tight),
-    ],
-)
 
 
 @EVERY
@@ -642,3 +625,20 @@ def test_a_delta_that_confines_the_weight_is_told_once_and_a_corrective_one_is_n
     assert "delta=12.5 confines the gradient weight to [0.92, 1.08]" in caplog.messages[0]
     assert "delta=2.5 confines the gradient weight to [0.6, 1.4]" in caplog.messages[1]
     assert "delta=1 confines the gradient weight to [0, 2]" in caplog.messages[2]
+
+
+@EVERY
+def test_over_sequences_says_whether_a_token_depends_on_the_others_of_its_row(name: str, tight: bool) -> None:
+    objective = objective_of(name, tight)
+    depends = False
+    for seed in range(20):
+        given = random_tensors(seed, spread=0.3)
+        whole = objective.coefficient(TokenBatch(**given))
+        alone = torch.zeros_like(whole)
+        for column in range(whole.shape[1]):
+            given_column = {**given, "mask": given["mask"].clone()}
+            given_column["mask"][:, :column] = False
+            given_column["mask"][:, column + 1 :] = False
+            alone += objective.coefficient(TokenBatch(**given_column))
+        depends |= not torch.equal(whole, alone)
+    assert depends == objective.over_sequences

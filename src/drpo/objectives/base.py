@@ -60,6 +60,9 @@ class Objective(Hyperparameters, ABC):
     acts_without_advantage: ClassVar[bool] = False
     """Whether a token with A = 0 has a gradient too."""
 
+    over_sequences: ClassVar[bool] = False
+    """Whether what a token gets depends on the other tokens of its sequence."""
+
     corrects_mismatch: ClassVar[bool] = False
     """Whether the objective weighs tokens by π_old/μ itself, and so needs both."""
 

@@ -23,6 +23,7 @@ class Correction(Hyperparameters, ABC):
     """A weight for each token, from what the trainer's old policy and the sampler made of it."""
 
     formula: ClassVar[str]
+    over_sequences: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -99,6 +100,7 @@ class SequenceTruncate(_Truncate):
     """
 
     formula: ClassVar[str] = "min(Π ρ, cap), the product over the sequence"
+    over_sequences: ClassVar[bool] = True
 
     def weight(self, batch: TokenBatch) -> Tensor:
         return _of_sequence(batch).clamp(max=self.cap)
@@ -114,6 +116,7 @@ class SequenceMask(_Mask):
     """
 
     formula: ClassVar[str] = "Π ρ where low ≤ Π ρ ≤ high, else 0, the product over the sequence"
+    over_sequences: ClassVar[bool] = True
 
     def weight(self, batch: TokenBatch) -> Tensor:
         return self._kept(_of_sequence(batch))
@@ -160,7 +163,9 @@ class Corrected(Objective):
             raise ValueError(
                 f"{type(self.objective).__name__} weighs tokens by π_old/μ itself; leave the correction out"
             )
+        over_sequences = self.objective.over_sequences or self.correction.over_sequences
         object.__setattr__(self, "acts_without_advantage", self.objective.acts_without_advantage)
+        object.__setattr__(self, "over_sequences", over_sequences)
 
     @property
     def edge(self) -> float | None:

@@ -34,6 +34,7 @@ class CPPO(MaskObjective):
     )
     source: ClassVar[str] = "arXiv 2606.10968, Eq. 8–11"
     anchor: ClassVar[Anchor] = "sampler"
+    over_sequences: ClassVar[bool] = True
 
     delta: float = 0.15
     weight_min: float = 0.8

@@ -26,6 +26,7 @@ class GMPO(Objective):
     weight: ClassVar[str] = "0 where log r is clipped, else G / r"
     source: ClassVar[str] = "arXiv 2507.20673"
     anchor: ClassVar[Anchor] = "old"
+    over_sequences: ClassVar[bool] = True
 
     clip_low: float = 0.4
     clip_high: float = 0.4

@@ -27,6 +27,7 @@ class GSPO(Objective):
     weight: ClassVar[str] = "0 where (A > 0, s > 1 + clip_high) or (A < 0, s < 1 − clip_low), else s / r"
     source: ClassVar[str] = "arXiv 2507.18071"
     anchor: ClassVar[Anchor] = "old"
+    over_sequences: ClassVar[bool] = True
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4

@@ -26,6 +26,7 @@ class VESPO(Objective):
     weight: ClassVar[str] = "φ / r"
     source: ClassVar[str] = "arXiv 2602.10693"
     anchor: ClassVar[Anchor] = "sampler"
+    over_sequences: ClassVar[bool] = True
 
     k_positive: float = 2.0
     lambda_positive: float = 3.0

@@ -1,0 +1,93 @@
+"""From a block of logits to log-probs, entropies and the gradient of each log-prob, row by row and in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 4 * 2**20
+"""Logits that are worked on at a time: they stay in a core's cache from the first operation to the last."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the output x of its LM head before the softmax: z = cap·tanh(scale·x / cap) / temperature.
+
+    Args:
+        temperature: of sampling.
+        scale: a factor; 1 for most models.
+        softcap: the cap; None where z = scale·x / temperature.
+    """
+
+    temperature: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def slope(self) -> float:
+        """∂z/∂x where the cap has no effect."""
+        return self.scale / self.temperature
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.softcap is None:
+            return x * self.slope
+        return (x * (self.scale / self.softcap)).tanh_().mul_(self.softcap / self.temperature)
+
+    def damping(self, z: Tensor) -> Tensor:
+        """∂z/∂x over :attr:`slope`: 1 − tanh², under a cap."""
+        assert self.softcap is not None
+        return 1 - (z * (self.temperature / self.softcap)).square_()
+
+
+class Rows(NamedTuple):
+    """Of each token: log π and the entropy of its distribution, in nats, [M] each, and −∂log π/∂x over the slope, [M, V]."""
+
+    logp: Tensor
+    entropy: Tensor
+    gradient: Tensor
+
+
+def differentiate(logits: Tensor, token_ids: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Rows:
+    """Score tokens and differentiate their log-probs by the logits.
+
+    On a GPU by a Triton kernel, elsewhere by PyTorch; both compute in fp32, or in fp64 of fp64 logits.
+
+    Args:
+        logits: [M, V], the LM head's output x; destroyed.
+        token_ids: [M].
+        transform: what the model makes of x.
+        dtype: of the gradient, which takes the place of the logits if it is theirs.
+    """
+    gradient = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    logp, entropy = (torch.empty(len(logits), dtype=precise, device=logits.device) for _ in range(2))
+    if logits.is_cuda:
+        from drpo.kernels.triton_rows import differentiate_rows
+
+        differentiate_rows(logits, token_ids, transform, logp, entropy, gradient)
+    else:
+        _differentiate_blocks(logits, token_ids, transform, logp, entropy, gradient)
+    return Rows(logp, entropy, gradient)
+
+
+def _differentiate_blocks(
+    logits: Tensor, token_ids: Tensor, transform: LogitTransform, logp: Tensor, entropy: Tensor, gradient: Tensor
+) -> None:
+    rows = max(1, BLOCK_BYTES // (logits.shape[1] * logp.element_size()))
+    for x, ids, block_logp, block_entropy, block in zip(
+        *(tensor.split(rows) for tensor in (logits, token_ids.unsqueeze(1), logp, entropy, gradient)), strict=True
+    ):
+        z = transform(x.to(logp.dtype))
+        probs = torch.softmax(z, dim=1, out=block if block.dtype == z.dtype else torch.empty_like(z))
+        # The likeliest token has at least probability 1/V, whose logarithm is exact to rounding.
+        logsumexp = z.amax(dim=1) - probs.amax(dim=1).log()
+        torch.sub(z.gather(1, ids).squeeze(1), logsumexp, out=block_logp)
+        torch.sub(logsumexp, torch.linalg.vecdot(probs, z), out=block_entropy)
+        probs.scatter_add_(1, ids, probs.new_full(ids.shape, -1.0))
+        if transform.softcap is not None:
+            probs.mul_(transform.damping(z))
+        if probs is not block:
+            block.copy_(probs)

@@ -1,0 +1,281 @@
+"""The fused loss against all logits at once, differentiated by autograd."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import drpo.kernels.head
+from builders import EVERY, objective_of
+from drpo import make_objective
+from drpo.kernels import FusedLoss, fused_policy_loss
+from drpo.kernels.reference import reference_policy_loss
+from drpo.kernels.rows import LogitTransform, _differentiate_blocks
+
+HEAD = {"temperature": 0.7, "logit_scale": 1.3}
+
+
+def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, top_k: int = 5) -> dict[str, Any]:
+    """Arguments of the fused loss in fp64, a third of the advantages 0; sequences of seven tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = normal(tokens, width), normal(vocabulary, width) * width**-0.5, 0.1 * normal(vocabulary)
+    token_ids = torch.randint(vocabulary, (tokens,), generator=generator)
+    logits = (hidden @ weight.t() + bias) * HEAD["logit_scale"] / HEAD["temperature"]
+    behavior = (logits + 0.3 * normal(tokens, vocabulary)).log_softmax(dim=1)
+    behavior_logp = behavior.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    likeliest = behavior.topk(min(top_k, vocabulary), dim=1)
+    advantage = normal(tokens) * (torch.rand(tokens, generator=generator) > 1 / 3)
+    return {
+        "hidden": hidden,
+        "lm_head_weight": weight,
+        "bias": bias,
+        "token_ids": token_ids,
+        "behavior_logp": behavior_logp,
+        "sampler_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
+        "advantage": advantage,
+        "scale": torch.rand(tokens, generator=generator, dtype=torch.float64) / max(tokens, 1),
+        "sequence_ids": torch.arange(tokens) // 7,
+        "top_k_ids": likeliest.indices,
+        "top_k_behavior_logp": likeliest.values,
+        **HEAD,
+    }
+
+
+LEAVES = ("hidden", "lm_head_weight", "bias")
+
+
+def differentiated(function: Any, given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Loss, log-probs, entropies and three times the loss's gradients, with states and head in ``dtype``."""
+    leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in LEAVES}
+    result: FusedLoss = function(**{**given, **leaves})
+    (3 * result.loss).backward()
+    grads = {f"by {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    assert len(grads) == len(leaves)
+    return {**{name: value.detach() for name, value in result._asdict().items()}, **grads}
+
+
+@pytest.fixture
+def chunks_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(drpo.kernels.head.CHUNK_BYTES, "cpu", 10 * 101 * 8)
+
+
+@EVERY
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_it_equals_the_reference_in_fp64(name: str, tight: bool, softcap: float | None) -> None:
+    for seed in range(3):
+        given = {**case(seed), "objective": objective_of(name, tight), "softcap": softcap}
+        fused, reference = (differentiated(f, given) for f in (fused_policy_loss, reference_policy_loss))
+        for what, expected in reference.items():
+            atol = 1e-12 * expected.abs().max().item()
+            torch.testing.assert_close(fused[what], expected, rtol=1e-9, atol=atol, msg=lambda m, w=what: f"{w}: {m}")
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_its_error_is_within_the_budget_of_plain_pytorch_in_the_same_dtype(dtype: torch.dtype) -> None:
+    """Of 70 random shapes, against fp64 of the same rounded inputs: on average at most half as much again, never far more.
+
+    One shape alone says little: rounding may happen to cancel in one of the two.
+    """
+    draw = random.Random(0)
+    errors: dict[str, list[Tensor]] = {f"by {name}": [] for name in LEAVES}
+    for seed in range(70):
+        # A mask's jump is no matter of precision: log-probs near it round to either side.
+        objective = make_objective(*draw.choice([("drpo",), ("spo",), ("pg",), ("drpo_topk",), ("vespo",), ("sapo",)]))
+        tokens, width, vocabulary = draw.choice([1, 2, 7, 64]), draw.choice([1, 8, 33]), draw.choice([1, 2, 31, 1000])
+        given = {**case(seed, tokens, width, vocabulary), "objective": objective}
+        given |= {name: given[name].to(dtype).double() for name in LEAVES}
+        truth = differentiated(reference_policy_loss, given)
+        fused, plain = (differentiated(f, given, dtype) for f in (fused_policy_loss, reference_policy_loss))
+        for what, pairs in errors.items():
+            pair = torch.tensor([relative_error(result[what], truth[what]) for result in (fused, plain)])
+            assert pair[0] <= 10 * pair[1] + 20 * torch.finfo(dtype).eps, (what, tokens, width, vocabulary)
+            pairs.append(pair)
+    for what, pairs in errors.items():
+        of_fused, of_plain = torch.stack(pairs).mean(dim=0).tolist()
+        assert of_fused <= 1.5 * of_plain, what
+
+
+@pytest.mark.parametrize("name", ["drpo", "spo", "pg", "drpo_topk", "drpo_unweighted"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_it_passes_gradcheck(name: str, softcap: float | None) -> None:
+    given = {**case(0, tokens=12, width=4, vocabulary=17), "objective": objective_of(name, True), "softcap": softcap}
+    leaves = [given.pop(name).requires_grad_() for name in LEAVES]
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return fused_policy_loss(**dict(zip(LEAVES, leaves, strict=True)), **given).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def flops_of_addmm(total: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def products(given: dict[str, Any], **needs: bool) -> float:
+    """Floating-point operations over those of one product of all tokens with the head."""
+    tokens, width = given["hidden"].shape
+    vocabulary = len(given["lm_head_weight"])
+    leaves = {name: given[name].clone().requires_grad_(needs.get(name, True)) for name in LEAVES[:2]}
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops_of_addmm}) as counter:
+        loss = fused_policy_loss(**{**given, **leaves, "bias": None}).loss
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops() / (2 * tokens * width * vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "expected"),
+    [
+        ("drpo", {}, 3),
+        ("drpo", {"lm_head_weight": False}, 2),
+        ("drpo", {"hidden": False}, 2),
+        ("drpo", {"hidden": False, "lm_head_weight": False}, 1),
+        ("gspo", {}, 4),
+        ("drpo_topk", {}, 3),
+    ],
+)
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_it_takes_the_least_products(name: str, needs: dict[str, bool], expected: int) -> None:
+    given = {**case(0), "objective": make_objective(name)}
+    given["advantage"] = torch.ones_like(given["advantage"])
+    given["behavior_logp"] = None if name == "gspo" else given["behavior_logp"]
+    assert products(given, **needs) == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_tokens_without_a_coefficient_cost_one_product() -> None:
+    given = {**case(0, tokens=40), "objective": make_objective("drpo")}
+    given["advantage"] = torch.where(torch.arange(40) % 4 == 0, 1.0, 0.0)
+    assert products(given) == pytest.approx(1 + 2 / 4)
+    given["advantage"] = torch.zeros(40)
+    assert products(given) == pytest.approx(1)
+    given["objective"] = make_objective("drpo_unweighted")
+    assert products(given) == pytest.approx(3)
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["drpo", "gspo", "drpo_topk"])
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_no_tensor_grows_with_tokens_times_vocabulary(name: str) -> None:
+    given = {**case(0, tokens=700, width=4), "objective": make_objective(name)}
+    with LargestTensor() as largest:
+        differentiated(fused_policy_loss, given)
+    assert largest.elements <= max(10 * 101, 700 * 6, 101 * 4)
+
+
+@pytest.mark.parametrize("name", ["drpo", "gspo", "drpo_topk"])
+def test_no_tokens_are_a_zero_that_can_be_differentiated(name: str) -> None:
+    result = differentiated(fused_policy_loss, {**case(0, tokens=0), "objective": make_objective(name)})
+    assert result["loss"] == 0
+    assert all((result[f"by {leaf}"] == 0).all() for leaf in LEAVES)
+
+
+def test_without_behavior_log_probs_the_policy_is_its_own_anchor() -> None:
+    given = {**case(0), "objective": make_objective("pg"), "behavior_logp": None}
+    result = differentiated(fused_policy_loss, given)
+    # The surrogate at r = 1 is −Σ scale · A.
+    assert result["loss"].item() == pytest.approx(-(given["scale"] * given["advantage"]).sum().item())
+    assert result["by hidden"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_ratio_beyond_fp16_leaves_finite_gradients(dtype: torch.dtype) -> None:
+    given = {**case(0), "objective": make_objective("drpo", delta=0.1)}
+    given["behavior_logp"] = given["behavior_logp"] - 30.0
+    result = differentiated(fused_policy_loss, {**given, "scale": torch.full((37,), 1e-9)}, dtype)
+    assert all(value.isfinite().all() for value in result.values())
+
+
+def test_under_autocast_gradients_come_in_the_dtype_of_their_tensors() -> None:
+    given = {**case(0), "objective": make_objective("drpo")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = differentiated(fused_policy_loss, given, torch.float32)
+    low = differentiated(fused_policy_loss, given, torch.bfloat16)
+    assert fused["logp"].dtype == torch.float32
+    for name in LEAVES:
+        assert fused[f"by {name}"].dtype == torch.float32
+        torch.testing.assert_close(fused[f"by {name}"], low[f"by {name}"].float(), rtol=0.02, atol=1e-4)
+
+
+def test_a_second_backward_gives_the_same_gradients() -> None:
+    given = {**case(0), "objective": make_objective("drpo")}
+    hidden = given["hidden"].requires_grad_()
+    loss = fused_policy_loss(**given).loss
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(36, 16)}, r"hidden has shape \(36, 16\); expected \(37, D\)"),
+        ({"lm_head_weight": torch.zeros(101, 15)}, r"lm_head_weight has shape \(101, 15\); expected \(V, 16\)"),
+        ({"token_ids": torch.zeros(1, 37)}, r"token_ids has shape \(1, 37\); expected one dimension"),
+        ({"advantage": torch.zeros(36)}, r"advantage has shape \(36,\); expected \(37,\)"),
+        ({"top_k_ids": torch.zeros(37)}, r"top_k_ids has shape \(37,\); expected \(37, K\)"),
+        ({"top_k_behavior_logp": None}, "belong together"),
+        ({"sequence_ids": -torch.arange(37)}, "sequence_ids decreases"),
+        ({"objective": make_objective("gspo"), "sequence_ids": None}, "GSPO looks at whole sequences"),
+        (
+            {"objective": make_objective("pdm"), "top_k_ids": None, "top_k_behavior_logp": None},
+            "PDM looks at the sampler's likeliest tokens",
+        ),
+        ({"behavior_logp": torch.full((37,), torch.nan)}, "behavior_logp is nan"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fused_policy_loss(**{**case(0), "objective": make_objective("drpo"), **change})
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("vocabulary", [1, 5, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_triton_kernel_agrees_with_pytorch(dtype: torch.dtype, vocabulary: int, softcap: float | None) -> None:
+    """On a GPU if there is one, else under Triton's interpreter (conftest.py); in place, and into another dtype."""
+    pytest.importorskip("triton")
+    from drpo.kernels.triton_rows import differentiate_rows
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, vocabulary, generator=generator).to(dtype)
+    token_ids = torch.randint(vocabulary, (3,), generator=generator)
+    transform = LogitTransform(softcap=softcap, temperature=0.7, scale=1.3)
+
+    def by(function: Any, in_place: bool) -> tuple[Tensor, ...]:
+        given = logits.clone()
+        logp, entropy = torch.empty(3), torch.empty(3)
+        gradient = given if in_place else torch.empty_like(given, dtype=torch.float32)
+        function(given, token_ids, transform, logp, entropy, gradient)
+        return logp, entropy, gradient.float()
+
+    for in_place in (True, False):
+        for value, expected in zip(by(differentiate_rows, in_place), by(_differentiate_blocks, in_place), strict=True):
+            coarse = in_place and value.dim() == 2
+            torch.testing.assert_close(value, expected, rtol=torch.finfo(dtype).eps if coarse else 2e-5, atol=2e-5)
