@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from drpo import OBJECTIVES, DRPOConfig, DRPOTrainer
@@ -119,23 +130,14 @@ class Watching(DRPOTrainer):
         super().__init__(*args, **kwargs)
         self.updates: list[dict[str, Any]] = []
 
-    def _score(self, model: Any, inputs: dict[str, Any]) -> Any:
-        scored = super()._score(model, inputs)
-        logp, _, _, topk = scored
-        self.updates.append({**inputs, "logp": logp.detach(), "topk": topk})
-        return scored
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        objective = self.objective
+    def _score(self, model: Any, inputs: dict[str, Any], scale: Tensor) -> Any:
+        kind, given = type(self.objective), []
+        loss = kind.loss
         # What the objective is given, which is not what the rollout brought unless the trainer passes it on.
-        self.objective = SimpleNamespace(  # type: ignore[assignment]
-            loss=lambda batch: self.updates[-1].update(batch=batch) or objective.loss(batch),
-            gradient_weight=objective.gradient_weight,
-        )
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self.objective = objective
+        with mock.patch.object(kind, "loss", lambda objective, batch: given.append(batch) or loss(objective, batch)):
+            scored = super()._score(model, inputs, scale)
+        self.updates.append({**inputs, "batch": given[-1]})
+        return scored
 
 
 class TestAnchor:
@@ -151,8 +153,8 @@ class TestAnchor:
             assert rollout[0]["batch"].log_ratio.abs().max() < 1e-5 < rollout[1]["batch"].log_ratio.abs().max()
             for update in rollout:
                 mask, batch = update["completion_mask"].bool(), update["batch"]
-                assert torch.equal(batch.behavior_logp[mask], update["old_per_token_logps"][mask])
-                assert torch.equal(batch.sampler_logp[mask], update["sampling_per_token_logps"][mask])
+                assert torch.equal(batch.behavior_logp.squeeze(0), update["old_per_token_logps"][mask])
+                assert torch.equal(batch.sampler_logp.squeeze(0), update["sampling_per_token_logps"][mask])
         # The made-up sampler is another policy, and how far π is from that one is what is measured.
         assert trainer.state.log_history[0]["divergence/mean"] > 0.1
 
@@ -189,31 +191,15 @@ class TestTopK:
             learning_rate=1e-3,
         )
         trainer.train()
-        first, second = trainer.updates
-        mask = first["completion_mask"].bool()
-        topk = first["topk"]
-        assert topk.logp.shape == (*mask.shape, 4)
-        assert (topk.logp - topk.behavior_logp).abs()[mask].max() < 1e-4
+        first, second = (update["batch"].topk for update in trainer.updates)
+        mask = trainer.updates[0]["completion_mask"].bool()
+        assert first.logp.shape == (1, mask.sum(), 4)
+        assert (first.logp - first.behavior_logp).abs().max() < 1e-4
         # Where the sampled token is among them, its log-prob is the same one.
-        sampled = topk.is_sampled & mask.unsqueeze(2)
-        assert sampled.any()
-        alone = first["sampling_per_token_logps"].unsqueeze(2).expand_as(topk.logp)
-        torch.testing.assert_close(topk.behavior_logp[sampled], alone[sampled], rtol=0, atol=1e-5)
-        assert (second["topk"].logp - second["topk"].behavior_logp).abs()[second["completion_mask"].bool()].max() > 1e-3
-
-    def test_scores_are_those_of_the_fused_head(self, tmp_path: Path, problems: Dataset) -> None:
-        scored = {}
-        for objective in ("drpo", "drpo_topk"):
-            trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8)
-            torch.manual_seed(0)
-            ids = torch.randint(3, 12, (4, 9))
-            padded = {"prompt_ids": ids[:, :4], "prompt_mask": torch.ones(4, 4, dtype=torch.long)}
-            padded["prompt_mask"][1, :2] = 0
-            completions = {"completion_ids": ids[:, 4:], "completion_mask": torch.ones(4, 5, dtype=torch.long)}
-            likeliest = {"top_k_ids": torch.randint(3, 12, (4, 5, 2)), "top_k_sampling_logps": torch.zeros(4, 5, 2)}
-            scored[objective] = trainer._score(trainer.model, {**padded, **completions, **likeliest})
-        for fused, full in zip(scored["drpo"][:2], scored["drpo_topk"][:2], strict=True):
-            torch.testing.assert_close(full, fused, rtol=1e-5, atol=1e-5)
+        assert first.is_sampled.any()
+        alone = trainer.updates[0]["sampling_per_token_logps"][mask].view(1, -1, 1).expand_as(first.logp)
+        torch.testing.assert_close(first.behavior_logp[first.is_sampled], alone[first.is_sampled], rtol=0, atol=1e-5)
+        assert (second.logp - second.behavior_logp).abs().max() > 1e-3
 
     @pytest.mark.parametrize(
         ("settings", "what"),
@@ -227,6 +213,85 @@ class TestTopK:
     ) -> None:
         with pytest.raises(ValueError, match=f"objective='pdm' needs log-probs of .* does not work with {what}"):
             make_trainer(tmp_path, problems, objective="pdm", **settings)
+
+
+class TestFusedLoss:
+    @pytest.mark.parametrize("objective", ["drpo", "drpo_topk", "gspo", "ppo"])
+    def test_scores_and_gradient_are_those_of_the_plain_path(
+        self, tmp_path: Path, problems: Dataset, objective: str
+    ) -> None:
+        torch.manual_seed(0)
+        ids = torch.randint(3, 12, (4, 9))
+        inputs = {
+            "prompt_ids": ids[:, :4],
+            "prompt_mask": torch.ones(4, 4, dtype=torch.long),
+            "completion_ids": ids[:, 4:],
+            "completion_mask": torch.ones(4, 5, dtype=torch.long),
+            "advantages": torch.tensor([0.5, -1.0, 0.0, 2.0]),
+            "sampling_per_token_logps": -3 * torch.rand(4, 5),
+            "old_per_token_logps": -3 * torch.rand(4, 5),
+            "top_k_ids": torch.randint(3, 12, (4, 5, 2)),
+            "top_k_sampling_logps": -3 - torch.rand(4, 5, 2),
+        }
+        inputs["prompt_mask"][1, :2] = 0
+        inputs["completion_mask"][2, 3:] = 0
+        counted = inputs["completion_mask"].bool()
+        found = []
+        for fused in (True, False):
+            trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8, fused_loss=fused)
+            scored = trainer._score(trainer.model, inputs, counted / 17)
+            scored.loss.backward()
+            tokens = (scored.sampled.logp, scored.gradient_weight, scored.entropy)
+            tokens = [t.squeeze(0) if fused else t[counted] for t in tokens]
+            gradient = _flat({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
+            found.append([scored.loss.detach(), *tokens, gradient])
+        for fused, plain in zip(*found, strict=True):
+            assert (fused - plain).norm() <= 1e-5 * plain.norm()
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 is TRL's"),
+            ({"head": torch.nn.Sequential()}, "its LM head is a Sequential, not a plain Linear"),
+        ],
+    )
+    def test_is_left_out_in_one_line_where_the_model_does_not_allow_it(
+        self,
+        tmp_path: Path,
+        problems: Dataset,
+        caplog: pytest.LogCaptureFixture,
+        change: dict[str, Any],
+        reason: str,
+    ) -> None:
+        model, _ = load_model()
+        if (head := change.pop("head", None)) is not None:
+            head.append(model.lm_head)
+            head.weight = model.lm_head.weight
+            model.get_output_embeddings = lambda: head
+        trainer = make_trainer(tmp_path, problems, model=model, **change)
+        assert f"No fused loss for this model: {reason}" in caplog.text
+        assert "scored" not in str(trainer.model.forward)
+
+    def test_reads_what_a_model_does_to_its_logits(self, tmp_path: Path, problems: Dataset) -> None:
+        """A model with a scale, a cap or a bias: the audit of what it sampled is passed."""
+        small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1}
+        for model in (
+            CohereForCausalLM(CohereConfig(**small, logit_scale=0.3, bos_token_id=2)),
+            GraniteForCausalLM(GraniteConfig(**small, logits_scaling=3.0)),
+            Gemma2ForCausalLM(
+                Gemma2Config(**small, head_dim=16, final_logit_softcapping=0.5, attn_implementation="eager")
+            ),
+            PhiForCausalLM(PhiConfig(**small | {"num_key_value_heads": 2}, resid_pdrop=0.0)),
+        ):
+            torch.nn.init.normal_(model.lm_head.weight)
+            if model.lm_head.bias is not None:
+                torch.nn.init.normal_(model.lm_head.bias)
+            trainer = make_trainer(tmp_path, problems, model=model)
+            trainer.train()
+            assert trainer._why_not_fused is None
+            assert trainer.audit is not None
+            assert trainer.audit.maximum < 1e-4, type(model)
 
 
 class TestAudit:
@@ -371,7 +436,7 @@ class TestTraining:
         forward, scored = trainer.model.forward, []
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            scored.append(kwargs.get("fused_lm_head", False))
+            scored.append("scored" in kwargs)
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(trainer.model, "forward", counted)

@@ -111,6 +111,13 @@ class DRPOConfig(GRPOConfig):
         audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
             training stops. None takes ``EXACT_THRESHOLD`` of :mod:`drpo.rollout.audit`
             where one fp32 model samples and trains, else its ``APPROXIMATE_THRESHOLD``.
+        fused_loss: compute loss and gradient of the LM head in one pass
+            (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
+        drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,
+            under objectives that give them no gradient. They stay in the denominators.
+        tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
+            sequences of a batch are sorted by length and split accordingly; a longer sequence goes
+            alone. None takes a batch as a whole.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
@@ -127,6 +134,11 @@ class DRPOConfig(GRPOConfig):
     audit_threshold: float | None = field(
         default=None, metadata={"help": "Mean |log pi - log mu| before the first update above which training stops."}
     )
+    fused_loss: bool = field(default=True, metadata={"help": "One pass over the LM head where the model allows it."})
+    drop_zero_advantage: bool = field(default=True, metadata={"help": "Do not compute sequences without a gradient."})
+    tokens_per_micro_batch: int | None = field(
+        default=16_384, metadata={"help": "Tokens that go through the model at once, padding included."}
+    )
     scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
 
@@ -141,6 +153,9 @@ class DRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number > 0")
+        budget = self.tokens_per_micro_batch
+        if budget is not None and (not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"tokens_per_micro_batch is {budget!r}; expected a whole number, at least 1, or None")
         asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None

@@ -1,28 +1,107 @@
-"""Log-probs of the sampler's likeliest tokens under the policy being trained, from the logits of a whole vocabulary."""
+"""What a forward pass makes of sampled completions: the loss of an objective, and what there is to measure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from drpo.micro_batches import left_aligned, loss_mask
+from drpo.objectives import Anchor, Objective
+from drpo.policy_head import ScoredTokens
+from drpo.tokens import TokenBatch, TopK
 
-@dataclass(frozen=True)
-class Scores:
-    """What a forward pass makes of completions.
 
-    Args:
+class Scored(NamedTuple):
+    """A micro-batch's loss and its tokens.
+
+    Attributes:
+        loss: scalar, its share of the update's.
+        sampled: the tokens under the policy, against the sampler.
+        gradient_weight: the objective's of each token, as ``sampled`` has them.
+        entropy: of π at each, in nats.
+        aux_loss: the load-balancing loss of a mixture of experts, if it was asked for.
+    """
+
+    loss: Tensor
+    sampled: TokenBatch
+    gradient_weight: Tensor
+    entropy: Tensor
+    aux_loss: Tensor | None = None
+
+
+class Scores(NamedTuple):
+    """What a forward pass that keeps no gradient of its own makes of completions.
+
+    Attributes:
         logp: [B, T], log π of each token of them.
         entropy: [B, T], of π at each token, in nats; without gradient.
-        top_k_logp: [B, T, K], log π of the tokens asked for.
         aux_loss: the load-balancing loss of a mixture of experts, if asked for.
+        top_k_logp: [B, T, K], log π of the sampler's likeliest tokens, if asked for.
     """
 
     logp: Tensor
     entropy: Tensor
-    top_k_logp: Tensor
-    aux_loss: Tensor | None
+    aux_loss: Tensor | None = None
+    top_k_logp: Tensor | None = None
+
+
+def score_fused(model: Any, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor) -> Scored:
+    """In one pass over the LM head; the tokens that count are in one row, without padding.
+
+    Args:
+        model: whose forward takes ``scored`` (:func:`drpo.policy_head.add_policy_loss`).
+        inputs: the trainer's, of one micro-batch.
+        scale: [B, T], of each token's loss (:func:`drpo.token_scale`).
+        objective: of the loss.
+        anchor: what its ratio is taken against.
+    """
+    counted = loss_mask(inputs).bool()
+
+    def of_tokens(name: str) -> Tensor | None:
+        return inputs[name][counted] if inputs.get(name) is not None else None
+
+    ids, places = left_aligned(inputs)
+    sequences, _ = places.nonzero(as_tuple=True)
+    sampler_logp = inputs["sampling_per_token_logps"][counted]
+    advantage = inputs["advantages"][sequences]
+    tokens = {
+        "token_ids": ids[places],
+        "advantage": advantage,
+        "scale": scale[counted],
+        "sequence_ids": sequences,
+        "top_k_ids": of_tokens("top_k_ids"),
+        "top_k_behavior_logp": of_tokens("top_k_sampling_logps"),
+        # TRL keeps no log-probs of the old policy where a rollout is a single update: it is π then.
+        "behavior_logp": of_tokens("old_per_token_logps") if anchor == "old" else sampler_logp,
+        "sampler_logp": sampler_logp if anchor == "old" else None,
+    }
+    loss, *measured = model(input_ids=ids, scored=ScoredTokens(places, objective, tokens))
+    logp, entropy, weight = (tensor.unsqueeze(0) for tensor in measured)
+    sampled = TokenBatch(
+        logp=logp,
+        behavior_logp=sampler_logp.unsqueeze(0),
+        advantage=advantage.unsqueeze(0),
+        mask=torch.ones_like(logp, dtype=torch.bool),
+    )
+    return Scored(loss, sampled, weight, entropy)
+
+
+def score_plain(scores: Scores, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor) -> Scored:
+    """The same from log-probs that autograd differentiates; other arguments as :func:`score_fused`'s."""
+    tokens = {"logp": scores.logp, "advantage": inputs["advantages"], "mask": loss_mask(inputs)}
+    sampler_logp = inputs["sampling_per_token_logps"]
+    topk = None
+    if scores.top_k_logp is not None:
+        is_sampled = inputs["top_k_ids"] == inputs["completion_ids"].unsqueeze(2)
+        topk = TopK(scores.top_k_logp, inputs["top_k_sampling_logps"], is_sampled)
+    sampled = batch = TokenBatch(**tokens, behavior_logp=sampler_logp, topk=topk)
+    if anchor == "old":
+        old_logp = inputs.get("old_per_token_logps", scores.logp.detach())
+        batch = TokenBatch(**tokens, behavior_logp=old_logp, sampler_logp=sampler_logp)
+    loss = (scale * objective.loss(batch)).sum()
+    return Scored(loss, sampled, objective.gradient_weight(batch), scores.entropy, scores.aux_loss)
 
 
 def score_top_k(
@@ -30,7 +109,8 @@ def score_top_k(
 ) -> Scores:
     """Score completions and the tokens in ``top_k_ids`` at each of their positions.
 
-    TRL's fused head keeps no logits, so this holds the completions' [B, T, V] in fp32 a few times.
+    For models that the fused loss does not fit. TRL's head keeps no logits, so this holds the
+    completions' [B, T, V] in fp32 a few times.
 
     Args:
         model: a causal language model whose forward takes ``logits_to_keep``.
@@ -45,6 +125,6 @@ def score_top_k(
     return Scores(
         logp=log_probs.gather(2, completion_ids.unsqueeze(2)).squeeze(2),
         entropy=-(detached.exp() * detached).sum(dim=2),
-        top_k_logp=log_probs.gather(2, top_k_ids),
         aux_loss=getattr(outputs, "aux_loss", None),
+        top_k_logp=log_probs.gather(2, top_k_ids),
     )

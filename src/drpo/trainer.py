@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import textwrap
+import time
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from drpo.advantage import group_advantage
-from drpo.aggregation import Counts, aggregate
+from drpo.aggregation import Counts, token_scale
 from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
-from drpo.objectives import TopKObjective
+from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
+from drpo.objectives import Anchor, TopKObjective
+from drpo.policy_head import add_policy_loss, why_not_fused
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
 from drpo.rollout.record import LogProbRecorder, record_log_probs
-from drpo.scoring import score_top_k
-from drpo.tokens import TokenBatch, TopK
+from drpo.scoring import Scored, Scores, score_fused, score_plain, score_top_k
+
+logger = logging.getLogger(__name__)
 
 _MULTIMODAL = (
     "pixel_values",
@@ -83,7 +90,7 @@ class DRPOTrainer(GRPOTrainer):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.objective = args.make_objective()
-        self.anchor = args.anchor or self.objective.anchor
+        self.anchor: Anchor = args.anchor or self.objective.anchor
         self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
         if self._top_k:
             self._refuse_without_top_k()
@@ -93,10 +100,30 @@ class DRPOTrainer(GRPOTrainer):
         self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
+        self._why_not_fused = self._fuse(base)
+        self._work = Work()
+        self._began = 0.0
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences: list[Tensor] = []
         self._sampling = False
         self._recorder: LogProbRecorder | None = None
+
+    def _fuse(self, base: Any) -> str | None:
+        """Give the model its fused loss, or say once why it has none."""
+        if not self.args.fused_loss:
+            return "fused_loss=False"
+        reasons = (
+            (self._is_vlm, "a vision-language model's inputs are more than tokens"),
+            (self.aux_loss_enabled, "a load-balancing loss is wanted beside it"),
+            (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32 is TRL's fused head's"),
+            (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
+        )
+        reason = next((text for applies, text in reasons if applies), None) or why_not_fused(base)
+        if reason is None:
+            add_policy_loss(base, self.temperature)
+        elif self.accelerator.is_main_process:
+            logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
+        return reason
 
     def _refuse_without_top_k(self) -> None:
         for is_used, what in (
@@ -149,7 +176,7 @@ class DRPOTrainer(GRPOTrainer):
                 "the rollout returned no log-probs, so there is no behaviour policy to anchor the ratio on; "
                 "return them from rollout_func as 'logprobs', or let Transformers or vLLM generate"
             )
-        missing = (_loss_mask(output).bool() & ~output["sampling_per_token_logps"].isfinite()).nonzero()
+        missing = (loss_mask(output).bool() & ~output["sampling_per_token_logps"].isfinite()).nonzero()
         if len(missing):
             row, token = missing[0].tolist()
             value = output["sampling_per_token_logps"][row, token].item()
@@ -181,62 +208,77 @@ class DRPOTrainer(GRPOTrainer):
             # The denominators of an update span all its micro-batches and ranks.
             first = self._step % (self.args.updates_per_rollout * self.args.gradient_accumulation_steps)
             self._counts = self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
+        self._began = time.perf_counter()
         return inputs
 
     def _count(self, micro_batches: list[dict[str, Any]]) -> Counts:
-        counts = [Counts.of(_loss_mask(inputs)) for inputs in micro_batches]
+        counts = [Counts.of(loss_mask(inputs)) for inputs in micro_batches]
         local = torch.stack([torch.stack([c.tokens, c.sequences]) for c in counts]).sum(dim=0)
         tokens, sequences = self.accelerator.reduce(local, reduction="sum")
         return Counts(tokens=tokens, sequences=sequences)
 
-    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, TopK | None]:
-        """log π and entropy [B, T], the load-balancing loss, and the log-probs of the likeliest tokens if the objective needs them."""
-        completion_ids = inputs["completion_ids"]
-        input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        if not self._top_k:
-            logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                completion_ids.shape[1],
-                compute_entropy=True,
-                compute_aux_loss=self.aux_loss_enabled,
-                **{name: inputs.get(name) for name in _MULTIMODAL},
-            )
-            return logp, entropy, aux_loss, None
-        model_inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._takes_positions:
-            model_inputs["position_ids"] = _positions(attention_mask)
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        ids = inputs["top_k_ids"]
-        with self.accelerator.autocast():
-            scores = score_top_k(model, completion_ids, ids, self.temperature, model_inputs)
-        topk = TopK(scores.top_k_logp, inputs["top_k_sampling_logps"], ids == completion_ids.unsqueeze(2))
-        return scores.logp, scores.entropy, scores.aux_loss, topk
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        logp, entropy, aux_loss, topk = self._score(model, inputs)
-        tokens = {"logp": logp, "advantage": inputs["advantages"], "mask": _loss_mask(inputs)}
-        sampler_logp = inputs["sampling_per_token_logps"]
-        sampled = batch = TokenBatch(**tokens, behavior_logp=sampler_logp, topk=topk)
-        if self.anchor == "old":
-            # TRL keeps none where a rollout is a single update: π is π_old then.
-            old_logp = inputs.get("old_per_token_logps", logp.detach())
-            batch = TokenBatch(**tokens, behavior_logp=old_logp, sampler_logp=sampler_logp)
-        if self.audit is None and mode == "train":
-            self._audit(sampled)
+        *others, last = self._micro_batches(inputs, mode)
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_batch in others:
+            # Of a batch taken in parts, the trainer differentiates the last; ranks exchange gradients there.
+            with self.accelerator.no_sync(model):
+                loss = self._loss(model, micro_batch, mode)
+                if mode == "train":
+                    self.accelerator.backward(loss)
+            total += loss.detach()
+        loss = self._loss(model, last, mode)
+        if mode == "train" and self.audit is None and self.accelerator.sync_gradients:
+            self._audit()
+        return loss + total
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        self._work.seconds += time.perf_counter() - self._began
+        return loss
+
+    def _micro_batches(self, inputs: dict[str, Any], mode: str) -> list[dict[str, Any]]:
+        """What goes through the model together: the sequences that have a gradient, by length."""
+        is_whole = mode == "eval" or any(inputs.get(name) is not None for name in _MULTIMODAL)
+        if is_whole:
+            return [inputs]
+        counted = loss_mask(inputs).bool().any(dim=1)
+        keep = torch.ones_like(counted)
+        # The audit of a run's first update compares all that was sampled, not what is worth training on.
+        can_drop = self.args.drop_zero_advantage and not self.objective.acts_without_advantage
+        if can_drop and self.state.global_step > 0:
+            keep = counted & (inputs["advantages"] != 0)
+        sizes = lengths(inputs)
+        # DeepSpeed counts backward passes itself.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        budget = None if is_deepspeed else self.args.tokens_per_micro_batch
+        groups = split_by_length(sizes, keep, budget)
+        wanted = max(1, len(groups))
+        if self.accelerator.num_processes > 1:
+            # Every rank takes part in as many forward passes as the one with the most work.
+            wanted = int(self.accelerator.gather(torch.tensor([wanted], device=keep.device)).max())
+        micro_batches = [select(inputs, rows) for rows in groups]
+        if len(groups) < wanted:
+            idle = select(inputs, sizes.argmin().unsqueeze(0))
+            idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
+            micro_batches = [idle] * (wanted - len(groups)) + micro_batches
+        self._work.sequences += len(keep)
+        self._work.dropped += len(keep) - int(keep.sum())
+        self._work.padded_tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
+        self._work.computed_tokens += sum(len(b["completion_ids"]) * int(lengths(b).amax()) for b in micro_batches)
+        return micro_batches
+
+    def _loss(self, model: Any, inputs: dict[str, Any], mode: str) -> Tensor:
+        """The share of a micro-batch in the loss of the update; what its tokens say of the policy is measured on the way."""
+        scale = token_scale(loss_mask(inputs), self.args.aggregation, counts=self._counts, horizon=self.args.horizon)
+        loss, sampled, weight, entropy, aux_loss = self._score(model, inputs, scale)
         # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
-        self._measured[mode].update(sampled, self.objective.gradient_weight(batch), entropy)
-        loss = aggregate(
-            self.objective.loss(batch),
-            batch.mask,
-            self.args.aggregation,
-            counts=self._counts,
-            horizon=self.args.horizon,
-        )
+        self._measured[mode].update(sampled, weight, entropy)
+        if self.audit is None and mode == "train":
+            difference = (sampled.logp.detach() - sampled.behavior_logp).abs()
+            largest = torch.nn.functional.pad(difference.flatten(), (0, 1)).amax()
+            self._differences.append(torch.stack([difference.sum(), largest, sampled.mask.sum().to(difference)]))
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled and aux_loss is not None:
@@ -245,14 +287,40 @@ class DRPOTrainer(GRPOTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
 
-    def _audit(self, batch: TokenBatch) -> None:
-        difference = (batch.logp.detach() - batch.behavior_logp).abs()
-        self._differences.append(torch.stack([difference.sum(), difference.amax(), batch.mask.sum().to(difference)]))
-        if not self.accelerator.sync_gradients:
-            return
+    def _score(self, model: Any, inputs: dict[str, Any], scale: Tensor) -> Scored:
+        if self._why_not_fused is None:
+            return score_fused(model, inputs, scale, self.objective, self.anchor)
+        completion_ids = inputs["completion_ids"]
+        input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        if self._top_k:
+            model_inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if self._takes_positions:
+                model_inputs["position_ids"] = _positions(attention_mask)
+            if self.aux_loss_enabled:
+                model_inputs["output_router_logits"] = True
+            with self.accelerator.autocast():
+                scores = score_top_k(model, completion_ids, inputs["top_k_ids"], self.temperature, model_inputs)
+        else:
+            scores = Scores(
+                *self._get_per_token_logps_and_entropies(
+                    model,
+                    input_ids,
+                    attention_mask,
+                    completion_ids.shape[1],
+                    compute_entropy=True,
+                    compute_aux_loss=self.aux_loss_enabled,
+                    **{name: inputs.get(name) for name in _MULTIMODAL},
+                )
+            )
+        return score_plain(scores, inputs, scale, self.objective, self.anchor)
+
+    def _audit(self) -> None:
         # Every rank sees the same numbers, so all of them stop or none does.
         total, largest, tokens = self.accelerator.gather(torch.stack(self._differences)).view(-1, 3).unbind(dim=1)
         self._differences.clear()
+        if not tokens.sum():
+            return
         sampling = self._sampling_settings()
         threshold = self.args.audit_threshold
         if threshold is None:
@@ -294,6 +362,10 @@ class DRPOTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
+            self._metrics[mode].update({n: [v] for n, v in Work(*sums.sum(dim=0).tolist()).metrics().items()})
+            self._work = Work()
         measured = self._measured[mode].compute(self.accelerator.gather)
         self._measured[mode].reset()
         if measured is not None:
@@ -307,8 +379,3 @@ class DRPOTrainer(GRPOTrainer):
 def _positions(attention_mask: Tensor) -> Tensor:
     """Positions that do not count left padding, as in generation."""
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    mask = inputs["completion_mask"]
-    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]

@@ -28,11 +28,13 @@ class FusedLoss(NamedTuple):
         loss: scalar, Σ scale · loss of each token; differentiable once, by hidden states and head.
         logp: [N], log π of each token in nats, without gradient.
         entropy: [N], of π at each token in nats, without gradient.
+        gradient_weight: [N], the objective's of each token, without gradient.
     """
 
     loss: Tensor
     logp: Tensor
     entropy: Tensor
+    gradient_weight: Tensor
 
 
 def fused_policy_loss(
@@ -116,7 +118,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.arguments = tokens, objective, transform
         result, ctx.gradients = _evaluate(ctx, hidden, weight, bias)
-        ctx.mark_non_differentiable(result.logp, result.entropy)
+        ctx.mark_non_differentiable(*result[1:])
         return result
 
     @staticmethod
@@ -165,7 +167,8 @@ def _compute_tokens(
         scored = differentiate(logits, chunk.token_ids, head.transform, hidden.dtype)
         batch = chunk.batch(scored.logp)
         gradients.add(rows, scored.gradient, chunk.scale * objective.coefficient(batch).squeeze(0))
-        parts.append(FusedLoss((chunk.scale * objective.loss(batch)).sum(), scored.logp, scored.entropy))
+        loss = (chunk.scale * objective.loss(batch)).sum()
+        parts.append(FusedLoss(loss, scored.logp, scored.entropy, objective.gradient_weight(batch).squeeze(0)))
     return _joined(parts, hidden)
 
 
@@ -179,13 +182,14 @@ def _compute_sequences(
     # What a token counts is known when its whole sequence is scored; its logits are gone by then.
     parts = []
     for _, scored in differentiated():
-        parts.append(FusedLoss(hidden.new_zeros(()), scored.logp, scored.entropy))
+        parts.append(FusedLoss(hidden.new_zeros(()), scored.logp, scored.entropy, scored.logp))
     scores = _joined(parts, hidden)
     batch = tokens.batch(scores.logp)
     coefficient = tokens.scale * tokens.flatten(objective.coefficient(batch))
     for rows, scored in differentiated():
         gradients.add(rows, scored.gradient, coefficient[rows])
-    return scores._replace(loss=(tokens.scale * tokens.flatten(objective.loss(batch))).sum())
+    loss = (tokens.scale * tokens.flatten(objective.loss(batch))).sum()
+    return scores._replace(loss=loss, gradient_weight=tokens.flatten(objective.gradient_weight(batch)))
 
 
 def _compute_top_k(
@@ -210,11 +214,12 @@ def _compute_top_k(
         if head.transform.softcap is not None:
             gradient.mul_(head.transform.damping(z))
         gradients.add(rows, gradient.to(hidden.dtype), (coefficient != 0).any(dim=1).to(gradient.dtype))
-        parts.append(FusedLoss((chunk.scale * objective.loss(batch)).sum(), logp, entropy))
+        loss = (chunk.scale * objective.loss(batch)).sum()
+        parts.append(FusedLoss(loss, logp, entropy, objective.gradient_weight(batch).squeeze(0)))
     return _joined(parts, hidden)
 
 
 def _joined(parts: list[FusedLoss], hidden: Tensor) -> FusedLoss:
     nothing = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    losses, logps, entropies = zip(FusedLoss(nothing.sum(), nothing, nothing), *parts, strict=True)
-    return FusedLoss(torch.stack(losses).sum(), torch.cat(logps), torch.cat(entropies))
+    losses, *of_tokens = zip(FusedLoss(nothing.sum(), nothing, nothing, nothing), *parts, strict=True)
+    return FusedLoss(torch.stack(losses).sum(), *map(torch.cat, of_tokens))

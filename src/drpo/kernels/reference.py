@@ -34,5 +34,6 @@ def reference_policy_loss(
         entropy = -(log_probs.exp() * log_probs).sum(dim=1)
     logp = log_probs.gather(1, flat.token_ids.unsqueeze(1)).squeeze(1)
     top_k_logp = None if flat.top_k_ids is None else log_probs.gather(1, flat.top_k_ids)
-    loss = (flat.scale * flat.flatten(objective.loss(flat.batch(logp, top_k_logp)))).sum()
-    return FusedLoss(loss, logp.detach(), entropy)
+    batch = flat.batch(logp, top_k_logp)
+    loss = (flat.scale * flat.flatten(objective.loss(batch))).sum()
+    return FusedLoss(loss, logp.detach(), entropy, flat.flatten(objective.gradient_weight(batch)))

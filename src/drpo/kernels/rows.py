@@ -82,10 +82,10 @@ def _differentiate_blocks(
     ):
         z = transform(x.to(logp.dtype))
         probs = torch.softmax(z, dim=1, out=block if block.dtype == z.dtype else torch.empty_like(z))
-        # The likeliest token has at least probability 1/V, whose logarithm is exact to rounding.
-        logsumexp = z.amax(dim=1) - probs.amax(dim=1).log()
-        torch.sub(z.gather(1, ids).squeeze(1), logsumexp, out=block_logp)
-        torch.sub(logsumexp, torch.linalg.vecdot(probs, z), out=block_entropy)
+        # Differences from the largest logit keep the digits that log Σ exp z has not. The likeliest token's probability is at least 1/V.
+        largest, log_peak = z.amax(dim=1), probs.amax(dim=1).log()
+        torch.add(z.gather(1, ids).squeeze(1) - largest, log_peak, out=block_logp)
+        torch.sub(largest - torch.linalg.vecdot(probs, z), log_peak, out=block_entropy)
         probs.scatter_add_(1, ids, probs.new_full(ids.shape, -1.0))
         if transform.softcap is not None:
             probs.mul_(transform.damping(z))

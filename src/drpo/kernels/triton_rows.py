@@ -83,16 +83,16 @@ def _differentiate(
         total = total * shrink + tl.sum(mass, axis=0)
         total_logit = total_logit * shrink + tl.sum(mass * z, axis=0)
         largest = new_largest
-    logsumexp = largest + tl.log(total)
-    tl.store(logp_ptr + row, token_logit - logsumexp)
-    tl.store(entropy_ptr + row, logsumexp - total_logit / total)
+    # Differences from the largest logit keep the digits that log Σ exp z has not.
+    tl.store(logp_ptr + row, token_logit - largest - tl.log(total))
+    tl.store(entropy_ptr + row, largest - total_logit / total + tl.log(total))
 
     for start in range(0, VOCABULARY, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < VOCABULARY
         x = tl.load(logits_row + columns, mask=inside, other=0.0).to(tl.float32)
         z = _transformed(x, slope, inner, outer, HAS_SOFTCAP)
-        gradient = tl.exp(z - logsumexp) - tl.where(columns == token, 1.0, 0.0)
+        gradient = tl.exp(z - largest) / total - tl.where(columns == token, 1.0, 0.0)
         if HAS_SOFTCAP:
             tanh = z / outer
             gradient *= 1 - tanh * tanh

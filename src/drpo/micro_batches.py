@@ -1,0 +1,118 @@
+"""Which sequences of a batch are worth a forward pass, and which of them go together.
+
+A sequence whose advantage is 0 has no gradient under an objective weighted by A; padding has none
+under any. Both stay in the denominators of the loss, which are counted before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Work:
+    """What of a run's training phase was computed, and what was not, in sums.
+
+    Attributes:
+        sequences: sequences in the batches.
+        dropped: those of them that were never computed.
+        padded_tokens: tokens the batches hold as they come, padding included.
+        computed_tokens: tokens that went through the model, padding included.
+        seconds: time spent on those.
+    """
+
+    sequences: float = 0
+    dropped: float = 0
+    padded_tokens: float = 0
+    computed_tokens: float = 0
+    seconds: float = 0
+
+    def sums(self) -> list[float]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def metrics(self) -> dict[str, float]:
+        """Shares of sequences and of tokens left out, and the seconds that they would have taken at the pace of the others."""
+        if not self.computed_tokens:
+            return {}
+        saved = self.padded_tokens - self.computed_tokens
+        return {
+            "work/dropped_sequences": self.dropped / self.sequences,
+            "work/saved_tokens": saved / self.padded_tokens,
+            "work/saved_seconds": self.seconds * saved / self.computed_tokens,
+        }
+
+
+def loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """Tokens of the completions that count, [B, C]: those of tools were not sampled."""
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def lengths(inputs: dict[str, Any]) -> Tensor:
+    """Tokens of each sequence, prompt and completion, [B]."""
+    return inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+
+
+def split_by_length(sequence_lengths: Tensor, keep: Tensor, budget: int | None) -> list[Tensor]:
+    """The kept sequences, longest first, in as few groups as hold ``budget`` tokens with their padding.
+
+    Args:
+        sequence_lengths: [B].
+        keep: [B], bool.
+        budget: tokens; a longer sequence is a group of its own. None makes one group.
+
+    Returns:
+        The indices of each group's sequences.
+    """
+    kept = keep.nonzero().squeeze(1)
+    ordered = kept[sequence_lengths[kept].argsort(descending=True, stable=True)]
+    groups: list[list[int]] = []
+    longest = 0
+    for index, length in zip(ordered.tolist(), sequence_lengths[ordered].tolist(), strict=True):
+        if groups and (budget is None or (len(groups[-1]) + 1) * longest <= budget):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = length
+    return [torch.tensor(group, device=keep.device) for group in groups]
+
+
+def select(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some sequences of a trainer's inputs, without the padding that none of them needs."""
+    size = len(inputs["completion_ids"])
+    chosen = {
+        name: value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        for name, value in inputs.items()
+    }
+    # At least one column each: an empty mask has no first one.
+    prompt = int(chosen["prompt_mask"].sum(dim=1).amax().clamp(min=1))
+    completion = int(chosen["completion_mask"].sum(dim=1).amax().clamp(min=1))
+    width = inputs["completion_ids"].shape[1]
+    for name, value in chosen.items():
+        if name in ("prompt_ids", "prompt_mask"):
+            chosen[name] = value[:, -prompt:]
+        elif isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (len(rows), width):
+            chosen[name] = value[:, :completion]
+    return chosen
+
+
+def left_aligned(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Ids of prompt and completion without the padding between and before them, and the places of the tokens that count.
+
+    Causal attention never looks right, where the padding is now: no attention mask is needed.
+
+    Args:
+        inputs: a trainer's, with prompts padded on the left and completions on the right.
+
+    Returns:
+        [B, L] ids and [B, L] bool, in which each row's tokens keep their order.
+    """
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()
+    counted = torch.cat([torch.zeros_like(inputs["prompt_mask"]), loss_mask(inputs)], dim=1).bool()
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).amax().clamp(min=1))]
+    return ids.gather(1, order), counted.gather(1, order)
