@@ -3,24 +3,16 @@
 One position with a long-tailed vocabulary of 1,024 tokens: every token is taken as the sampled one in turn, with
 A = 1 and A = −1, and weighed by its probability. The gradient is that of the logits, and its variance per sample
 (so the ratio of two is that at equal batch, whatever the batch) the trace of its covariance.
-
-python benchmarks/topk_variance.py --output docs/results/topk_variance.csv
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
-import os
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import tables
 from drpo import Objective, TokenBatch, make_objective
 from drpo.objectives import TopKObjective
 from drpo.tokens import TopK
@@ -74,18 +66,8 @@ def variance(per_token: dict[float, Tensor], behavior_prob: Tensor) -> float:
     return ((weight.squeeze(2) * stacked.square().sum(dim=2)).sum() - mean.square().sum()).item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    provenance = {
-        "command": f"python benchmarks/topk_variance.py --output {options.output}",
-        "commit": described.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": f"torch={torch.__version__}",
-    }
+def run(command: str) -> list[dict[str, Any]]:
+    provenance = tables.provenance(command)
     rows: list[dict[str, Any]] = []
     for distance in DISTANCES:
         logp, behavior_logp = policies(distance)
@@ -113,17 +95,8 @@ def main() -> None:
                     **provenance,
                 }
             )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(options.output)
+    return rows
 
 
 def _minus(gradients: dict[float, Tensor], others: dict[float, Tensor]) -> dict[float, Tensor]:
     return {sign: gradient - others[sign] for sign, gradient in gradients.items()}
-
-
-if __name__ == "__main__":
-    main()

@@ -37,8 +37,13 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"aggregation": "token-mean"}, {"aggregation": "seq-mean-token-mean", "objective": "dppo_tv"}],
-    ids=lambda s: s["aggregation"],
+    [
+        {"aggregation": "token-mean"},
+        {"aggregation": "seq-mean-token-mean", "objective": "dppo_tv"},
+        # In the second update groups without an advantage are dropped; then ranks have unequal work.
+        {"aggregation": "token-mean", "max_steps": 2, "tokens_per_micro_batch": 100},
+    ],
+    ids=["token-mean", "seq-mean-token-mean", "dropped"],
 )
 def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path, settings: dict[str, Any]) -> None:
     split = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, **settings}
@@ -47,8 +52,10 @@ def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path, 
     assert done.returncode == 0, done.stderr[-3000:]
     # The audit spans both ranks, so there really were two.
     assert "Audit of 683 sampled tokens" in done.stdout
+    assert ("Dropped: 0.000" in done.stdout) == ("max_steps" not in settings)
     two = load_file(target)
-    one = rollouts.gradient_of_one_update(tmp_path / "one", per_device_train_batch_size=64, **settings)
+    plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None}
+    one = rollouts.gradient_of_one_update(tmp_path / "one", per_device_train_batch_size=64, **{**settings, **plain})
     difference = torch.cat([(two[name] - one[name]).flatten() for name in one])
     assert two.keys() == one.keys()
     assert difference.norm() <= 1e-6 * torch.cat([g.flatten() for g in one.values()]).norm()

@@ -412,6 +412,35 @@ class TestGradient:
         )
         assert (split - whole).norm() <= 1e-6 * whole.norm()
 
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"]
+    )
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            pytest.param({}, id="dropped"),
+            pytest.param({"tokens_per_micro_batch": 256}, id="dropped and split"),
+            pytest.param({"tokens_per_micro_batch": 256, "drop_zero_advantage": False}, id="split"),
+            pytest.param({"tokens_per_micro_batch": 256, "objective": "gspo"}, id="of a sequence-level objective"),
+            pytest.param(
+                {"tokens_per_micro_batch": 60, "aggregation": "seq-mean-token-mean"}, id="mean over sequences"
+            ),
+            pytest.param(
+                {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}, id="under accumulation"
+            ),
+        ],
+    )
+    def test_is_the_same_without_what_has_none(
+        self, tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype, tolerance: float
+    ) -> None:
+        shared = {name: settings[name] for name in ("objective", "aggregation") if name in settings}
+        plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None, **shared}
+        size = {"per_device_train_batch_size": 64, "max_steps": 2}
+        whole = _flat(gradient_of_one_update(tmp_path / "whole", dtype, **size, **plain))
+        less = _flat(gradient_of_one_update(tmp_path / "less", dtype, **{**size, **settings}))
+        assert whole.norm() > 0
+        assert (less - whole).norm() <= tolerance * whole.norm()
+
     def test_differs_between_objectives(self, tmp_path: Path, whole: Tensor) -> None:
         for name in ("ppo", "spo", "dppo_tv", "pg"):
             other = _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, objective=name))
@@ -442,6 +471,43 @@ class TestTraining:
         monkeypatch.setattr(trainer.model, "forward", counted)
         trainer.train()
         assert sum(scored) == 8
+
+    def test_leaves_out_groups_of_equal_rewards_from_the_second_update_on(
+        self, tmp_path: Path, problems: Dataset
+    ) -> None:
+        """The first update's audit compares everything that was sampled."""
+        trainer = make_trainer(
+            tmp_path,
+            problems,
+            max_steps=4,
+            rollout_func=made_up_rollout,
+            reward_funcs=made_up_reward,
+            audit_threshold=99.0,
+        )
+        trainer.train()
+        first, *others = [row for row in trainer.state.log_history if "reward" in row]
+        assert first["work/dropped_sequences"] == 0
+        for row in others:
+            assert row["work/dropped_sequences"] > 0
+            assert row["work/saved_tokens"] > 0
+            assert row["work/saved_seconds"] > 0
+
+    @pytest.mark.parametrize("objective", ["dro", "drpo_unweighted"])
+    def test_leaves_nothing_out_where_the_objective_acts_without_advantage(
+        self, tmp_path: Path, problems: Dataset, objective: str
+    ) -> None:
+        trainer = make_trainer(
+            tmp_path, problems, objective=objective, reward_funcs=lambda completions, **_: [1.0] * len(completions)
+        )
+        trainer.train()
+        assert all(row.get("work/dropped_sequences", 0) == 0 for row in trainer.state.log_history)
+
+    def test_goes_on_where_no_group_has_an_advantage(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(tmp_path, problems, reward_funcs=lambda completions, **_: [1.0] * len(completions))
+        before = _weights(trainer)
+        trainer.train()
+        assert trainer.state.log_history[1]["work/dropped_sequences"] == 1
+        assert all(torch.equal(before[name], after) for name, after in _weights(trainer).items())
 
     def test_logs_nothing_that_does_not_apply(self, tmp_path: Path, problems: Dataset) -> None:
         trainer = make_trainer(tmp_path, problems, reward_funcs=lambda completions, **_: [1.0] * len(completions))
@@ -510,6 +576,10 @@ class TestConfig:
             ({"advantage": "mean-sd"}, "did you mean 'mean-std'"),
             ({"temperature": 0.0}, "temperature is 0.0; expected a finite number > 0"),
             ({"audit_threshold": float("nan")}, "audit_threshold is nan"),
+            (
+                {"tokens_per_micro_batch": 0},
+                "tokens_per_micro_batch is 0; expected a whole number, at least 1, or None",
+            ),
             ({"updates_per_rollout": 2.5}, "updates_per_rollout is 2.5"),
             ({"objective_kwargs": [1]}, r"objective_kwargs is \[1\]; expected a mapping"),
             ({"anchor": "olt"}, "unknown anchor 'olt'; did you mean 'old'"),

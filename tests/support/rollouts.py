@@ -78,19 +78,32 @@ def made_up_rollout(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
     }
 
 
-def made_up_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+def made_up_reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Some groups have equal rewards, and so no advantage."""
+    pairs = zip(prompts, completion_ids, strict=True)
+    return [float(sum(ids) % 3 == 0 and len(prompt) % 3 > 0) for prompt, ids in pairs]
 
 
 def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Tensor]:
-    """The gradient of one update on all sequences, through DRPOTrainer."""
+    """The gradient of one update on all sequences, through DRPOTrainer.
+
+    With ``max_steps=2`` that of the second; the first left the weights as they were.
+    """
     model, tokenizer = load_model(dtype)
     keeper = GradientKeeper()
     trainer = DRPOTrainer(
         model=model,
         reward_funcs=made_up_reward,
         args=config(
-            output, max_steps=1, updates_per_rollout=1, num_generations=GROUP, audit_threshold=100.0, **settings
+            output,
+            **{
+                "max_steps": 1,
+                "learning_rate": 0.0,
+                "updates_per_rollout": 1,
+                "num_generations": GROUP,
+                "audit_threshold": 100.0,
+                **settings,
+            },
         ),
         train_dataset=Dataset.from_dict(
             {"prompt": [p.prompt for p in builtin_problems("train", SEQUENCES // GROUP, 0)]}
@@ -100,6 +113,7 @@ def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **s
         callbacks=[keeper],
     )
     trainer.train()
+    print(f"Dropped: {trainer.state.log_history[-2]['work/dropped_sequences']:.3f}")
     return keeper.gradient
 
 

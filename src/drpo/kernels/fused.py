@@ -199,7 +199,7 @@ def _compute_top_k(
     for rows, logits in head.logits(hidden):
         chunk = replace(tokens[rows], sequence_ids=None)
         ids = torch.cat([chunk.token_ids.unsqueeze(1), chunk.support_ids], dim=1)
-        z = head.transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        z = head.transform(logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True))
         log_probs = z.log_softmax(dim=1)
         probs = log_probs.exp()
         known = log_probs.gather(1, ids)

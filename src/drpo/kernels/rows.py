@@ -32,9 +32,10 @@ class LogitTransform:
         return self.scale / self.temperature
 
     def __call__(self, x: Tensor) -> Tensor:
+        """z, in place of x."""
         if self.softcap is None:
-            return x * self.slope
-        return (x * (self.scale / self.softcap)).tanh_().mul_(self.softcap / self.temperature)
+            return x if self.slope == 1 else x.mul_(self.slope)
+        return x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def damping(self, z: Tensor) -> Tensor:
         """∂z/∂x over :attr:`slope`: 1 − tanh², under a cap."""
@@ -76,18 +77,20 @@ def differentiate(logits: Tensor, token_ids: Tensor, transform: LogitTransform, 
 def _differentiate_blocks(
     logits: Tensor, token_ids: Tensor, transform: LogitTransform, logp: Tensor, entropy: Tensor, gradient: Tensor
 ) -> None:
-    rows = max(1, BLOCK_BYTES // (logits.shape[1] * logp.element_size()))
+    size = max(1, BLOCK_BYTES // (logits.shape[1] * logp.element_size()))
+    scratch = torch.empty(min(size, len(logits)), logits.shape[1], dtype=logp.dtype)
     for x, ids, block_logp, block_entropy, block in zip(
-        *(tensor.split(rows) for tensor in (logits, token_ids.unsqueeze(1), logp, entropy, gradient)), strict=True
+        *(tensor.split(size) for tensor in (logits, token_ids.unsqueeze(1), logp, entropy, gradient)), strict=True
     ):
-        z = transform(x.to(logp.dtype))
+        z = transform(scratch[: len(x)].copy_(x))
         probs = torch.softmax(z, dim=1, out=block if block.dtype == z.dtype else torch.empty_like(z))
         # Differences from the largest logit keep the digits that log Σ exp z has not. The likeliest token's probability is at least 1/V.
         largest, log_peak = z.amax(dim=1), probs.amax(dim=1).log()
         torch.add(z.gather(1, ids).squeeze(1) - largest, log_peak, out=block_logp)
-        torch.sub(largest - torch.linalg.vecdot(probs, z), log_peak, out=block_entropy)
+        damping = None if transform.softcap is None else transform.damping(z)
+        torch.sub(largest - z.mul_(probs).sum(dim=1), log_peak, out=block_entropy)
         probs.scatter_add_(1, ids, probs.new_full(ids.shape, -1.0))
-        if transform.softcap is not None:
-            probs.mul_(transform.damping(z))
+        if damping is not None:
+            probs.mul_(damping)
         if probs is not block:
             block.copy_(probs)

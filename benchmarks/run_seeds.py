@@ -1,17 +1,14 @@
 """Run the built-in recipe with several objectives and seeds and write what came out, with provenance, as CSV.
 
-python scripts/run_seeds.py --seeds 0 1 2 --output docs/results/demo.csv
-python scripts/run_seeds.py --seeds 0 1 2 --objectives all --set learning_rate=3e-4 --jobs 2 --output docs/results/objectives.csv
+python -m benchmarks.run_seeds --seeds 0 1 2 --output docs/results/demo.csv
+python -m benchmarks.run_seeds --seeds 0 1 2 --objectives all --set learning_rate=3e-4 --jobs 2 --output docs/results/objectives.csv
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +19,7 @@ from typing import Any
 
 from rich.progress import track
 
+from benchmarks import tables
 from drpo import OBJECTIVES
 from drpo.run import read_jsonl
 
@@ -42,11 +40,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    where = tables.provenance("")
     provenance = {
-        "commit": described.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.jobs} runs at a time",
+        **{name: where[name] for name in ("commit", "date")},
+        "machine": f"{where['machine']}, {options.jobs} runs at a time",
     }
     asked = options.objectives or [None]
     objectives = [name for each in asked for name in (OBJECTIVES if each == "all" else [each])]
@@ -59,11 +56,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         started = pool.map(lambda fields: run(fields, threads), sets)
         rows = [{**row, **provenance} for row in track(started, description="runs", total=len(sets))]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(options.output, rows)
     print(options.output)
 
 

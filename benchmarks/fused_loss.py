@@ -1,0 +1,220 @@
+"""The fused loss of DRPO against its peers and against three bare matrix products: time and memory of loss and gradients.
+
+All peers are given the same hidden states, head and tokens, and asked for the gradients of both. Liger's
+loss is PPO's clip, its only kind; the others compute DRPO's from the log-probs they return.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import Tensor
+from trl.kernels import ChunkedLogProbFunction
+from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+from benchmarks import measure, tables
+from drpo import TokenBatch, make_objective
+from drpo.kernels import fused_policy_loss
+from drpo.kernels.reference import reference_policy_loss
+
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl")
+SEQUENCE = 128
+"""Tokens of a sequence, for the peer that wants sequences."""
+
+OBJECTIVE = make_objective("drpo", delta=0.2)
+TRL_VOCABULARY_CHUNK = 32_768
+"""As TRL 1.16 sets it (``trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE``)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    width: int
+    vocabulary: int
+    dtype: torch.dtype
+
+
+def shapes() -> list[Shape]:
+    """One that all are compared at first, then growth in tokens and in vocabulary; on a GPU the head of Qwen3-4B."""
+    if torch.cuda.is_available():
+        return [Shape(tokens, 2560, 151_936, torch.bfloat16) for tokens in (8192, 16_384, 32_768, 65_536)]
+    base = Shape(1024, 512, 32_768, torch.float32)
+    tokens = [Shape(n, base.width, base.vocabulary, base.dtype) for n in (256, 512, 2048, 4096)]
+    vocabularies = [Shape(base.tokens, base.width, n, base.dtype) for n in (8192, 16_384, 65_536)]
+    return [base, *tokens, *vocabularies, Shape(base.tokens, 1024, base.vocabulary, base.dtype)]
+
+
+@dataclass
+class Tensors:
+    """Hidden states, head and tokens of a shape; gradients are wanted of the first two."""
+
+    hidden: Tensor
+    weight: Tensor
+    tokens: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, shape: Shape) -> Tensors:
+        torch.manual_seed(0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        hidden = torch.randn(shape.tokens, shape.width, device=device).to(shape.dtype)
+        weight = (torch.randn(shape.vocabulary, shape.width, device=device) * shape.width**-0.5).to(shape.dtype)
+        token_ids = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
+        with torch.no_grad():
+            logp = ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, 1.0, TRL_VOCABULARY_CHUNK)[0]
+        tokens = {
+            "token_ids": token_ids,
+            "behavior_logp": (logp.float() + 0.1 * torch.randn_like(logp, dtype=torch.float32)).clamp(max=0),
+            "advantage": torch.randn(shape.tokens, device=device),
+            "scale": torch.full((shape.tokens,), 1 / shape.tokens, device=device),
+        }
+        return cls(hidden.requires_grad_(), weight.requires_grad_(), tokens)
+
+    def backward(self, loss: Tensor) -> None:
+        self.hidden.grad = self.weight.grad = None
+        loss.backward()
+
+    def loss_of(self, logp: Tensor) -> Tensor:
+        batch = TokenBatch(
+            logp=logp.unsqueeze(0),
+            behavior_logp=self.tokens["behavior_logp"].unsqueeze(0),
+            advantage=self.tokens["advantage"].unsqueeze(0),
+            mask=torch.ones_like(logp, dtype=torch.bool).unsqueeze(0),
+        )
+        return (self.tokens["scale"] * OBJECTIVE.loss(batch)).sum()
+
+
+def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
+    hidden, weight, tokens = given.hidden, given.weight, given.tokens
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    by_hidden, by_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    @torch.no_grad()
+    def three_products() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=by_hidden)
+        torch.mm(logits.t(), hidden, out=by_weight)
+
+    def drpo() -> None:
+        given.backward(fused_policy_loss(hidden, weight, objective=OBJECTIVE, **tokens).loss)
+
+    def pytorch() -> None:
+        given.backward(reference_policy_loss(hidden, weight, objective=OBJECTIVE, **tokens).loss)
+
+    def trl() -> None:
+        arguments = (hidden, weight, None, tokens["token_ids"], 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ("entropy",))
+        given.backward(given.loss_of(ChunkedLogProbFunction.apply(*arguments)[0]))
+
+    liger_loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=torch.cuda.is_available(), use_ref_model=False, loss_type="grpo"
+    )
+
+    def in_sequences(tensor: Tensor) -> Tensor:
+        return tensor.view(-1, SEQUENCE, *tensor.shape[1:])
+
+    def liger() -> None:
+        ids, behavior_logp, advantage = (
+            in_sequences(tokens[name]) for name in ("token_ids", "behavior_logp", "advantage")
+        )
+        loss, _ = liger_loss(
+            in_sequences(hidden),
+            weight,
+            ids,
+            torch.ones_like(ids),
+            advantage[:, 0],
+            old_per_token_logps=behavior_logp,
+        )
+        given.backward(loss)
+
+    def cut_cross_entropy() -> None:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        impl = "cce" if torch.cuda.is_available() else "torch_compile"
+        given.backward(given.loss_of(-cut(hidden, weight, tokens["token_ids"], reduction="none", impl=impl)))
+
+    def verl() -> None:
+        logp, _ = linear_cross_entropy(hidden, weight, tokens["token_ids"], 1.0, "none")
+        given.backward(given.loss_of(logp))
+
+    return {
+        "three products": three_products,
+        "drpo": drpo,
+        "PyTorch": pytorch,
+        "TRL": trl,
+        "Liger": liger,
+        "cut-cross-entropy": cut_cross_entropy,
+        "verl": verl,
+    }
+
+
+def run(command: str, rounds: int = 11) -> list[dict[str, Any]]:
+    provenance = tables.provenance(command, PACKAGES)
+    rows = []
+    for shape in track(shapes(), description="fused loss"):
+        given = Tensors.of(shape)
+        peers, why_not = {}, {}
+        for name, function in _peers(given).items():
+            try:
+                function()
+                peers[name] = function
+            except Exception as error:  # a peer that does not run here is a row that says so
+                why_not[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        times = measure.seconds(peers, rounds)
+        gradients = given.hidden.nbytes + given.weight.nbytes
+        for name in (*peers, *why_not):
+            given.hidden.grad = given.weight.grad = None
+            row: dict[str, Any] = {
+                "peer": name,
+                "tokens": shape.tokens,
+                "width": shape.width,
+                "vocabulary": shape.vocabulary,
+                "dtype": str(shape.dtype).removeprefix("torch."),
+                "time_over_products": "",
+                "seconds": "",
+                "extra_mib": "",
+                "rounds": rounds,
+                "note": why_not.get(name, ""),
+            }
+            if name in peers:
+                row["time_over_products"] = f"{measure.ratio(times[name], times['three products']):.3f}"
+                row["seconds"] = f"{statistics.median(times[name]):.4f}"
+            if name in peers and name != "three products":
+                row["extra_mib"] = f"{(measure.peak_bytes(peers[name]) - gradients) / 2**20:.1f}"
+            rows.append({**row, **provenance})
+    return rows
+
+
+def plot(rows: list[dict[str, str]]) -> Figure:
+    """Time over the three products at the first shape, and how ours grows with tokens and vocabulary."""
+    first = [row for row in rows if _shape(row) == _shape(rows[0]) and row["time_over_products"]]
+    ours = [row for row in rows if row["peer"] == "drpo" and row["width"] == rows[0]["width"]]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    names = [row["peer"] for row in first][::-1]
+    bars = left.barh(names, [float(row["time_over_products"]) for row in first][::-1], color="#8fa8c8")
+    left.bar_label(bars, fmt="%.2f", padding=3)
+    left.margins(x=0.15)
+    left.set_title("Time over three bare products")
+    for axis, by, other in ((middle, "tokens", "vocabulary"), (right, "vocabulary", "tokens")):
+        line = sorted((int(row[by]), row) for row in ours if row[other] == rows[0][other])
+        sizes = [size for size, _ in line]
+        axis.plot(sizes, [float(row["seconds"]) for _, row in line], "o-", color="#2b5c8a", label="seconds (left)")
+        memory = axis.twinx()
+        memory.plot(sizes, [float(row["extra_mib"]) for _, row in line], "s--", color="#b0662f", label="MiB (right)")
+        axis.set_ylim(bottom=0)
+        memory.set_ylim(0, 100)
+        axis.set_xlabel(by)
+        axis.set_title(f"drpo, by {by}")
+    handles = [*middle.get_lines(), *memory.get_lines()]
+    middle.legend(handles=handles, labels=["seconds (left)", "extra MiB (right)"], loc="upper left", fontsize=8)
+    return figure
+
+
+def _shape(row: dict[str, str]) -> tuple[str, ...]:
+    return row["tokens"], row["width"], row["vocabulary"], row["dtype"]

@@ -1,0 +1,66 @@
+"""Time as a ratio and memory as a peak, of functions that do the same work."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], object]
+
+
+def seconds(work: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Times of each function, in rounds that call all of them in turn: what slows the machine slows them alike."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for function in work.values():
+        _timed(function)
+    names = list(work)
+    for round_ in range(rounds):
+        # Each is the first of a round as often as the others.
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_timed(work[name]))
+    return times
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    """The median over rounds of one function's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+def peak_bytes(work: Work) -> int:
+    """Memory that a call takes at its peak beyond what is there before it, what it leaves behind included.
+
+    Of the GPU if there is one, else of the process: Linux alone resets and reports its peak.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
+def _timed(function: Work) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -1,0 +1,81 @@
+"""Which sequences are computed, which go together, and what is left of their padding."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drpo.micro_batches import Work, left_aligned, lengths, select, split_by_length
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max_size=30),
+    st.one_of(st.none(), st.integers(1, 300)),
+)
+def test_every_kept_sequence_is_in_one_group_within_the_budget(
+    sequences: list[tuple[int, bool]], budget: int | None
+) -> None:
+    sizes = torch.tensor([length for length, _ in sequences])
+    keep = torch.tensor([kept for _, kept in sequences])
+    groups = split_by_length(sizes, keep, budget)
+    assert sorted(torch.cat([*groups, torch.zeros(0)]).tolist()) == keep.nonzero().squeeze(1).tolist()
+    for group in groups:
+        padded = len(group) * sizes[group].max().item()
+        assert budget is None or padded <= budget or len(group) == 1
+    for longer, shorter in itertools.pairwise(groups):
+        assert sizes[longer].min() >= sizes[shorter].max()
+        # The next one did not fit.
+        assert (len(longer) + 1) * sizes[longer].max() > (budget or 0)
+    assert budget is not None or len(groups) <= 1
+
+
+def inputs() -> dict[str, Any]:
+    return {
+        "prompt_ids": torch.tensor([[0, 0, 1, 2], [0, 0, 0, 3], [4, 5, 6, 7]]),
+        "prompt_mask": torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]),
+        "completion_ids": torch.tensor([[11, 12, 0], [13, 0, 0], [14, 15, 16]]),
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]),
+        "advantages": torch.tensor([1.0, 2.0, 3.0]),
+        "top_k_ids": torch.arange(18).view(3, 3, 2),
+        "num_items_in_batch": torch.tensor(6),
+        "num_images": None,
+    }
+
+
+def test_select_takes_rows_and_the_columns_they_need() -> None:
+    chosen = select(inputs(), torch.tensor([1, 0]))
+    assert chosen["prompt_ids"].tolist() == [[0, 3], [1, 2]]
+    assert chosen["prompt_mask"].tolist() == [[0, 1], [1, 1]]
+    assert chosen["completion_ids"].tolist() == [[13, 0], [11, 12]]
+    assert chosen["advantages"].tolist() == [2.0, 1.0]
+    assert chosen["top_k_ids"].tolist() == [[[6, 7], [8, 9]], [[0, 1], [2, 3]]]
+    assert chosen["num_items_in_batch"] == 6
+    assert chosen["num_images"] is None
+    assert lengths(chosen).tolist() == [2, 4]
+
+
+def test_left_aligned_closes_the_gaps_and_says_where_the_counted_tokens_are() -> None:
+    given = {**inputs(), "tool_mask": torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1]])}
+    ids, places = left_aligned(given)
+    assert [row[:length].tolist() for row, length in zip(ids, (4, 2, 7), strict=True)] == [
+        [1, 2, 11, 12],
+        [3, 13],
+        [4, 5, 6, 7, 14, 15, 16],
+    ]
+    assert places.int().tolist() == [[0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 1]]
+
+
+def test_work_says_what_was_saved_at_the_pace_of_what_was_not() -> None:
+    # 300 of 400 tokens were left out; the 100 others took 2 seconds.
+    work = Work(sequences=8, dropped=4, padded_tokens=400, computed_tokens=100, seconds=2.0)
+    assert work.metrics() == {
+        "work/dropped_sequences": 0.5,
+        "work/saved_tokens": pytest.approx(0.75),
+        "work/saved_seconds": pytest.approx(6.0),
+    }
+    assert Work().metrics() == {}
