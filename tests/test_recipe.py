@@ -49,7 +49,13 @@ MALFORMED = [
         ("nothing for an integer", "seed: 0", "seed:", "seed: got None; expected an integer"),
         ("number for text", "model: arithmetic", "model: 3", "model: got 3; expected text"),
         ("empty text", "model: arithmetic", "model: ''", "model: got ''"),
-        ("list for text", "reward: exact_answer", "reward: [exact_answer]", "reward: got ['exact_answer']"),
+        ("number for a name", "reward: exact_answer", "reward: 3", "reward: got 3; expected a name"),
+        ("unknown option", "reward: exact_answer", "reward: {name: math, strickt: true}", "option of math 'strickt'; did"),
+        ("text for a bool", "reward: exact_answer", "reward: {name: math, strict: soon}", "strict: got 'soon'; expected"),
+        ("out of range", "reward: exact_answer", "reward: {name: math, time_limit: 0}", "time_limit: got 0; expected"),
+        ("no limit", "reward: exact_answer", "reward: {name: overlong}", "limit: is missing; overlong has no default"),
+        ("text for a weight", "reward: exact_answer", "reward: [math, {name: gsm8k, weight: w}]", "reward.1.weight: got"),
+        ("no reward", "reward: exact_answer", "reward: []", "reward: got []; expected"),
         ("text for a mapping", "task:\n  train: arithmetic\n  heldout: arithmetic", "task: arithmetic", "task: got"),
         ("list for an objective", "\n  name: drpo\n  delta: 0.2", " [drpo]", "objective: got ['drpo']"),
         ("number for a name", "name: drpo", "name: 3", "objective.name: got 3"),
@@ -354,3 +360,17 @@ def test_the_choices_of_a_field_are_those_of_the_library(field, choices):
     # Written out in the recipe, so that a mistake in one is answered without importing torch.
     literal, _ = get_args(Recipe.model_fields[field].annotation)
     assert get_args(literal) == get_args(choices)
+
+
+def test_rewards_are_made_with_their_options_and_weights(tmp_path):
+    given = "reward: [{name: math, strict: true}, {name: overlong, weight: 0.5, limit: 20, buffer: 4}]"
+    (tmp_path / "recipe.yaml").write_text(changed("reward: exact_answer", given))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert [(type(reward).__name__, weight) for reward, weight in recipe.make_reward().parts] == [
+        ("MathGrader", 1.0),
+        ("Overlong", 0.5),
+    ]
+    assert recipe.make_reward().correctness.strict
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert load_recipe(None, ["reward.strict=true", "reward.name=math"]).make_reward().strict
