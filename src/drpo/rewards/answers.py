@@ -13,10 +13,12 @@ _UNIT = re.compile(r"(?:\\[ ,;!]|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{[^{}0-
 _INTEGER = r"[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+"
 _DECIMAL = rf"(?:{_INTEGER})?\.[0-9]+|(?:{_INTEGER})\.?"
 _FRACTION = re.compile(
-    r"(?P<whole>[0-9]*)\\frac(?:\{(?P<n>[0-9]+)\}|(?P<n1>[0-9]))(?:\{(?P<d>[0-9]+)\}|(?P<d1>[0-9]))"
+    r"(?P<whole>[0-9]*)\\frac(?:\{(?P<n>-?[0-9]+)\}|(?P<n1>[0-9]))(?:\{(?P<d>[0-9]+)\}|(?P<d1>[0-9]))"
     r"|(?P<n2>[0-9]+)/(?P<d2>[0-9]+)"
 )
-_ASSIGNMENT = re.compile(r"(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?|[A-Za-z]\([A-Za-z, ]+\))\s*=\s*(?P<value>[^=]+)")
+_NAME = r"(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?|[A-Za-z]\([A-Za-z, ]+\))"
+_ASSIGNMENT = re.compile(rf"{_NAME}\s*(?:=|\\in(?![A-Za-z]))\s*(?P<value>[^=]+)")
+_TEXT = re.compile(r"\\(?:text|mathrm|textrm|mbox|mathbf|textbf)\s*\{([^{}]*)\}")
 _RELATION = re.compile(r"[=<>≤≥≠]|\\(?:leq?|geq?|neq?|l|g|lt|gt|approx|equiv|in)(?![A-Za-z])")
 
 LONGEST_NUMBER = 400
@@ -26,7 +28,7 @@ LONGEST_NUMBER = 400
 def final_answer(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}``; without one, the rest of the line of the last ``Answer:``.
 
-    None where there is neither, or where the last box is not closed.
+    None where there is neither, or where the last box is empty or not closed.
     """
     boxes = list(_BOXED.finditer(text))
     if boxes:
@@ -43,7 +45,7 @@ def _until_closed(text: str, start: int) -> str | None:
     for brace in _BRACES.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return text[start : brace.start()].strip()
+            return text[start : brace.start()].strip() or None
     return None
 
 
@@ -57,6 +59,8 @@ def bare(answer: str) -> str:
             break
     answer = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]", "", answer).replace("{,}", ",").replace("−", "-")
     answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer)
+    if text := _TEXT.fullmatch(answer):
+        return text[1].strip()
     return _UNIT.sub("", answer).strip()
 
 
@@ -78,12 +82,14 @@ def number(answer: str) -> Fraction | None:
             int(next(fraction[name] for name in names if fraction[name] is not None))
             for names in (("n", "n1", "n2"), ("d", "d1", "d2"))
         )
-        return sign * (int(fraction["whole"] or 0) + Fraction(numerator, denominator)) if denominator else None
+        # A fraction that is a whole number is a computation left undone.
+        if denominator and numerator % denominator and not (fraction["whole"] and numerator < 0):
+            return sign * (int(fraction["whole"] or 0) + Fraction(numerator, denominator))
     return None
 
 
 def assigned(answer: str) -> str:
-    """What an answer assigns to a single name, ``5`` of ``x = 5``; the answer itself if it does not."""
+    r"""What an answer says a single name is or is in, ``5`` of ``x = 5``; the answer itself if it says no such thing."""
     assignment = _ASSIGNMENT.fullmatch(bare(answer))
     return assignment["value"].strip() if assignment else answer
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["correct", "wrong", "no_answer", "timeout", "error"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
-_PLAIN_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,14})")
+_PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")
 _BOX = re.compile(r"\\boxed\{(-?[0-9]+)\}")
 
 
@@ -45,10 +45,11 @@ class MathGrader:
     r"""Grades completions against reference answers; a reward function for TRL as it stands.
 
     math-verify compares them, in child processes that are killed when they overrun and replaced when they
-    die; usable from any thread. By default the verdict is math-verify's own, with the last ``\boxed{}`` before
+    die; usable from any thread. By default the verdict is math-verify's own, with ``\boxed{}`` looked for before
     anything else that could be an answer. It is lenient: see docs/math.md. With ``strict`` the answer has to stand
     in the last ``\boxed{}`` or after ``Answer:``, a reference that is a number is met by a number of exactly that
-    value only, a percentage by a percentage, a relation by a relation, and decimals have to agree to 12 places.
+    value only, a percentage by a percentage, a relation by a relation, and a decimal
+    is no approximation.
 
     Only ``correct`` (1.0) and ``wrong`` (0.0) are scores. What the other three become is a setting; None leaves the
     completion out of its group's baseline, as TRL and DRPOTrainer do with a reward that is None.
@@ -167,8 +168,8 @@ class MathGrader:
             return "no_answer"
         if is_percentage(answer) != is_percentage(reference):
             return "wrong"
-        if not is_relation(reference):
-            answer = assigned(answer)
+        if is_relation(answer) != is_relation(reference):
+            answer, reference = assigned(answer), assigned(reference)
         if is_relation(answer) != is_relation(reference):
             return "wrong"
         expected = number(reference)

@@ -47,7 +47,7 @@ def grade(reference: str, completion: str, strict: bool) -> tuple[str, str]:
     same = verify(
         parse_reference(reference),
         found,
-        float_rounding=12 if strict else 6,
+        float_rounding=25 if strict else 6,
         numeric_precision=30 if strict else 15,
         timeout_seconds=None,
         raise_on_error=True,
