@@ -78,7 +78,7 @@ def generated(size: int, seed: int = 0) -> list[str]:
         return rng.choice(forms)
 
     pieces = ["{", "}", "$", "\\[", "\\(", "\\boxed{", "1,", "answer ", "\\left(", "\\frac", "^", "\ud800", "\0", "９"]
-    noise = ["".join(rng.choices(pieces, k=rng.randint(10, 60))) * rng.randint(1, 3000) for _ in range(size // 2)]
+    noise = ["".join(rng.choices(pieces, k=rng.randint(10, 60))) * rng.randint(1, 3000) for _ in range(size // 8)]
     return noise + [f"\\boxed{{{expression(rng.randint(1, 4))}}}" for _ in range(size - len(noise))]
 
 

@@ -74,7 +74,7 @@ class MathGrader:
     error: float | None = None
     time_limit: float = 3.0
     memory_mb: int = 512
-    max_chars: int = 8192
+    max_chars: int = 4096
     workers: int | None = None
 
     def __post_init__(self) -> None:
