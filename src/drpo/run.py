@@ -27,7 +27,8 @@ class RunFolder:
 
     ``recipe.yaml`` the resolved recipe · ``run.json`` versions and seed · ``metrics.jsonl`` a row
     an update · ``evaluations.jsonl`` and ``samples.jsonl`` held-out accuracy and completions ·
-    ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html``.
+    ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html`` ·
+    ``evaluations/`` what ``drpo eval`` measured afterwards.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +42,7 @@ class RunFolder:
         self.model = path / "model"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.evaluated = path / "evaluations"
 
     def __str__(self) -> str:
         return str(self.path)

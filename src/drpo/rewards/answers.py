@@ -101,3 +101,12 @@ def is_relation(answer: str) -> bool:
 
 def is_percentage(answer: str) -> bool:
     return "%" in answer or "percent" in answer.lower()
+
+
+def canonical(text: str) -> str | None:
+    """The stated answer of a completion in one spelling, for counting votes; None without one."""
+    answer = final_answer(text)
+    if answer is None:
+        return None
+    value = number(assigned(answer))
+    return str(value) if value is not None else re.sub(r"\s+", "", bare(assigned(answer)))

@@ -16,8 +16,19 @@ _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 def exact_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """1.0 where what follows the completion's last comma is the answer, else 0.0 (the built-in task)."""
-    given = (text_of(completion).rpartition(",")[2].strip() for completion in completions)
+    given = (last_item(text_of(completion)) for completion in completions)
     return [float(number == reference) for number, reference in zip(given, answer, strict=True)]
+
+
+def last_item(text: str) -> str:
+    """What follows the last comma of a text."""
+    return text.rpartition(",")[2].strip()
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """The final number of a text in one spelling, as :func:`gsm8k` finds it."""
+    value = _gsm8k_number(text)
+    return None if value is None else str(value.normalize())
 
 
 def _gsm8k_number(text: str) -> Decimal | None:
