@@ -117,7 +117,7 @@ class RunFolder:
             raise UserError(f"--output {self}: another process has begun a run there")
         for old in (self.metrics, self.evaluations, self.samples, self.summary, self.report, self.recipe, self.info):
             old.unlink(missing_ok=True)
-        for old in (self.checkpoints, self.model):
+        for old in (self.checkpoints, self.model, self.evaluated):
             if old.exists():
                 shutil.rmtree(old)
         self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")

@@ -17,6 +17,9 @@ from drpo.names import unknown_name
 LONGEST_TEXT = 100_000
 """Characters of a prompt or an answer; more is a mistake in the file."""
 
+BLANK = object()
+"""In place of a line with nothing in it, which is counted and skipped."""
+
 T = TypeVar("T")
 
 
@@ -85,6 +88,8 @@ def converted(path: Path | str, found: Iterable[Any], convert: Callable[[dict[st
     """
     mistakes, empty = [], True
     for number, record in enumerate(found, 1):
+        if record is BLANK:
+            continue
         empty = False
         try:
             if isinstance(record, ValueError):
@@ -120,7 +125,7 @@ def _json_records(path: Path) -> Iterator[Any]:
     with path.open("rb") as lines:
         for line in lines:
             try:
-                yield json.loads(line.decode("utf-8"))
+                yield json.loads(line.decode("utf-8")) if line.strip() else BLANK
             except (ValueError, RecursionError) as error:
                 yield ValueError(f"is not JSON in UTF-8 ({error})")
 

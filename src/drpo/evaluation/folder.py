@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,10 @@ class EvaluationFolder:
 
     def rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep these samples alone."""
-        self.samples.unlink(missing_ok=True)
-        append_jsonl(self.samples, *rows)
+        partial = self.samples.with_name(self.samples.name + ".partial")
+        partial.unlink(missing_ok=True)
+        append_jsonl(partial, *rows)
+        os.replace(partial, self.samples)
 
 
 def read_result(path: Path) -> dict[str, Any]:
