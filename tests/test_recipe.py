@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ import pytest
 
 from drpo.advantage import Advantage
 from drpo.aggregation import Aggregation
+from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from drpo.objectives import Anchor
 from drpo.recipe import BUILTIN_RECIPE, Recipe, dump_recipe, load_recipe
@@ -374,3 +376,25 @@ def test_rewards_are_made_with_their_options_and_weights(tmp_path):
     (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     assert load_recipe(None, ["reward.strict=true", "reward.name=math"]).make_reward().strict
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_path, monkeypatch):
+    from drpo.prepare import _make_config
+
+    # No accelerator here, no weights: as far as it goes without.
+    recipe = load_recipe(path, ["precision=fp32"])
+    config = _make_config(recipe, str(tmp_path), processes=1)
+    assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
+    assert recipe.make_reward() is not None
+    stated = path.read_text(encoding="utf-8")
+    for command in re.findall(r"drpo data (\S+)", stated):
+        assert command == "filter" or command in SOURCES
+
+
+def test_the_paper_s_setting_is_the_paper_s():
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "qwen3-4b-base-dapo-math.yaml")
+    assert (recipe.prompts_per_rollout, recipe.num_generations, recipe.updates_per_rollout) == (64, 8, 4)
+    assert (recipe.learning_rate, recipe.max_completion_length, recipe.horizon) == (1e-6, 8192, 8192)
+    assert (recipe.aggregation, recipe.objective.make().delta) == ("seq-mean-token-sum-norm", 12.5)
+    assert (recipe.evaluate_every, recipe.heldout_samples, recipe.heldout_problems) == (10, 16, 60)

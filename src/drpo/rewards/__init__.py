@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from drpo.errors import UserError
-from drpo.names import make, unknown_name
+from drpo.names import unknown_name
 from drpo.rewards.exact import exact_answer, gsm8k, integer
 from drpo.rewards.math import MathGrader
 from drpo.rewards.shaping import Format, Overlong, Weighted
@@ -26,6 +27,7 @@ __all__ = [
     "gsm8k",
     "integer",
     "load_reward",
+    "make_reward",
     "text_of",
 ]
 
@@ -43,21 +45,53 @@ REWARDS: dict[str, Reward | type] = {
 """Functions, and classes whose arguments a recipe gives beside the name."""
 
 
+def make_reward(name: str, **options: Any) -> Reward:
+    """A built-in reward with its options.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that the option does not take.
+    """
+    if name not in REWARDS:
+        raise ValueError(unknown_name("reward", name, REWARDS))
+    found = REWARDS[name]
+    if not isinstance(found, type):
+        if options:
+            raise ValueError(f"{next(iter(options))}: {name} has no options")
+        return found
+    known = {field.name: field for field in fields(found)}
+    types = get_type_hints(found)
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(unknown_name(f"option of {name}", option, known))
+        _check_type(option, value, types[option])
+    for option, field in known.items():
+        if option not in options and field.default is MISSING:
+            raise ValueError(f"{option}: is missing; {name} has no default for it")
+    return found(**options)
+
+
+def _check_type(option: str, value: Any, expected: Any) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(expected).validate_python(value, strict=True)
+    except ValidationError as error:
+        said = dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
+        raise ValueError(f"{option}: got {value!r}; expected {' or '.join(said)}") from error
+
+
 def load_reward(name: str, **options: Any) -> Reward:
     """A built-in reward by name, with its options, or a function by ``module:function``.
 
     Raises:
         UserError: an unknown name or option, or a function that cannot be loaded.
     """
-    found = REWARDS.get(name)
-    if isinstance(found, type):
-        try:
-            return make("reward", {name: found}, name, options)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"reward: {name}: {error}") from error
-    if options:
-        raise UserError(f"reward: {name} has no options, and got {', '.join(options)}")
-    return found or _load_function(name)
+    if name not in REWARDS:
+        return _load_function(name)
+    try:
+        return make_reward(name, **options)
+    except ValueError as error:
+        raise UserError(f"reward: {error}") from error
 
 
 def _load_function(name: str) -> Reward:
