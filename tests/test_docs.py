@@ -120,7 +120,9 @@ def test_the_table_of_the_grader_s_cost_is_that_of_the_committed_results() -> No
         ) in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md", "docs/math.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md", "docs/math.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):

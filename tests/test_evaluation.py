@@ -141,6 +141,8 @@ class TestEvaluation:
         rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
         table = result["problems_table"]
         assert len(rows) == 120
+        distinct = [len({row["completion"] for row in rows if row["problem"] == n}) for n in range(30)]
+        assert sum(distinct) > 60
         right = [
             [row["completion"].rpartition(",")[2] == table[n]["answer"] for row in rows if row["problem"] == n]
             for n in range(30)

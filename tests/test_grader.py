@@ -165,7 +165,7 @@ class TestScores:
             ({}, [1.0, 0.0, 0.0, 0.0, None]),
             ({"no_answer": -1.0, "timeout": None, "error": 0.25}, [1.0, 0.0, -1.0, None, 0.25]),
         ):
-            grader = MathGrader(workers=2, time_limit=1.0, **settings)
+            grader = MathGrader(workers=2, time_limit=1.0, max_chars=8192, **settings)
             assert statuses(grader, *completions) == expected
             assert grader.counts == dict.fromkeys(expected, 1)
             assert grader(completions=completions[:3], answer=["42"] * 3) == scores[:3]
@@ -340,11 +340,17 @@ class TestChildren:
 
     def test_are_not_shared_with_a_forked_process(self, grader):
         statuses(grader, RIGHT)
+        before = (grader.pids, grader.restarts)
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if statuses(grader, RIGHT, "$41$") == ["correct", "wrong"] else 1)
+            # Whatever happens, the rest of the tests is not for this process.
+            try:
+                os._exit(0 if statuses(grader, RIGHT, "$41$") == ["correct", "wrong"] else 1)
+            finally:
+                os._exit(1)
         assert os.waitpid(pid, 0)[1] == 0
         assert statuses(grader, RIGHT) == ["correct"]
+        assert (grader.pids, grader.restarts) == before
 
     def test_stay_behind_when_the_grader_is_pickled(self, grader):
         statuses(grader, RIGHT)

@@ -37,7 +37,7 @@ def final_answer(text: str) -> str | None:
     if not stated:
         return None
     line = text[stated[-1].end() :].strip().partition("\n")[0]
-    return line.strip().strip("*").strip().removesuffix(".").strip() or None
+    return _undelimited(line.strip().strip("*").strip().removesuffix(".")) or None
 
 
 def _until_closed(text: str, start: int) -> str | None:
@@ -45,18 +45,22 @@ def _until_closed(text: str, start: int) -> str | None:
     for brace in _BRACES.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return text[start : brace.start()].strip() or None
+            return _undelimited(text[start : brace.start()]) or None
     return None
+
+
+def _undelimited(answer: str) -> str:
+    answer = answer.strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = answer[len(opening) : -len(closing)]
+        if inner and answer == opening + inner + closing and "$" not in inner:
+            return inner.strip()
+    return answer
 
 
 def bare(answer: str) -> str:
     r"""An answer without its delimiters, spacing commands, size commands and trailing unit: ``$\dfrac12\text{ cm}$`` is ``\frac12``."""
-    answer = answer.strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        inner = answer[len(opening) : -len(closing)]
-        if len(answer) > len(opening) + len(closing) and answer == opening + inner + closing and "$" not in inner:
-            answer = inner.strip()
-            break
+    answer = _undelimited(answer)
     answer = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]", "", answer).replace("{,}", ",").replace("−", "-")
     answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer)
     if text := _TEXT.fullmatch(answer):

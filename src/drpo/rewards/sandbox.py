@@ -129,7 +129,7 @@ class Sandbox:
             self._free.put(slot)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _kill_all, self._children)
+        self._finalizer = weakref.finalize(self, _kill_all, self._children, os.getpid())
 
     @property
     def pids(self) -> list[int]:
@@ -205,7 +205,10 @@ class Sandbox:
         return child
 
 
-def _kill_all(children: list[Child | None]) -> None:
+def _kill_all(children: list[Child | None], owner: int) -> None:
+    # A process forked from their owner lets go of them when it ends.
+    if os.getpid() != owner:
+        return
     for child in children:
         if child is not None:
             child.kill()
