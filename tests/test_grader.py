@@ -135,7 +135,7 @@ class TestVerdicts:
     def test_told_from_the_text_alone_are_math_verify_s(self):
         rng = random.Random(0)
         around = ["so", " ", "\n\n", "$", "$$", "\\[", "\\]", "\\(", "\\)", "=", "x", "{", "}", "3", "answer", "is", ":",
-                  "final answer is 7.", ",", " and ", "%", "\\%", "\\frac{1}{2}", "**", "\\text{", "i\\hat{x}", "."]  # fmt: skip
+                  "final answer is 7.", "final answer is $8$. I hope", "\\boxed{5}", "\\boxed{", ",", " and ", "%", "\\%", "\\frac{1}{2}", "**", "\\text{", "i\\hat{x}", "."]  # fmt: skip
         told = 0
         for _ in range(1500):
             box = f"\\boxed{{{rng.choice(['', '-'])}{rng.randint(0, 12)}}}"
@@ -144,7 +144,7 @@ class TestVerdicts:
             if (status := _same_plain_integer(text, answer)) is not None:
                 told += 1
                 assert (text, answer, worker.grade(answer, text, False)[0]) == (text, answer, status)
-        assert told >= 1000
+        assert told >= 600
 
     def test_take_the_end_of_a_long_completion(self, grader):
         assert statuses(grader, "\\boxed{41}" + "." * 10_000 + RIGHT, RIGHT + "." * 10_000) == ["correct", "no_answer"]
@@ -339,11 +339,12 @@ class TestChildren:
             time.sleep(0.05)
 
     def test_are_not_shared_with_a_forked_process(self, grader):
-        statuses(grader, RIGHT)
+        statuses(grader, *[RIGHT] * 4)
         before = (grader.pids, grader.restarts)
         pid = os.fork()
         if pid == 0:
             # Whatever happens, the rest of the tests is not for this process.
+            signal.alarm(30)
             try:
                 os._exit(0 if statuses(grader, RIGHT, "$41$") == ["correct", "wrong"] else 1)
             finally:

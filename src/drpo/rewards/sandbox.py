@@ -129,7 +129,7 @@ class Sandbox:
             self._free.put(slot)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _kill_all, self._children, os.getpid())
+        self._finalizer = weakref.finalize(self, _kill_all, self._children)
 
     @property
     def pids(self) -> list[int]:
@@ -205,10 +205,8 @@ class Sandbox:
         return child
 
 
-def _kill_all(children: list[Child | None], owner: int) -> None:
-    # A process forked from their owner lets go of them when it ends.
-    if os.getpid() != owner:
-        return
+def _kill_all(children: list[Child | None]) -> None:
+    # In a process forked from their owner this lets go of them: Popen signals nothing that is not its child.
     for child in children:
         if child is not None:
             child.kill()
