@@ -12,7 +12,8 @@ import torch
 
 from drpo.evaluation.engines import TransformersEngine, VLLMEngine, _SeededChoice
 from drpo.evaluation.folder import EvaluationFolder
-from drpo.evaluation.sampled import Settings, sample_and_score
+from drpo.evaluation.sampled import sample_and_score
+from drpo.evaluation.settings import Settings
 from drpo.evaluation.statistics import estimate, majority, paired, pass_at_k
 from drpo.evaluation.summary import compare, summarise
 from drpo.tasks import Problem

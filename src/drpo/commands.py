@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from drpo.errors import UserError
+from drpo.evaluation.settings import ENGINE_NAMES, PRECISIONS, Settings
 from drpo.names import unknown_name
-
-if TYPE_CHECKING:
-    from drpo.evaluation.sampled import Settings
-
-PRECISIONS = ("fp32", "bf16")
 
 
 class _DataGroup(TyperGroup):
@@ -78,14 +74,14 @@ def filter_(
     least: Annotated[float, typer.Option("--min", help="Lowest pass rate that is kept.", min=0, max=1)] = 0.2,
     most: Annotated[float, typer.Option("--max", help="Highest pass rate that is kept.", min=0, max=1)] = 0.8,
     samples: Samples = 16,
-    reward: Reward = "math",
-    template: Template = "{prompt}",
-    max_tokens: MaxTokens = 2048,
-    batch_size: BatchSize = 64,
-    temperature: Temperature = 1.0,
-    seed: Seed = 0,
-    engine: EngineName = "transformers",
-    precision: Precision = "fp32",
+    reward: Reward = Settings.reward,
+    template: Template = Settings.template,
+    max_tokens: MaxTokens = Settings.max_tokens,
+    batch_size: BatchSize = Settings.batch_size,
+    temperature: Temperature = Settings.temperature,
+    seed: Seed = Settings.seed,
+    engine: EngineName = Settings.engine,
+    precision: Precision = Settings.precision,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -125,7 +121,7 @@ def evaluate(
     sources: Annotated[
         list[str], typer.Option("--data", help="A .jsonl file with prompt and answer, or arithmetic. Repeatable.")
     ],
-    samples: Samples = 1,
+    samples: Samples = Settings.samples,
     out: Annotated[
         Path | None,
         typer.Option(help="The folder; by default RUN/evaluations/DATA or evals/MODEL-DATA.", show_default=False),
@@ -133,14 +129,14 @@ def evaluate(
     problems: Annotated[
         int | None, typer.Option(help="At most so many of each file.", min=1, show_default=False)
     ] = None,
-    reward: Reward = "math",
-    template: Template = "{prompt}",
-    max_tokens: MaxTokens = 2048,
-    batch_size: BatchSize = 64,
-    temperature: Temperature = 1.0,
-    seed: Seed = 0,
-    engine: EngineName = "transformers",
-    precision: Precision = "fp32",
+    reward: Reward = Settings.reward,
+    template: Template = Settings.template,
+    max_tokens: MaxTokens = Settings.max_tokens,
+    batch_size: BatchSize = Settings.batch_size,
+    temperature: Temperature = Settings.temperature,
+    seed: Seed = Settings.seed,
+    engine: EngineName = Settings.engine,
+    precision: Precision = Settings.precision,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -188,8 +184,8 @@ def compare(
 
 
 def _settings(**given: Any) -> Settings:
-    if given["engine"] not in ("transformers", "vllm"):
-        raise UserError(f"--engine: {unknown_name('engine', given['engine'], ('transformers', 'vllm'))}")
+    if given["engine"] not in ENGINE_NAMES:
+        raise UserError(f"--engine: {unknown_name('engine', given['engine'], ENGINE_NAMES)}")
     if given["precision"] not in PRECISIONS:
         raise UserError(f"--precision: {unknown_name('precision', given['precision'], PRECISIONS)}")
     if "{prompt}" not in given["template"]:
@@ -201,8 +197,6 @@ def _settings(**given: Any) -> Settings:
     for source in given["data"]:
         if source not in BUILTIN_TASKS and not Path(source).is_file():
             raise UserError(f"--data {source}: no such file; expected a .jsonl file or {', '.join(BUILTIN_TASKS)}")
-
-    from drpo.evaluation.sampled import Settings
 
     return Settings(**given)
 

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 
-from drpo.evaluation import Evaluation, evaluate
+from drpo.evaluation.heldout import Evaluation, evaluate
 from drpo.prepare import load_problems, make_trainer
 from drpo.progress import Progress
 from drpo.recipe import Recipe

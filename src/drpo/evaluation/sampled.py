@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from drpo.evaluation.engines import ENGINES, Engine
 from drpo.evaluation.folder import EvaluationFolder
+from drpo.evaluation.settings import Settings
 from drpo.evaluation.summary import summarise
 from drpo.progress import counting
 from drpo.rewards import MathGrader, Reward, load_reward
@@ -22,33 +23,6 @@ from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems,
 
 STATED: dict[str, Callable[[str], str | None]] = {"exact_answer": last_item, "gsm8k": gsm8k_answer}
 """How the votes of majority@k are read, by reward; by what is boxed or follows ``Answer:`` for all others."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the numbers of an evaluation.
-
-    Args:
-        model: a run folder, a built-in model, a folder or a name on the hub.
-        data: .jsonl files, or a built-in task.
-        samples: completions of each problem.
-        problems: at most so many of each file; None for all.
-        max_tokens: of a completion.
-        batch_size: completions generated at once.
-    """
-
-    model: str
-    data: tuple[str, ...]
-    samples: int = 1
-    problems: int | None = None
-    reward: str = "math"
-    template: str = "{prompt}"
-    temperature: float = 1.0
-    max_tokens: int = 2048
-    batch_size: int = 64
-    seed: int = 0
-    engine: str = "transformers"
-    precision: str = "fp32"
 
 
 def load(settings: Settings) -> list[tuple[str, Problem]]:
