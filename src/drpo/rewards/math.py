@@ -48,8 +48,7 @@ class MathGrader:
     die; usable from any thread. By default the verdict is math-verify's own, with ``\boxed{}`` looked for before
     anything else that could be an answer. It is lenient: see docs/math.md. With ``strict`` the answer has to stand
     in the last ``\boxed{}`` or after ``Answer:``, a reference that is a number is met by a number of exactly that
-    value only, a percentage by a percentage, a relation by a relation, and a decimal
-    is no approximation.
+    value only, a percentage by a percentage, a relation by a relation, and a decimal is no approximation.
 
     Only ``correct`` (1.0) and ``wrong`` (0.0) are scores. What the other three become is a setting; None leaves the
     completion out of its group's baseline, as TRL and DRPOTrainer do with a reward that is None.

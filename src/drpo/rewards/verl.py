@@ -1,4 +1,4 @@
-"""The grader as verl's reward function: ``custom_reward_function.path=pkg://drpo.rewards.verl``, ``name=compute_score``."""
+"""The grader as verl's reward function: ``reward.custom_reward_function.path=pkg://drpo.rewards.verl``, ``.name=compute_score``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compute_score(
     verl knows no completion without a score: where the grader says None, it is 0.0 here and the flag tells.
 
     Args:
-        settings: of :class:`MathGrader`, from ``custom_reward_function.reward_kwargs``.
+        settings: of :class:`MathGrader`, from ``reward.custom_reward_function.reward_kwargs``.
     """
     grade = _grader(tuple(sorted(settings.items()))).grade([solution_str], [str(ground_truth)])[0]
     flags = {status: float(grade.status == status) for status in STATUSES}
