@@ -112,7 +112,17 @@ def test_the_table_of_variances_is_that_of_the_committed_results() -> None:
         ) in SEEN
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md"])
+def test_the_table_of_the_grader_s_cost_is_that_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    for row in rows("grader.csv"):
+        assert (
+            f"| {row['completions']} | {row['method']} | {int(row['per_second']):,} | {row['p50_ms']} | {row['p99_ms']} |"
+        ) in page
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md", "docs/math.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):

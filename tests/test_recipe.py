@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ import pytest
 
 from drpo.advantage import Advantage
 from drpo.aggregation import Aggregation
+from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from drpo.objectives import Anchor
 from drpo.recipe import BUILTIN_RECIPE, Recipe, dump_recipe, load_recipe
@@ -49,7 +51,13 @@ MALFORMED = [
         ("nothing for an integer", "seed: 0", "seed:", "seed: got None; expected an integer"),
         ("number for text", "model: arithmetic", "model: 3", "model: got 3; expected text"),
         ("empty text", "model: arithmetic", "model: ''", "model: got ''"),
-        ("list for text", "reward: exact_answer", "reward: [exact_answer]", "reward: got ['exact_answer']"),
+        ("number for a name", "reward: exact_answer", "reward: 3", "reward: got 3; expected a name"),
+        ("unknown option", "reward: exact_answer", "reward: {name: math, strickt: true}", "option of math 'strickt'; did"),
+        ("text for a bool", "reward: exact_answer", "reward: {name: math, strict: soon}", "strict: got 'soon'; expected"),
+        ("out of range", "reward: exact_answer", "reward: {name: math, time_limit: 0}", "time_limit: got 0; expected"),
+        ("no limit", "reward: exact_answer", "reward: {name: overlong}", "limit: is missing; overlong has no default"),
+        ("text for a weight", "reward: exact_answer", "reward: [math, {name: gsm8k, weight: w}]", "reward.1.weight: got"),
+        ("no reward", "reward: exact_answer", "reward: []", "reward: got []; expected"),
         ("text for a mapping", "task:\n  train: arithmetic\n  heldout: arithmetic", "task: arithmetic", "task: got"),
         ("list for an objective", "\n  name: drpo\n  delta: 0.2", " [drpo]", "objective: got ['drpo']"),
         ("number for a name", "name: drpo", "name: 3", "objective.name: got 3"),
@@ -354,3 +362,39 @@ def test_the_choices_of_a_field_are_those_of_the_library(field, choices):
     # Written out in the recipe, so that a mistake in one is answered without importing torch.
     literal, _ = get_args(Recipe.model_fields[field].annotation)
     assert get_args(literal) == get_args(choices)
+
+
+def test_rewards_are_made_with_their_options_and_weights(tmp_path):
+    given = "reward: [{name: math, strict: true}, {name: overlong, weight: 0.5, limit: 20, buffer: 4}]"
+    (tmp_path / "recipe.yaml").write_text(changed("reward: exact_answer", given))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert [(type(reward).__name__, weight) for reward, weight in recipe.make_reward().parts] == [
+        ("MathGrader", 1.0),
+        ("Overlong", 0.5),
+    ]
+    assert recipe.make_reward().correctness.strict
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert load_recipe(None, ["reward.strict=true", "reward.name=math"]).make_reward().strict
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_path, monkeypatch):
+    from drpo.prepare import _make_config
+
+    # No accelerator here, no weights: as far as it goes without.
+    recipe = load_recipe(path, ["precision=fp32"])
+    config = _make_config(recipe, str(tmp_path), processes=1)
+    assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
+    assert recipe.make_reward() is not None
+    stated = path.read_text(encoding="utf-8")
+    for command in re.findall(r"drpo data (\S+)", stated):
+        assert command == "filter" or command in SOURCES
+
+
+def test_the_paper_s_setting_is_the_paper_s():
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "qwen3-4b-base-dapo-math.yaml")
+    assert (recipe.prompts_per_rollout, recipe.num_generations, recipe.updates_per_rollout) == (64, 8, 4)
+    assert (recipe.learning_rate, recipe.max_completion_length, recipe.horizon) == (1e-6, 8192, 8192)
+    assert (recipe.aggregation, recipe.objective.make().delta) == ("seq-mean-token-sum-norm", 12.5)
+    assert (recipe.evaluate_every, recipe.heldout_samples, recipe.heldout_problems) == (10, 16, 60)

@@ -18,6 +18,8 @@ from drpo.errors import UserError
 from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.recipe import load_recipe
 from drpo.report import write_report
+from drpo.report.page import render
+from drpo.report.read import read_run
 from drpo.run import RunFolder, append_jsonl, write_json
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -57,13 +59,29 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def evaluation(text: str) -> dict[str, Any]:
+    """What drpo eval writes, with ``text`` wherever it can have text of any kind."""
+    estimate = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    return {
+        "samples": 16,
+        "average": estimate,
+        "pass_at": {"1": estimate, "16": {"mean": 0.875, "low": 0.75, "high": 1.0}},
+        "majority": estimate,
+        "truncated": 0.125,
+        "no_answer": 0.0625,
+        "engine_description": {"name": text, "version": text, "precision": text},
+        "problems_table": [{"prompt": text}] * 30,
+    }
+
+
 def make_run(path: Path, text: str = "42,34,68", overrides: tuple[str, ...] = ()) -> RunFolder:
     """A complete run, in whose folder ``text`` stands wherever a run can have text of any kind."""
     folder = RunFolder(path)
     recipe = load_recipe(None, [f"rollouts={ROLLOUTS}", *overrides])
     valid = without_surrogates(text)
     task = recipe.task.model_copy(update={"train": valid, "template": valid + "{prompt}"})
-    recipe = recipe.model_copy(update={"model": valid, "reward": valid, "task": task, "trainer": {valid: valid}})
+    reward = [recipe.reward[0].model_copy(update={"name": valid})]
+    recipe = recipe.model_copy(update={"model": valid, "reward": reward, "task": task, "trainer": {valid: valid}})
     folder.create(recipe)
     append_jsonl(folder.metrics, *map(metrics_row, range(1, ROLLOUTS * UPDATES_PER_ROLLOUT + 1)))
     for rollout, accuracy in ((0, 0.25), (ROLLOUTS, 0.5)):
@@ -74,6 +92,8 @@ def make_run(path: Path, text: str = "42,34,68", overrides: tuple[str, ...] = ()
             {**where, "prompt": "17+25-8+34=", "answer": "68", "completion": "42,34,68", "reward": 1.0},
             {**where, "prompt": text, "answer": text, "completion": text, "reward": 0.0},
         )
+    (folder.evaluated / "aime24").mkdir(parents=True)
+    write_json(folder.evaluated / "aime24" / "evaluation.json", evaluation(text))
     write_json(folder.info, {"seed": 0, "versions": {"python": text, text: "1"}, "platform": text})
     write_json(
         folder.summary,
@@ -235,7 +255,7 @@ def test_a_report_shows_the_run(tmp_path):
     assert page.cells[2:4] == ["0.25", "0.5"]
     assert page.cells[4] == str(ROLLOUTS)
     assert page.cells[7] == "7"
-    assert page.cells[8:12] == ["17+25-8+34=", "42,34,68", "68", "1"]
+    assert page.cells[18:22] == ["17+25-8+34=", "42,34,68", "68", "1"]
     assert "demo, after 0 rollouts:" in page.text
     assert f"demo, after {ROLLOUTS} rollouts:" in page.text
     assert "delta: 0.25" in page.text
@@ -418,3 +438,14 @@ def test_a_browser_makes_no_element_of_hostile_text_and_runs_none_of_it(tmp_path
     assert "href" not in names
     assert classes(page)["js-plotly-plot"] == 5
     assert page.contents["title"][0].endswith(" - drpo report")
+
+
+def test_evaluations_of_the_trained_model_are_listed(tmp_path):
+    folder = make_run(tmp_path / "run", text="transformers")
+    cells = parse(render([read_run(folder)])).cells
+    row = ["run", "aime24", "30", "16", "0.500 [0.250, 0.750]", "0.875 [0.750, 1.000]", "0.500 [0.250, 0.750]"]
+    start = cells.index("aime24") - 1
+    assert cells[start : start + 10] == [*row, "0.125", "0.0625", "transformers transformers, transformers"]
+    (folder.evaluated / "aime24" / "evaluation.json").write_text('{"average": 1}')
+    with pytest.raises(UserError, match=r"aime24/evaluation.json: expected average"):
+        read_run(folder)

@@ -7,7 +7,18 @@ import sys
 import pytest
 
 from drpo.errors import UserError
-from drpo.rewards import REWARDS, exact_answer, gsm8k, load_reward, text_of
+from drpo.rewards import (
+    REWARDS,
+    Format,
+    MathGrader,
+    Overlong,
+    Weighted,
+    exact_answer,
+    gsm8k,
+    integer,
+    load_reward,
+    text_of,
+)
 
 WATER = """\
 Each of the 14 runners drinks 3 bottles, so they drink 14*3=<<14*3=42>>42 bottles.
@@ -120,12 +131,15 @@ def test_gsm8k_answers_whatever_the_completion(completion):
     assert gsm8k([completion], [WATER]) == [float(completion.endswith(" 6"))]
 
 
-@pytest.mark.parametrize("reward", REWARDS.values(), ids=REWARDS)
+EXACT = {"exact_answer": exact_answer, "gsm8k": gsm8k, "math": MathGrader(workers=1)}
+
+
+@pytest.mark.parametrize("reward", EXACT.values(), ids=EXACT)
 def test_a_reward_scores_each_completion_against_its_own_answer(reward):
     assert reward(completions=["1", "2", "2"], answer=["1", "2", "1"], prompts=["", "", ""]) == [1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("reward", REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize("reward", [*EXACT.values(), integer], ids=[*EXACT, "integer"])
 def test_a_reward_refuses_another_number_of_answers(reward):
     with pytest.raises(ValueError, match="shorter"):
         reward(completions=["1", "2"], answer=["1"])
@@ -138,7 +152,66 @@ def test_the_text_of_a_conversation_is_its_last_message():
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_a_built_in_reward_is_found_by_name(name):
-    assert load_reward(name) is REWARDS[name]
+    options = {"limit": 8, "buffer": 4} if name == "overlong" else {}
+    reward, entry = load_reward(name, **options), REWARDS[name]
+    assert isinstance(reward, entry) if isinstance(entry, type) else reward is entry
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("Answer: 73", "73", 1.0),
+        ("**Answer: 73.**", "73", 1.0),
+        ("Answer: $073$", "73", 1.0),
+        ("so \\boxed{073}", "73", 1.0),
+        ("\\boxed{1,024}", "1024", 1.0),
+        ("Answer: 70.0", "70", 1.0),
+        ("Answer: -4", "-4", 1.0),
+        ("Answer: 72\nAnswer: 73", "73", 1.0),
+        ("\\boxed{72} and, to be sure, \\boxed{73}", "73", 1.0),
+        ("Answer: 73\nAnswer: 72", "73", 0.0),
+        ("\\boxed{72}\nAnswer: 73", "73", 0.0),
+        ("Answer: 73 or 74", "73", 0.0),
+        ("Answer: 73.5", "73", 0.0),
+        ("\\boxed{73", "73", 0.0),
+        ("73", "73", 0.0),
+        ("", "73", 0.0),
+        (said("Answer: 73"), "73", 1.0),
+    ],
+)
+def test_integer_compares_the_stated_answer(completion, answer, expected):
+    assert integer([completion], [answer]) == [expected]
+
+
+def test_integer_refuses_another_reference():
+    with pytest.raises(ValueError, match=r"answer 1 is '1/2'; expected an integer"):
+        integer(["Answer: 1", "Answer: 1"], ["1", "1/2"])
+
+
+def test_format_looks_for_a_regular_expression():
+    assert Format()(["\\boxed{42}", "\\boxed{}", "42", said("\\boxed{4}")]) == [1.0, 0.0, 0.0, 1.0]
+    assert Format("(?s)^<think>.*</think>")(["<think>a\nb</think>4", "<think>4"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"pattern: got '\('; expected a regular expression"):
+        Format("(")
+
+
+def test_overlong_falls_from_0_to_minus_1_over_its_buffer():
+    # limit 100, buffer 20: free up to 80; at 90 half way, (80 - 90) / 20; at 100 all the way, (80 - 100) / 20.
+    lengths = {0: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 100: -1.0, 500: -1.0}
+    ids = [[7] * length for length in lengths]
+    assert Overlong(limit=100, buffer=20)([""] * 6, completion_ids=ids) == pytest.approx(list(lengths.values()))
+    with pytest.raises(ValueError, match="expected 0 < buffer <= limit"):
+        Overlong(limit=10, buffer=20)
+
+
+def test_a_weighted_sum_leaves_out_what_one_part_leaves_out():
+    def left_out(completions, **_):
+        return [None, 1.0, 1.0]
+
+    reward = Weighted([(left_out, 2.0), (gsm8k, 0.5)])
+    assert reward(completions=["#### 1", "#### 1", "#### 2"], answer=["1", "1", "1"]) == [None, 2.5, 2.0]
+    assert reward.__name__ == "left_out+gsm8k"
+    assert reward.correctness is left_out
 
 
 @pytest.fixture
@@ -164,7 +237,7 @@ def test_a_function_is_found_by_module_and_name():
     [
         ("gsm8", "unknown reward 'gsm8'; did you mean 'gsm8k'?"),
         ("exactanswer", "did you mean 'exact_answer'?"),
-        ("nothing like it", "Known: exact_answer, gsm8k."),
+        ("nothing like it", "Known: exact_answer, format, gsm8k, integer, math, overlong."),
         ("nothing like it", "Your own: module:function"),
         ("", "unknown reward ''"),
         ("no_such_module:score", "cannot load 'no_such_module:score'"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from drpo import __version__
+from drpo import __version__, commands
 from drpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Train language models with DRPO and its relatives, and see what the trust region did.",
 )
+app.add_typer(commands.data, name="data")
+app.command("eval")(commands.evaluate)
+app.command("compare")(commands.compare)
 
 
 def _print_version(asked: bool) -> None:
@@ -260,5 +263,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        for line in error.lines:
+            typer.echo(f"error: {line}", err=True)
         sys.exit(2)

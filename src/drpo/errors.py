@@ -13,3 +13,8 @@ class UserError(Exception):
         # What the user gave is quoted in it, line breaks and megabytes included.
         line = " ".join(message.split())
         super().__init__(line if len(line) <= self.LONGEST else line[: self.LONGEST] + "...")
+
+    @property
+    def lines(self) -> list[str]:
+        """The message; more than one line where several rows of a file are wrong."""
+        return [str(self)]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
-from drpo.evaluation import as_prompt
+from drpo.evaluation.heldout import as_prompt
 from drpo.names import unknown_name
 from drpo.recipe import Recipe
 from drpo.rewards import Reward

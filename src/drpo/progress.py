@@ -1,7 +1,9 @@
-"""The progress bar of a run."""
+"""Progress bars."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -66,3 +68,21 @@ class Progress:
 
     def _status(self) -> str:
         return "  ".join(f"{name} {value:.3g}" for name, value in self._shown.items())
+
+
+@contextmanager
+def counting(verb: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar over so many units on standard error; its function counts on. Nothing is shown where there is no terminal."""
+    console = Console(stderr=True)
+    bar = Bar(
+        TextColumn(verb),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=total, completed=done)
+    with bar:
+        yield lambda count: bar.advance(task, count)

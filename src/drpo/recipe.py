@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from drpo.errors import UserError
 from drpo.names import unknown_name
@@ -19,6 +27,7 @@ from drpo.tasks import BUILTIN_MODELS
 
 if TYPE_CHECKING:
     from drpo.objectives import Correction, Objective
+    from drpo.rewards import Reward
 
 BUILTIN_RECIPE = Path(str(files("drpo.tasks") / "arithmetic.yaml"))
 
@@ -96,6 +105,32 @@ class CorrectionSpec(_Named):
         return make_correction(self.name, **self.hyperparameters)
 
 
+def _as_list(value: Any) -> Any:
+    if not isinstance(value, (str, dict, list)):
+        raise ValueError(f"got {value!r}; expected a name, a mapping with name and options, or a list of them")
+    return value if isinstance(value, list) else [value]
+
+
+class RewardSpec(_Named):
+    """A reward of :data:`drpo.rewards.REWARDS` or a function as ``module:function``, and its weight in the sum."""
+
+    weight: float = 1.0
+
+    def make(self) -> Reward:
+        from drpo.rewards import load_reward
+
+        return load_reward(self.name, **self.hyperparameters)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        from drpo.rewards import REWARDS, make_reward
+
+        # A function of the user's is not imported before the whole recipe has been read.
+        if self.name in REWARDS:
+            make_reward(self.name, **self.hyperparameters)
+        return self
+
+
 class LoRASpec(_Strict):
     """Train low-rank adapters (peft) instead of all weights."""
 
@@ -113,7 +148,7 @@ class Recipe(_Strict):
 
     model: Text
     task: TaskSpec
-    reward: Text
+    reward: Annotated[list[RewardSpec], Field(min_length=1), BeforeValidator(_as_list)]
     objective: ObjectiveSpec
     rollouts: Positive
     prompts_per_rollout: Positive
@@ -139,6 +174,18 @@ class Recipe(_Strict):
     heldout_samples: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     trainer: dict[str, Any] = {}
+
+    def make_reward(self) -> Reward:
+        """The reward of the run: the only one, or the weighted sum of several.
+
+        Raises:
+            UserError: a function that cannot be loaded.
+        """
+        from drpo.rewards import Weighted
+
+        if len(self.reward) == 1 and self.reward[0].weight == 1:
+            return self.reward[0].make()
+        return Weighted([(spec.make(), spec.weight) for spec in self.reward])
 
     @field_validator("model")
     @classmethod
@@ -248,7 +295,7 @@ def _override(document: dict[str, Any], assignment: str) -> None:
         value = float(text)
     *parents, last = path.split(".")
     for parent in parents:
-        if parent in ("objective", "correction") and isinstance(document.get(parent), str):
+        if parent in ("objective", "correction", "reward") and isinstance(document.get(parent), str):
             document[parent] = {"name": document[parent]}
         document = document.setdefault(parent, {})
         if not isinstance(document, dict):

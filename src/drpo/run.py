@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from drpo.errors import UserError
 from drpo.recipe import Recipe, dump_recipe, load_recipe
 
-_PACKAGES = ("drpo", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
+_PACKAGES = ("drpo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "sympy")
 
 
 class RunFolder:
@@ -27,7 +27,8 @@ class RunFolder:
 
     ``recipe.yaml`` the resolved recipe · ``run.json`` versions and seed · ``metrics.jsonl`` a row
     an update · ``evaluations.jsonl`` and ``samples.jsonl`` held-out accuracy and completions ·
-    ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html``.
+    ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html`` ·
+    ``evaluations/`` what ``drpo eval`` measured afterwards.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +42,7 @@ class RunFolder:
         self.model = path / "model"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.evaluated = path / "evaluations"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -115,7 +117,7 @@ class RunFolder:
             raise UserError(f"--output {self}: another process has begun a run there")
         for old in (self.metrics, self.evaluations, self.samples, self.summary, self.report, self.recipe, self.info):
             old.unlink(missing_ok=True)
-        for old in (self.checkpoints, self.model):
+        for old in (self.checkpoints, self.model, self.evaluated):
             if old.exists():
                 shutil.rmtree(old)
         self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")

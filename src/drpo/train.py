@@ -18,11 +18,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 
-from drpo.evaluation import Evaluation, evaluate
+from drpo.evaluation.heldout import Evaluation, evaluate
 from drpo.prepare import load_problems, make_trainer
 from drpo.progress import Progress
 from drpo.recipe import Recipe
-from drpo.rewards import Reward, load_reward
+from drpo.rewards import Reward
 from drpo.run import RunFolder, append_jsonl, read_jsonl, update_of, write_json
 from drpo.tasks import Problem
 from drpo.trainer import DRPOTrainer
@@ -43,7 +43,7 @@ def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, overwrite:
     _quiet_libraries()
     # Accelerate puts several processes on the CPU only if told to.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    reward = load_reward(recipe.reward)
+    reward = recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     with tempfile.TemporaryDirectory() as scratch:

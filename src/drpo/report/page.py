@@ -87,7 +87,7 @@ def render(runs: Sequence[RunData]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{names} - drpo report</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{names}</h1>{_overview(runs)}{sections}{_samples(runs)}{_configuration(runs)}\n"
+        f"<body><h1>{names}</h1>{_overview(runs)}{_measured(runs)}{sections}{_samples(runs)}{_configuration(runs)}\n"
         f"<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
     )
 
@@ -165,6 +165,29 @@ def _audit(run: RunData) -> str:
         f"{audit['mean']:.2g} on average and {audit['maximum']:.2g} at most."
     )
     return f'<p class="note">{escape(note)}</p>'
+
+
+def _measured(runs: Sequence[RunData]) -> str:
+    rows = []
+    for run in runs:
+        for name, found in run.measured.items():
+            k, engine = found.get("samples"), found.get("engine_description") or {}
+            estimates = [found["average"], found["pass_at"].get(str(k), {}), found["majority"]]
+            shares = [found.get("truncated"), found.get("no_answer")]
+            said = f"{engine.get('name')} {engine.get('version')}, {engine.get('precision')}"
+            rows.append(
+                [run.name, name, len(found.get("problems_table", ())), k, *map(_interval, estimates), *shares, said]
+            )
+    if not rows:
+        return ""
+    columns = ["run", "problems of", "problems", "samples K", "average@K", "pass@K", "majority@K", "truncated"]
+    note = "By drpo eval, of the trained model; intervals at 95 % by bootstrap over problems."
+    table = _table([*columns, "no answer", "engine"], rows)
+    return f'<h2>Evaluations</h2><p class="note">{note}</p>\n{table}'
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**estimate) if estimate else "–"
 
 
 def _samples(runs: Sequence[RunData]) -> str:

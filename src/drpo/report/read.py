@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from drpo.run import RunFolder, read_jsonl
 _BINS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunData:
     """What a run wrote.
 
@@ -27,6 +27,7 @@ class RunData:
         samples: a row a held-out completion.
         info: seed and versions.
         summary: empty while the run is not complete.
+        measured: what ``drpo eval`` found afterwards, by the name of its folder.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RunData:
     samples: list[dict[str, Any]]
     info: dict[str, Any]
     summary: dict[str, Any]
+    measured: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:
@@ -67,6 +69,7 @@ def read_run(folder: RunFolder) -> RunData:
             samples=_rows(folder.samples, rollout=int, prompt=str, completion=str, answer=str),
             info=_object(folder.info),
             summary=_object(folder.summary) if folder.summary.is_file() else {},
+            measured={path.parent.name: _measured(path) for path in sorted(folder.evaluated.glob("*/evaluation.json"))},
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error})") from error
@@ -77,6 +80,17 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is a {type(value).__name__}; expected an object")
     return value
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    estimates = [found.get("average"), found.get("majority"), *(found.get("pass_at") or {}).values()]
+    for estimate in estimates:
+        if not (
+            isinstance(estimate, dict) and all(isinstance(estimate.get(k), float) for k in ("mean", "low", "high"))
+        ):
+            raise ValueError(f"{path.parent.name}/{path.name}: expected average, majority and pass_at, with intervals")
+    return found
 
 
 def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:

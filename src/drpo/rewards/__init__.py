@@ -1,65 +1,100 @@
-"""Exact rewards: each takes completions and reference answers and returns one score a completion, as TRL expects."""
+"""Rewards: each takes completions and reference answers and returns one score a completion, as TRL expects."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from dataclasses import MISSING, fields
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from drpo.errors import UserError
 from drpo.names import unknown_name
+from drpo.rewards.exact import exact_answer, gsm8k, integer
+from drpo.rewards.math import MathGrader
+from drpo.rewards.shaping import Format, Overlong, Weighted
+from drpo.rewards.text import text_of
 
-Reward = Callable[..., list[float]]
+__all__ = [
+    "REWARDS",
+    "Format",
+    "MathGrader",
+    "Overlong",
+    "Reward",
+    "Weighted",
+    "exact_answer",
+    "gsm8k",
+    "integer",
+    "load_reward",
+    "make_reward",
+    "text_of",
+]
 
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+Reward = Callable[..., Sequence[float | None]]
+"""Completions, and columns of the data set by name, to a score each; None leaves a completion out."""
+
+REWARDS: dict[str, Reward | type] = {
+    "exact_answer": exact_answer,
+    "format": Format,
+    "gsm8k": gsm8k,
+    "integer": integer,
+    "math": MathGrader,
+    "overlong": Overlong,
+}
+"""Functions, and classes whose arguments a recipe gives beside the name."""
 
 
-def text_of(completion: str | Sequence[dict[str, str]]) -> str:
-    """The text of a completion, plain or conversational (the content of its last message)."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def make_reward(name: str, **options: Any) -> Reward:
+    """A built-in reward with its options.
 
-
-def exact_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where what follows the completion's last comma is the answer, else 0.0 (the built-in task)."""
-    given = (text_of(completion).rpartition(",")[2].strip() for completion in completions)
-    return [float(number == reference) for number, reference in zip(given, answer, strict=True)]
-
-
-def _gsm8k_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``, or the last number of a text without one."""
-    marked = text.replace("−", "-").rpartition("####")
-    found = _NUMBER.findall(marked[2])
-    if not found:
-        return None
-    try:
-        return Decimal(found[0 if marked[1] else -1].replace(",", "").replace("$", ""))
-    except InvalidOperation:
-        return None
-
-
-def gsm8k(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where the completion's final number equals that of the GSM8K answer, else 0.0.
-
-    The final number stands after the last ``####``; without one it is the last number.
+    Raises:
+        ValueError: an unknown name or option, or a value that the option does not take.
     """
-    scores = []
-    for completion, reference in zip(completions, answer, strict=True):
-        given = _gsm8k_number(text_of(completion))
-        scores.append(float(given is not None and given == _gsm8k_number(reference)))
-    return scores
+    if name not in REWARDS:
+        raise ValueError(unknown_name("reward", name, REWARDS))
+    found = REWARDS[name]
+    if not isinstance(found, type):
+        if options:
+            raise ValueError(f"{next(iter(options))}: {name} has no options")
+        return found
+    known = {field.name: field for field in fields(found)}
+    types = get_type_hints(found)
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(unknown_name(f"option of {name}", option, known))
+        _check_type(option, value, types[option])
+    for option, field in known.items():
+        if option not in options and field.default is MISSING:
+            raise ValueError(f"{option}: is missing; {name} has no default for it")
+    return found(**options)
 
 
-REWARDS: dict[str, Reward] = {"exact_answer": exact_answer, "gsm8k": gsm8k}
+def _check_type(option: str, value: Any, expected: Any) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(expected).validate_python(value, strict=True)
+    except ValidationError as error:
+        said = dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
+        raise ValueError(f"{option}: got {value!r}; expected {' or '.join(said)}") from error
 
 
-def load_reward(name: str) -> Reward:
-    """A built-in reward by name, or a function by ``module:function``."""
-    if name in REWARDS:
-        return REWARDS[name]
+def load_reward(name: str, **options: Any) -> Reward:
+    """A built-in reward by name, with its options, or a function by ``module:function``.
+
+    Raises:
+        UserError: an unknown name or option, or a function that cannot be loaded.
+    """
+    if name not in REWARDS:
+        return _load_function(name)
+    try:
+        return make_reward(name, **options)
+    except ValueError as error:
+        raise UserError(f"reward: {error}") from error
+
+
+def _load_function(name: str) -> Reward:
     module, separator, function = name.partition(":")
     if not separator:
         raise UserError(f"reward: {unknown_name('reward', name, REWARDS)} Your own: module:function")

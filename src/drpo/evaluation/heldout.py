@@ -25,7 +25,7 @@ class Evaluation:
 
     Args:
         accuracy: share of completions whose reward is at least 1.
-        samples: a row a completion, with ``prompt``, ``answer``, ``completion`` and ``reward``.
+        samples: a row a completion, with ``prompt``, ``answer``, ``completion`` and ``reward``, 0.0 where there was none.
     """
 
     accuracy: float
@@ -45,6 +45,8 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
     """
     accelerator = trainer.accelerator
     tokenizer: Any = trainer.processing_class
+    # A sum of rewards says less than its first part whether an answer is right.
+    judge: Reward = getattr(reward, "correctness", reward)
     mine = problems[accelerator.process_index :: accelerator.num_processes]
     asked = [problem for problem in mine for _ in range(samples)]
     rows: list[dict[str, Any]] = []
@@ -58,9 +60,14 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
             prompt_ids, images, multimodal = trainer._tokenize_prompts(prompts)
             completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, multimodal, 1)
             completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-            scores = reward(prompts=prompts, completions=completions, answer=[problem.answer for problem in batch])
+            scores = judge(prompts=prompts, completions=completions, answer=[problem.answer for problem in batch])
             rows += [
-                {"prompt": problem.prompt, "answer": problem.answer, "completion": text_of(completion), "reward": score}
+                {
+                    "prompt": problem.prompt,
+                    "answer": problem.answer,
+                    "completion": text_of(completion),
+                    "reward": score or 0.0,
+                }
                 for problem, completion, score in zip(batch, completions, scores, strict=True)
             ]
     trainer.model.train(was_training)

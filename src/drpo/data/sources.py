@@ -1,0 +1,127 @@
+"""The data sets: where each is on the hub, and how its records become rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from drpo.data.rows import Row, has_field, text_field
+from drpo.errors import UserError
+from drpo.rewards.answers import number
+
+WRAPPER = re.compile(
+    r"Solve the following math problem step by step\..*?\n\n(?P<problem>.*)\n\n"
+    r'Remember to put your answer on its own line after "Answer:"\.?',
+    re.DOTALL,
+)
+"""The text that DAPO-Math puts around every problem."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as published.
+
+    Args:
+        hub: its repository on the Hugging Face hub.
+        config: of the repository; None for its only one.
+        split: of the repository.
+        problem: the text of the problem in a record.
+        answer: the reference answer in a record.
+        identifier: the field that holds an id; the number of the record where there is none.
+        rows: unique problems it is known to have.
+    """
+
+    hub: str
+    config: str | None
+    split: str
+    problem: Callable[[dict[str, Any]], str]
+    answer: Callable[[dict[str, Any]], str]
+    identifier: str | None
+    rows: int
+
+    def row(self, name: str, record: dict[str, Any], position: int) -> Row:
+        """The row of a record.
+
+        Raises:
+            ValueError: a record without what it takes, or with something else in its place.
+        """
+        given = self.identifier is not None and has_field(record, self.identifier)
+        identifier = text_field(record, self.identifier) if given else str(position)  # type: ignore[arg-type]
+        return Row(self.problem(record), self.answer(record), name, identifier)
+
+    def hub_records(self) -> Iterator[Any]:
+        """The records on the hub.
+
+        Raises:
+            UserError: they cannot be had.
+        """
+        from datasets import load_dataset
+
+        try:
+            yield from load_dataset(self.hub, self.config, split=self.split, streaming=False)
+        except Exception as error:  # the hub, the network and the cache fail in their own ways
+            raise UserError(
+                f"cannot load {self.hub} from the hub ({type(error).__name__}: {str(error)[:200]}); "
+                "with a copy on disk: --from FILE.jsonl or FILE.parquet"
+            ) from error
+
+
+def _question(record: dict[str, Any]) -> str:
+    return text_field(record, "problem", "question")
+
+
+def _answer(record: dict[str, Any]) -> str:
+    return text_field(record, "answer")
+
+
+def _integer(record: dict[str, Any]) -> str:
+    answer = text_field(record, "answer")
+    value = number(answer)
+    if value is None or value.denominator != 1:
+        raise ValueError(f"answer is {answer[:40]!r}; expected an integer")
+    return str(value)
+
+
+def _gsm8k_answer(record: dict[str, Any]) -> str:
+    solution = text_field(record, "answer")
+    value = number(solution.rpartition("####")[2]) if "####" in solution else None
+    if value is None:
+        raise ValueError(f"answer is {solution[-40:]!r}; expected a solution that ends in #### and a number")
+    return str(value)
+
+
+def _dapo_problem(record: dict[str, Any]) -> str:
+    """The problem without the wrapper, where it has the wrapper."""
+    asked = dapo_prompt(record)
+    wrapped = WRAPPER.fullmatch(asked)
+    return wrapped["problem"].strip() if wrapped else asked
+
+
+def dapo_prompt(record: dict[str, Any]) -> str:
+    """The problem as DAPO-Math words it, its wrapper included."""
+    messages = record.get("prompt")
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+        raise ValueError("prompt is not a list of chat messages")
+    try:
+        return text_field(messages[-1], "content")
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}") from error
+
+
+def _dapo_answer(record: dict[str, Any]) -> str:
+    return text_field(record, "reward_model.ground_truth")
+
+
+SOURCES: dict[str, Source] = {
+    "dapo-math-17k": Source(
+        "BytedTsinghua-SIA/DAPO-Math-17k", None, "train", _dapo_problem, _dapo_answer, "extra_info.index", 17_398
+    ),
+    "gsm8k": Source("openai/gsm8k", "main", "train", _question, _gsm8k_answer, None, 7473),
+    "gsm8k-test": Source("openai/gsm8k", "main", "test", _question, _gsm8k_answer, None, 1319),
+    "math500": Source("HuggingFaceH4/MATH-500", None, "test", _question, _answer, "unique_id", 500),
+    "aime24": Source("HuggingFaceH4/aime_2024", None, "train", _question, _integer, "id", 30),
+    "aime25": Source("math-ai/aime25", None, "test", _question, _integer, "id", 30),
+    "amc23": Source("math-ai/amc23", None, "test", _question, _integer, "id", 40),
+}

@@ -1,0 +1,1 @@
+"""How good a model is: held-out accuracy while it trains, and sampled evaluations with intervals."""

@@ -1,0 +1,174 @@
+"""Sampling engines: each draws a completion from a seed of its own, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+from drpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled text.
+
+    Args:
+        tokens: its length, the end token included.
+        truncated: whether it was cut at the limit.
+    """
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Engine(Protocol):
+    """What samples completions."""
+
+    @property
+    def description(self) -> dict[str, str]:
+        """Name, version and precision, as they go into the result."""
+        ...
+
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int]) -> list[Completion]:
+        """One completion for each prompt, text or a conversation, drawn from the seed beside it."""
+        ...
+
+
+class _SeededChoice(LogitsProcessor):
+    """Sampling as an argmax: log p − log E with E ~ Exp(1), from a generator for each row."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self._temperature - noise.log()
+
+
+class TransformersEngine:
+    """Transformers' ``generate``.
+
+    Args:
+        model: a folder or a name on the hub.
+        max_tokens: of a completion.
+        precision: ``fp32`` or ``bf16``.
+    """
+
+    def __init__(self, model: str, max_tokens: int, temperature: float, precision: str) -> None:
+        self._max_tokens, self._temperature, self._precision = max_tokens, temperature, precision
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+            raise UserError(
+                f"MODEL: cannot load {model!r}: expected a run folder, a folder saved by Transformers, "
+                f"or a model on the Hugging Face hub ({str(error)[:200]})"
+            ) from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        self._model = loaded.to(device).eval()
+
+    @property
+    def description(self) -> dict[str, str]:
+        return {
+            "name": "transformers",
+            "version": version("transformers"),
+            "torch": torch.__version__,
+            "precision": self._precision,
+            "device": self._model.device.type,
+        }
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int]) -> list[Completion]:
+        texts = [as_text(prompt, self.tokenizer) for prompt in prompts]
+        inputs = self.tokenizer(
+            texts, return_tensors="pt", padding=True, add_special_tokens=not self.tokenizer.chat_template
+        ).to(self._model.device)
+        ends = _end_tokens(self._model, self.tokenizer)
+        generated = self._model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=self._max_tokens,
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([_SeededChoice(seeds, self._temperature, self._model.device)]),
+        )
+        return [self._completion(row.tolist(), ends) for row in generated[:, inputs["input_ids"].shape[1] :]]
+
+    def _completion(self, ids: list[int], ends: list[int]) -> Completion:
+        length = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
+        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        return Completion(text, length or len(ids), truncated=length is None)
+
+
+class VLLMEngine:
+    """vLLM, offline.
+
+    Args:
+        model: a folder or a name on the hub.
+        max_tokens: of a completion.
+        precision: ``fp32`` or ``bf16``.
+    """
+
+    def __init__(self, model: str, max_tokens: int, temperature: float, precision: str) -> None:
+        if find_spec("vllm") is None:
+            raise UserError("--engine vllm: vllm is not installed; pip install vllm, or --engine transformers")
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+        self._precision = precision
+        self._parameters = lambda seed: SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+        try:
+            self._engine = LLM(model, dtype={"fp32": "float32", "bf16": "bfloat16"}[precision])
+        except Exception as error:
+            raise UserError(f"MODEL: vLLM cannot load {model!r} ({str(error)[:200]})") from error
+        self.tokenizer: Any = self._engine.get_tokenizer()
+
+    @property
+    def description(self) -> dict[str, str]:
+        return {"name": "vllm", "version": version("vllm"), "torch": torch.__version__, "precision": self._precision}
+
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int]) -> list[Completion]:
+        texts = [as_text(prompt, self.tokenizer) for prompt in prompts]
+        outputs = self._engine.generate(texts, [self._parameters(seed) for seed in seeds], use_tqdm=False)
+        drawn = [output.outputs[0] for output in outputs]
+        return [Completion(one.text, len(one.token_ids), one.finish_reason == "length") for one in drawn]
+
+
+ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VLLMEngine,
+}
+
+
+def as_text(prompt: str, tokenizer: Any) -> str:
+    """What the engine is given: the prompt in the chat template if the tokenizer has one, else as it is."""
+    if not tokenizer.chat_template:
+        return prompt
+    conversation = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})

@@ -1,0 +1,84 @@
+"""The folder of an evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drpo.errors import UserError
+from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+
+
+class EvaluationFolder:
+    """A folder that holds one evaluation: ``settings.json``, ``samples.jsonl`` and, at its end, ``evaluation.json``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"
+        self.samples = path / "samples.jsonl"
+        self.result = path / "evaluation.json"
+
+    def open(self, fixed: dict[str, Any], *, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
+        """Begin, or go on with, an evaluation that is made of this; the samples that are there already.
+
+        Raises:
+            UserError: a folder that holds something else.
+        """
+        where = f"--out {self.path}"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{where}: is a file; expected a folder")
+        is_there = self.path.is_dir() and any(self.path.iterdir())
+        if is_there and not self.settings.is_file():
+            raise UserError(f"{where}: is not an evaluation (it has no settings.json)")
+        if is_there and resume:
+            before = json.loads(self.settings.read_text(encoding="utf-8"))
+            for field in fixed:
+                if before.get(field) != fixed[field]:
+                    raise UserError(f"--resume: {field} is {fixed[field]!r}, but {self.path} has {before.get(field)!r}")
+            return read_jsonl(self.samples)
+        if resume:
+            raise UserError(f"{where}: holds no evaluation to resume")
+        if is_there and not overwrite:
+            raise UserError(f"{where}: already exists; choose another, or give --resume or --overwrite")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for old in (self.samples, self.result):
+                old.unlink(missing_ok=True)
+            write_json(self.settings, fixed)
+        except OSError as error:
+            raise UserError(f"{where}: cannot be written ({error.strerror})") from error
+        return []
+
+    def rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep these samples alone."""
+        partial = self.samples.with_name(self.samples.name + ".partial")
+        partial.unlink(missing_ok=True)
+        append_jsonl(partial, *rows)
+        os.replace(partial, self.samples)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """An evaluation by its folder or its evaluation.json.
+
+    Raises:
+        UserError: there is none, or it is not one.
+    """
+    file = path / "evaluation.json" if path.is_dir() else path
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        [row["correct"] / row["samples"] for row in result["problems_table"]]
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is not an evaluation ({type(error).__name__}: {error})") from error
+    return result
+
+
+def default_folder(model: str, data: Sequence[str]) -> Path:
+    """In the run folder, if the model is one's, else in evals/."""
+    name = "+".join(Path(source).stem for source in data)
+    run = RunFolder(Path(model))
+    return run.evaluated / name if run.is_run else Path("evals") / f"{Path(model).name}-{name}"

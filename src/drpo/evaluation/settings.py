@@ -1,0 +1,35 @@
+"""What decides the numbers of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ENGINE_NAMES = ("transformers", "vllm")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers of an evaluation.
+
+    Args:
+        model: a run folder, a built-in model, a folder or a name on the hub.
+        data: .jsonl files, or a built-in task.
+        samples: completions of each problem.
+        problems: at most so many of each file; None for all.
+        max_tokens: of a completion.
+        batch_size: completions generated at once.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    samples: int = 1
+    problems: int | None = None
+    reward: str = "math"
+    template: str = "{prompt}"
+    temperature: float = 1.0
+    max_tokens: int = 2048
+    batch_size: int = 64
+    seed: int = 0
+    engine: str = "transformers"
+    precision: str = "fp32"
