@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks import tables
 
-NAMES = ("fused_loss", "training_phase", "time_to_accuracy", "topk_variance")
-"""Modules with ``run(command) -> rows`` and perhaps ``plot(rows) -> figure``, quickest first but for the last."""
+NAMES = ("fused_loss", "training_phase", "time_to_accuracy", "grader", "topk_variance")
+"""Modules with ``run(command) -> rows`` and perhaps ``plot(rows) -> figure``."""
 
 
 def main() -> None:

@@ -2,38 +2,33 @@
 
 Three kinds of completions: a sentence and the answer, for plain integers and for the reference answers of
 tests/data/gold_answers.jsonl (one of each shape of MATH500's), and 4,000 characters of working before the latter. In
-half of them the answer is another reference's. The methods take turns on the same batches of 64, so that what else the machine does meets all
-of them alike. "sandbox" is MathGrader with nothing decided from the text alone, one completion at a time in latency.
-
-python benchmarks/grader.py --output docs/results/grader.csv
+half of them the answer is another reference's. The methods take turns on the same batches of 64, so that what else
+the machine does meets all of them alike. "sandbox" is MathGrader with nothing decided from the text alone. Latency is
+that of one completion at a time.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
 import json
 import logging
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+from benchmarks import tables
 from drpo.rewards import MathGrader
 
 GOLD = Path(__file__).parents[1] / "tests" / "data" / "gold_answers.jsonl"
 KINDS = ("short, integers", "short, expressions", "long, expressions")
 BATCH, BATCHES = 64, 24
 LATENCIES = 400
+WORKERS = 2
+PACKAGES = ("math-verify", "sympy", "latex2sympy2_extended")
 WORKING = "We have $x^2 + 3x = 10$, so $x = 2$ or $x = -5$; the sum is -3.\n"
 
 
@@ -108,29 +103,7 @@ def measure(kind: str, workers: int) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
+def run(command: str) -> list[dict[str, Any]]:
     logging.disable()
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    provenance = {
-        "workers": options.workers,
-        "command": f"python benchmarks/grader.py --output {options.output} --workers {options.workers}",
-        "commit": described.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores used",
-        "versions": " ".join(f"{name}={version(name)}" for name in ("math-verify", "sympy", "latex2sympy2_extended")),
-    }
-    rows = [row | provenance for kind in KINDS for row in measure(kind, options.workers)]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(options.output)
-
-
-if __name__ == "__main__":
-    main()
+    provenance = {"workers": WORKERS, **tables.provenance(command, PACKAGES)}
+    return [row | provenance for kind in KINDS for row in measure(kind, WORKERS)]

@@ -23,7 +23,6 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks import tables
 from drpo.prepare import load_problems, make_trainer
 from drpo.recipe import BUILTIN_RECIPE, Recipe, load_recipe
-from drpo.rewards import load_reward
 
 PACKAGES = ("torch", "transformers", "trl")
 TARGET = 0.9
@@ -75,7 +74,7 @@ def accuracy_of(model: Any, tokenizer: Any, problems: list[Any], reward: Any, re
 def curve(kind: str, seed: int) -> list[tuple[float, float]]:
     """(seconds, accuracy) over one run."""
     recipe = load_recipe(BUILTIN_RECIPE, [f"seed={seed}"])
-    reward = load_reward(recipe.reward)
+    reward = recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     with tempfile.TemporaryDirectory() as folder:
