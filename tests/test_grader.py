@@ -222,9 +222,12 @@ class TestAdversarial:
         assert {after for _, _, after in answered} == {"correct"}
         assert answered[list(ADVERSARIAL).index("lone surrogate")][0] == "correct"
         assert list(tmp_path.iterdir()) == []
+        deadline = time.monotonic() + 30
         for pid in grader.pids:
-            limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
-            assert f"Max address space         {512 << 20} " in limits
+            # One that has just taken a killed one's place limits itself in a moment.
+            while f"Max address space         {512 << 20} " not in Path(f"/proc/{pid}/limits").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
         grader.close()
 
     def test_completions_are_answered_in_one_batch_from_the_main_thread(self, impatient):
@@ -306,11 +309,33 @@ class TestChildren:
 
     def test_that_swell_are_replaced(self, monkeypatch, tmp_path):
         script = Path(worker.__file__).read_text(encoding="utf-8")
-        (tmp_path / "worker.py").write_text(script.replace("256 * 1024", "1024"), encoding="utf-8")
+        (tmp_path / "worker.py").write_text(script.replace("256 << 20", "1 << 20"), encoding="utf-8")
         monkeypatch.setattr(sandbox, "_SCRIPT", tmp_path / "worker.py")
         grader = MathGrader(workers=1)
         assert statuses(grader, RIGHT, RIGHT) == ["correct", "correct"]
         assert grader.restarts == {"memory": 2}
+        grader.close()
+
+    def test_are_not_taken_for_swollen_where_their_parent_is(self):
+        ballast = b"x" * (400 << 20)
+        grader = MathGrader(workers=1)
+        assert statuses(grader, *[RIGHT] * 4) == ["correct"] * 4
+        assert grader.restarts == {}
+        assert len(ballast) == 400 << 20
+        grader.close()
+
+    def test_that_are_killed_as_they_start_are_replaced(self):
+        grader = MathGrader(workers=1)
+        with ThreadPoolExecutor(1) as threads:
+            work = threads.submit(statuses, grader, RIGHT)
+            for _ in range(3):
+                before = grader.pids
+                while not (now := [pid for pid in grader.pids if pid not in before]):
+                    assert not work.done()
+                    time.sleep(0.01)
+                os.kill(now[0], signal.SIGKILL)
+            assert work.result() == ["correct"]
+        assert grader.restarts == {"died": 3}
         grader.close()
 
     def test_end_with_the_grader_and_are_started_anew_if_it_goes_on(self, impatient):
