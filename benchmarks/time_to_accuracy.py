@@ -147,11 +147,11 @@ def plot(rows: list[dict[str, str]]) -> Figure:
     """Accuracy over seconds, a line a run."""
     figure = Figure(figsize=(6.5, 3.4), layout="constrained")
     axis = figure.subplots()
-    for kind, style in zip(KINDS, ("k--", "o-"), strict=True):
+    for kind, style, color in zip(KINDS, ("--", "o-"), ("black", "#2b5c8a"), strict=True):
         for seed in SEEDS:
             line = [row for row in rows if row["trainer"] == kind and row["seed"] == str(seed)]
             points = [[float(row[name]) for row in line] for name in ("seconds", "accuracy")]
-            axis.plot(*points, style, color="black" if kind == "TRL" else "#2b5c8a", markersize=3, label=kind)
+            axis.plot(*points, style, color=color, markersize=3, label=kind)
     axis.axhline(TARGET, color="grey", linewidth=0.8)
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("held-out accuracy")

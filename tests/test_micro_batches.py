@@ -61,13 +61,21 @@ def test_select_takes_rows_and_the_columns_they_need() -> None:
 
 def test_left_aligned_closes_the_gaps_and_says_where_the_counted_tokens_are() -> None:
     given = {**inputs(), "tool_mask": torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1]])}
-    ids, places = left_aligned(given)
+    ids, places = left_aligned(given, longest=7)
     assert [row[:length].tolist() for row, length in zip(ids, (4, 2, 7), strict=True)] == [
         [1, 2, 11, 12],
         [3, 13],
         [4, 5, 6, 7, 14, 15, 16],
     ]
     assert places.int().tolist() == [[0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(("longest", "width"), [(7, 7), (9, 9), (17, 17), (40, 17)])
+def test_left_aligned_pads_a_model_s_input_to_a_multiple_of_16_or_the_longest(longest: int, width: int) -> None:
+    ids, places = left_aligned(inputs(), longest)
+    assert ids.shape == places.shape == (3, width)
+    assert not ids[:, 7:].any()
+    assert not places[:, 7:].any()
 
 
 def test_work_says_what_was_saved_at_the_pace_of_what_was_not() -> None:

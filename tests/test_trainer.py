@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -22,6 +23,8 @@ from transformers import (
     GraniteForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
 )
 from trl import GRPOConfig, GRPOTrainer
 
@@ -75,6 +78,42 @@ class TestBehaviorLogProbs:
         expected = scores.gather(2, drawn.unsqueeze(2)).squeeze(2)
         for row, (length, recorded) in enumerate(zip((8, 3), recorder.log_probs([8, 3]), strict=True)):
             assert recorded == pytest.approx(expected[row, :length].tolist(), abs=1e-5)
+
+    @pytest.mark.parametrize("kind", ["full attention", "sliding window", "recurrent"])
+    def test_are_the_same_where_equal_prompts_go_through_the_model_once(self, kind: str) -> None:
+        _, tokenizer = load_model()
+        torch.manual_seed(0)
+        small = {
+            "vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+        }  # fmt: skip
+        if kind == "recurrent":
+            linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 1}
+            types = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
+            config = Qwen3_5TextConfig(**small, **linear, **types)
+        else:
+            window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+            config = Qwen3Config(**small, **(window if kind == "sliding window" else {}))
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        prompts = ["1+2=", "10+34-6+29-38=", "1+2=", "7=", "10+34-6+29-38="]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        sampling = {"do_sample": True, "max_new_tokens": 6}
+        widths: list[int] = []
+        torch.manual_seed(0)
+        plain = model.generate(**inputs, **sampling, output_scores=True, return_dict_in_generate=True)
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        torch.manual_seed(0)
+        with record_log_probs(model) as recorder:
+            sequences = model.generate(**inputs, **sampling)
+        assert torch.equal(sequences, plain.sequences)
+        scores = torch.stack(plain.scores, dim=1).double().log_softmax(dim=-1)
+        drawn = sequences[:, inputs["input_ids"].shape[1] :].unsqueeze(2)
+        recorded = torch.tensor(recorder.log_probs([drawn.shape[1]] * 5))
+        torch.testing.assert_close(recorded.double(), scores.gather(2, drawn).squeeze(2), rtol=0, atol=1e-6)
+        # Three prompts but for their last token, then the last of all five.
+        assert widths[:2] == ([5 * 14, 5] if kind == "recurrent" else [3 * 13, 5])
 
     def test_come_with_those_of_the_likeliest_tokens_if_asked_for(self) -> None:
         model, tokenizer = load_model()
@@ -239,6 +278,7 @@ class TestFusedLoss:
         found = []
         for fused in (True, False):
             trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8, fused_loss=fused)
+            trainer._count([inputs])
             scored = trainer._score(trainer.model, inputs, counted / 17)
             scored.loss.backward()
             tokens = (scored.sampled.logp, scored.gradient_weight, scored.entropy)

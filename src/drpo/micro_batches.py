@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+WIDTH = 16
+"""Numbers that a processor's vector unit takes at once: 16 in fp32 with AVX-512."""
 
 
 @dataclass
@@ -100,19 +104,25 @@ def select(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return chosen
 
 
-def left_aligned(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def left_aligned(inputs: dict[str, Any], longest: int) -> tuple[Tensor, Tensor]:
     """Ids of prompt and completion without the padding between and before them, and the places of the tokens that count.
 
     Causal attention never looks right, where the padding is now: no attention mask is needed.
+    All tokens but the last are a model's input, and theirs is a multiple of :data:`WIDTH` or the
+    longest of the update: attention kernels treat what is left over of a row apart, and so round
+    a sequence alike in every micro-batch it may be in.
 
     Args:
         inputs: a trainer's, with prompts padded on the left and completions on the right.
+        longest: tokens of the longest sequence of the update, over its micro-batches and ranks.
 
     Returns:
-        [B, L] ids and [B, L] bool, in which each row's tokens keep their order.
+        [B, L] ids and [B, L] bool, in which each row's tokens keep their order, from 2 tokens on.
     """
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()
     counted = torch.cat([torch.zeros_like(inputs["prompt_mask"]), loss_mask(inputs)], dim=1).bool()
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).amax().clamp(min=1))]
-    return ids.gather(1, order), counted.gather(1, order)
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(2, int(mask.sum(dim=1).amax()))]
+    length = order.shape[1]
+    missing = (0, max(0, min(longest - length, -(length - 1) % WIDTH)))
+    return pad(ids.gather(1, order), missing), pad(counted.gather(1, order), missing)

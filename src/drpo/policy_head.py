@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import pad
 
 from drpo.kernels import fused_policy_loss
 from drpo.objectives import Objective
@@ -20,16 +18,12 @@ from drpo.objectives import Objective
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-WIDTH = 16
-"""Sequences are padded to a multiple of it: attention kernels then round a row the same in every micro-batch, and matrix units like it."""
-
-
 @dataclass(frozen=True)
 class ScoredTokens:
     """What :func:`fused_policy_loss` needs to know of a batch's tokens, beside hidden states and head.
 
     Args:
-        places: [B, L], bool, the tokens that count; never a row's first.
+        places: [B, L], bool, where the next token is one that counts.
         objective: of the loss.
         tokens: the other arguments of ``fused_policy_loss``, over those tokens in order.
     """
@@ -59,7 +53,6 @@ def add_policy_loss(model: Any, temperature: float) -> None:
     forward: Callable[..., Any] = model.forward
     text_config = model.config.get_text_config()
     transform = {"temperature": temperature, **_transform(text_config)}
-    positions = getattr(text_config, "max_position_embeddings", None) or math.inf
 
     @functools.wraps(type(model).forward)
     def with_policy_loss(
@@ -69,11 +62,10 @@ def add_policy_loss(model: Any, temperature: float) -> None:
             return forward(input_ids, *args, **kwargs)
         # PEFT passes what its own forward has a name for.
         kwargs.pop("labels", None)
-        kwargs["input_ids"] = pad(input_ids, (0, _padding(input_ids.shape[1], positions)))
-        states = self.base_model(**kwargs, use_cache=False).last_hidden_state
+        states = self.base_model(input_ids=input_ids, **kwargs, use_cache=False).last_hidden_state
         head = self.get_output_embeddings()
         return fused_policy_loss(
-            states[:, : input_ids.shape[1] - 1][scored.places[:, 1:]],
+            states[scored.places],
             _whole(head.weight),
             bias=None if head.bias is None else _whole(head.bias),
             objective=scored.objective,
@@ -83,12 +75,6 @@ def add_policy_loss(model: Any, temperature: float) -> None:
 
     # A bound method: Accelerate takes it apart to put autocast around it.
     model.forward = types.MethodType(with_policy_loss, model)
-
-
-def _padding(length: int, positions: float) -> int:
-    """Up to a multiple of :data:`WIDTH`, where the model has as many positions."""
-    missing = -length % WIDTH
-    return missing if length + missing <= positions else 0
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ class Scores(NamedTuple):
     top_k_logp: Tensor | None = None
 
 
-def score_fused(model: Any, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor) -> Scored:
+def score_fused(
+    model: Any, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor, longest: int
+) -> Scored:
     """In one pass over the LM head; the tokens that count are in one row, without padding.
 
     Args:
@@ -56,13 +58,14 @@ def score_fused(model: Any, inputs: dict[str, Any], scale: Tensor, objective: Ob
         scale: [B, T], of each token's loss (:func:`drpo.token_scale`).
         objective: of the loss.
         anchor: what its ratio is taken against.
+        longest: tokens of the longest sequence of the update.
     """
     counted = loss_mask(inputs).bool()
 
     def of_tokens(name: str) -> Tensor | None:
         return inputs[name][counted] if inputs.get(name) is not None else None
 
-    ids, places = left_aligned(inputs)
+    ids, places = left_aligned(inputs, longest)
     sequences, _ = places.nonzero(as_tuple=True)
     sampler_logp = inputs["sampling_per_token_logps"][counted]
     advantage = inputs["advantages"][sequences]
@@ -77,7 +80,7 @@ def score_fused(model: Any, inputs: dict[str, Any], scale: Tensor, objective: Ob
         "behavior_logp": of_tokens("old_per_token_logps") if anchor == "old" else sampler_logp,
         "sampler_logp": sampler_logp if anchor == "old" else None,
     }
-    loss, *measured = model(input_ids=ids, scored=ScoredTokens(places, objective, tokens))
+    loss, *measured = model(input_ids=ids[:, :-1], scored=ScoredTokens(places[:, 1:], objective, tokens))
     logp, entropy, weight = (tensor.unsqueeze(0) for tensor in measured)
     sampled = TokenBatch(
         logp=logp,

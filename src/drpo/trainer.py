@@ -204,19 +204,21 @@ class DRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
-            self._counts = self._count([inputs])
+            self._count([inputs])
         elif self._step % self.args.gradient_accumulation_steps == 0:
-            # The denominators of an update span all its micro-batches and ranks.
             first = self._step % (self.args.updates_per_rollout * self.args.gradient_accumulation_steps)
-            self._counts = self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
+            self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
         self._began = time.perf_counter()
         return inputs
 
-    def _count(self, micro_batches: list[dict[str, Any]]) -> Counts:
+    def _count(self, micro_batches: list[dict[str, Any]]) -> None:
+        """The denominators of an update, and its longest sequence, over all its micro-batches and ranks."""
         counts = [Counts.of(loss_mask(inputs)) for inputs in micro_batches]
-        local = torch.stack([torch.stack([c.tokens, c.sequences]) for c in counts]).sum(dim=0)
-        tokens, sequences = self.accelerator.reduce(local, reduction="sum")
-        return Counts(tokens=tokens, sequences=sequences)
+        longest = [lengths(inputs).amax() for inputs in micro_batches]
+        local = [torch.stack([c.tokens, c.sequences, most]) for c, most in zip(counts, longest, strict=True)]
+        tokens, sequences, longest = self.accelerator.gather(torch.stack(local)).unbind(dim=1)
+        self._counts = Counts(tokens=tokens.sum(), sequences=sequences.sum())
+        self._longest = int(longest.max())
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
@@ -290,7 +292,7 @@ class DRPOTrainer(GRPOTrainer):
 
     def _score(self, model: Any, inputs: dict[str, Any], scale: Tensor) -> Scored:
         if self._why_not_fused is None:
-            return score_fused(model, inputs, scale, self.objective, self.anchor)
+            return score_fused(model, inputs, scale, self.objective, self.anchor, self._longest)
         completion_ids = inputs["completion_ids"]
         input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)

@@ -15,6 +15,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from drpo.rollout.prompts import share_prompts
+
 
 class LogProbRecorder:
     """Sees the final scores of each step as the last logits processor, and the token drawn from them as a stopping criterion.
@@ -32,7 +34,8 @@ class LogProbRecorder:
         self._steps: list[Tensor] = []
         self._likeliest: list[tuple[Tensor, Tensor]] = []
 
-    def _see_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """See a step's scores, as a logits processor does."""
         self._scores = scores
         return scores
 
@@ -60,13 +63,15 @@ class LogProbRecorder:
         """Transformers' own sampling loop with this recorder in it (a ``custom_generate`` method)."""
         # Transformers sets synced_gpus for its own decoding methods only.
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        is_synced = ranks > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+        if not is_synced:
+            share_prompts(model, input_ids, generation_config, model_kwargs)
         return model._sample(
             input_ids,
-            LogitsProcessorList([*logits_processor, self._see_scores]),
+            LogitsProcessorList([*logits_processor, self]),
             StoppingCriteriaList([*stopping_criteria, self._see_draw]),
             generation_config,
-            synced_gpus=sharded and ranks > 1,
+            synced_gpus=is_synced,
             **model_kwargs,
         )
 
