@@ -27,7 +27,7 @@ from drpo.recipe import BUILTIN_RECIPE, Recipe, load_recipe
 PACKAGES = ("torch", "transformers", "trl")
 TARGET = 0.9
 EVERY = 5
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 KINDS = ("TRL", "drpo")
 
 
