@@ -20,14 +20,18 @@ IMAGES = Path("docs/images")
 
 def provenance(command: str, packages: Sequence[str] = ("torch",)) -> dict[str, str]:
     """Columns that say where a row comes from."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    changed = _git("status", "--porcelain", "src", "benchmarks", "tests", "constraints.txt")
     return {
         "command": command,
-        "commit": described.stdout.strip(),
+        "commit": _git("describe", "--always") + ("-dirty" if changed else ""),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": " ".join(f"{package}={version(package)}" for package in packages),
     }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> str:
