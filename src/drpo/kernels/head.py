@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,11 +34,15 @@ class Head(NamedTuple):
         dtype = torch.float32 if wide else hidden.dtype
         per_logit = dtype.itemsize + (hidden.dtype.itemsize if wide else 0)
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        chunks = math.ceil(len(hidden) / max(1, budget // (len(self.weight) * per_logit)))
+        most = max(1, budget // (len(self.weight) * per_logit))
+        chunks = math.ceil(len(hidden) / most)
         if not chunks:
             return
         size = math.ceil(len(hidden) / chunks)
-        buffer = hidden.new_empty(size, len(self.weight), dtype=dtype)
+        if chunks > 1 and hidden.device.type == "cpu":
+            buffer = workspace(threading.get_ident(), most, len(self.weight), dtype)
+        else:
+            buffer = hidden.new_empty(size, len(self.weight), dtype=dtype)
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             logits = buffer[: rows.stop - start]
@@ -48,6 +54,12 @@ class Head(NamedTuple):
             if self.bias is not None and wide:
                 logits.add_(self.bias)
             yield rows, logits
+
+
+@lru_cache(maxsize=1)
+def workspace(thread: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The chunk of a thread, kept from one call to the next: a CPU takes a while to hand out fresh memory."""
+    return torch.empty(rows, columns, dtype=dtype)
 
 
 class Gradients:
