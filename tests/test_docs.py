@@ -120,8 +120,39 @@ def test_the_table_of_the_grader_s_cost_is_that_of_the_committed_results() -> No
         ) in page
 
 
+class TestPerformance:
+    PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+    def test_the_fused_loss_is_as_measured(self) -> None:
+        measured = rows("fused_loss.csv")
+        shape = ("tokens", "width", "vocabulary", "dtype")
+        for row in measured:
+            if [row[name] for name in shape] == [measured[0][name] for name in shape]:
+                time, memory = row["time_over_products"] or "does not run here", row["extra_mib"] or "–"
+                assert f"| {row['peer']} | {time} | {memory} |" in self.PAGE
+            elif row["peer"] == "drpo" and row["width"] == measured[0]["width"]:
+                by = "tokens" if row["tokens"] != measured[0]["tokens"] else "vocabulary"
+                numbers = f"{float(row['seconds']):.3f} | {float(row['extra_mib']):.1f}"
+                assert f"| {by} | {int(row[by]):,} | {numbers} |" in self.PAGE
+
+    def test_the_training_phase_is_as_measured(self) -> None:
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for row in rows("training_phase.csv"):
+            times = found.setdefault((row["lengths"], row["without_advantage"]), {})
+            times[row["trainer"]] = row["times_faster_than_trl"]
+        for (lengths, share), times in found.items():
+            assert times.pop("TRL") == "1.00"
+            assert f"| {lengths} | {float(share):.0%} | {' | '.join(times.values())} |" in self.PAGE
+
+    def test_the_time_to_accuracy_is_as_measured(self) -> None:
+        reached = {(row["seed"], row["trainer"]): row["seconds_to_target"] for row in rows("time_to_accuracy.csv")}
+        for seed in {seed for seed, _ in reached}:
+            trl, ours = reached[seed, "TRL"], reached[seed, "drpo"]
+            assert f"| {seed} | {trl} | {ours} | {float(trl) / float(ours):.2f} |" in self.PAGE
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md", "docs/math.md"]
+    "page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md", "docs/math.md", "docs/performance.md"]
 )
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
