@@ -20,7 +20,7 @@ LAYERS = [
     {"config", "policy_head"},
     {"scoring"},
     {"trainer", "run"},
-    {"catalogue", "progress", "report"},
+    {"catalogue", "progress", "report", "integrations"},
     {"evaluation", "data"},
     {"prepare", "commands"},
     {"train"},

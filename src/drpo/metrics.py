@@ -66,18 +66,20 @@ class TrustRegionMetrics:
         # MPS has no fp64.
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
         counted = batch.mask
+        counts = counted.to(dtype).flatten()
         ratio, log_ratio = batch.ratio.to(dtype), batch.log_ratio.to(dtype)
         divergence, weight = batch.shift.abs().to(dtype), weight.to(dtype)
+        steered = counted & (batch.advantage != 0)
         per_token = {
-            "tokens": torch.ones_like(ratio),
             "ratio": ratio,
             "ratio_squared": ratio.square(),
             "divergence": divergence,
             "k1": -log_ratio,
             "k3": log_ratio.expm1() - log_ratio,
+            "weight": torch.where(steered, weight, 0.0),
         }
         if entropy is not None:
-            per_token["entropy"] = entropy.to(dtype)
+            per_token["entropy"] = torch.where(counted, entropy.to(dtype), 0.0)
         effects = dict(
             zip(
                 _EFFECTS,
@@ -90,19 +92,19 @@ class TrustRegionMetrics:
                 strict=True,
             )
         )
-        steered = counted & (batch.advantage != 0)
-        per_token["weight"] = torch.where(steered, weight, 0.0)
+        # Where a token does not count its log-probs are 0, so that everything above is finite there.
+        sums = {name: value.flatten().dot(counts) for name, value in per_token.items()}
+        sums["tokens"] = counts.sum()
         for sign, has_sign in zip(_SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
-            per_token[f"tokens_{sign}"] = has_sign.to(dtype)
+            has_sign = counted & has_sign
+            sums[f"tokens_{sign}"] = has_sign.sum().to(dtype)
             for effect, affected in effects.items():
-                per_token[f"{effect}_{sign}"] = (affected & has_sign).to(dtype)
-
-        sums = {name: torch.where(counted, value, 0.0).sum() for name, value in per_token.items()}
-        sums["divergence_histogram"] = _histogram(divergence, DIVERGENCE_EDGES, counted)
-        sums["weight_histogram"] = _histogram(weight, WEIGHT_EDGES, steered)
+                sums[f"{effect}_{sign}"] = (affected & has_sign).sum().to(dtype)
+        sums["divergence_histogram"] = _histogram(_divergence_bins(divergence), DIVERGENCE_EDGES, divergence, counted)
+        sums["weight_histogram"] = _histogram(_weight_bins(weight), WEIGHT_EDGES, weight, steered)
         maxima = {
             # A zero more, below which neither maximum falls, is the maximum of no tokens.
-            name: pad(torch.where(counted, value, 0.0).flatten(), (0, 1)).amax()
+            name: pad(value.flatten() * counts, (0, 1)).amax()
             for name, value in (("ratio", ratio), ("divergence", divergence))
         }
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
@@ -138,11 +140,28 @@ class TrustRegionMetrics:
         self._sums, self._maxima = {}, {}
 
 
-def _histogram(values: Tensor, edges: Tensor, counted: Tensor) -> Tensor:
-    edges = edges.to(values)
-    bins = torch.bucketize(values.flatten(), edges)
+def _divergence_bins(divergence: Tensor) -> Tensor:
+    return (divergence.log10() + 8) * 20
+
+
+def _weight_bins(weight: Tensor) -> Tensor:
+    excess = weight - 1
+    steps = ((excess.abs().log10() + 4.1) * 5).clamp(min=0).ceil()
+    return len(_STEPS) + excess.sign() * steps
+
+
+def _histogram(bins: Tensor, edges: Tensor, values: Tensor, counted: Tensor) -> Tensor:
+    """How many counted values are in each bin: at most ``edges[0]``, above it and at most ``edges[1]``, ..., above the last.
+
+    ``bins`` is the bin of each value up to rounding: evenly spaced edges need no search, which takes longer than all the rest.
+    """
+    edges, values = edges.to(values), values.flatten()
+    infinity = edges.new_full((1,), torch.inf)
+    index = bins.flatten().ceil().clamp(0, len(edges)).nan_to_num(len(edges)).long()
+    index -= (values <= torch.cat([-infinity, edges])[index]).long()
+    index += (values > torch.cat([edges, infinity])[index]).long()
     return torch.zeros(len(edges) + 1, dtype=values.dtype, device=values.device).scatter_add_(
-        0, bins, counted.flatten().to(values.dtype)
+        0, index.clamp_(min=0), counted.flatten().to(values.dtype)
     )
 
 
