@@ -21,7 +21,7 @@ LAYERS = [
     {"scoring"},
     {"trainer", "run"},
     {"catalogue", "progress", "report", "integrations"},
-    {"evaluation", "data"},
+    {"evaluation", "data", "doctor"},
     {"prepare", "commands"},
     {"train"},
     {"cli"},

@@ -151,6 +151,35 @@ def report(
     typer.echo(str(target))
 
 
+@app.command()
+def doctor(
+    verl: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG.yaml", help="A configuration of verl's trainer.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As on verl's command line. Repeatable.", show_default=False),
+    ] = None,
+    workers: Annotated[bool, typer.Option(help="Start Ray and look for the loss in a worker.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say whether a run would compute what its configuration seems to ask for; exit code 1 if not.
+
+    Examples:
+
+      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml
+
+      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml --set objective=spo --no-workers --json
+    """
+    if verl is None:
+        raise UserError("doctor: expected --verl CONFIG.yaml")
+    from drpo.doctor import show
+    from drpo.doctor.verl import examine
+
+    raise typer.Exit(show(examine(verl, overrides or [], workers=workers), as_json))
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -21,7 +21,7 @@ LOSS_MODES: dict[str, str] = {(f"drpo/{name}" if name in _OF_VERL else name): na
 """Objectives by the ``loss_mode`` they have in verl: their own name, with ``drpo/`` before it where verl has a loss of that name."""
 
 # What verl's own losses take their bounds from, and these do not.
-_NOT_READ = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
+NOT_READ = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 
 
 def why_not_in_verl(objective: type[Objective]) -> str | None:
@@ -119,7 +119,7 @@ def objective_of(config: ActorConfig) -> Objective:
             f"expected {WHERE}._target_={TARGET}"
         )
     for known in fields(ActorConfig):
-        if known.name in _NOT_READ and known.default is not MISSING:
+        if known.name in NOT_READ and known.default is not MISSING:
             value = getattr(config, known.name)
             if value != known.default:
                 raise ValueError(
