@@ -53,8 +53,8 @@ class Progress:
         """Show what was logged after an update."""
         if logs.get("reward") is not None:
             self._shown["reward"] = logs["reward"]
-        # At the last update of a rollout, where it is largest; at the first it is rounding.
-        if update % self._updates_per_rollout == 0:
+        # At the last update of a rollout, where it is largest; at the first it is rounding. None where no token counted.
+        if update % self._updates_per_rollout == 0 and "divergence/mean" in logs:
             self._shown["|π−μ|"] = logs["divergence/mean"]
         self._bar.update(self._task, completed=update // self._updates_per_rollout, status=self._status())
 
