@@ -33,7 +33,9 @@ def rollout() -> dict[str, Tensor]:
         "old_log_prob": old.to(device),
         "log_prob": (old + 0.1 * torch.randn(SHAPE, generator=generator)).clamp(max=-1e-4).to(device),
         "advantages": torch.randn(SHAPE[0], 1, generator=generator).expand(SHAPE).contiguous().to(device),
-        "response_mask": (torch.arange(SHAPE[1]) < torch.linspace(SHAPE[1] / 2, SHAPE[1], SHAPE[0])[:, None]).to(device),
+        "response_mask": (torch.arange(SHAPE[1]) < torch.linspace(SHAPE[1] / 2, SHAPE[1], SHAPE[0])[:, None]).to(
+            device
+        ),
     }
 
 
@@ -61,6 +63,8 @@ def update(policy_loss: PolicyLossConfig, tensors: dict[str, Tensor]) -> None:
 
 
 def run(command: str) -> list[dict[str, Any]]:
+    # What Ray gives a worker.
+    torch.set_num_threads(1)
     tensors = rollout()
     work = {name: lambda loss=loss: update(loss, tensors) for name, loss in losses().items()}
     times = measure.seconds(work, ROUNDS)

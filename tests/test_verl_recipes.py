@@ -18,10 +18,12 @@ from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.objectives import PPO, SPO
 from drpo.recipe import load_recipe
 
+FOLDER = Path("/runs, of (mine)/it's=1")
+
 
 def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
     """What verl's trainer would start with."""
-    told = overrides(load_recipe(None, settings), Path("/run"), train_rows=1000, prompt_length=40, plain=True)
+    told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose("ppo_trainer", [o for o in as_arguments(told, more) if not o.startswith("hydra.")])
 
@@ -33,14 +35,20 @@ def test_a_recipe_means_the_same_in_verl() -> None:
     assert (actor.loss_agg_mode, actor.optim.lr, actor.optim.clip_grad) == ("seq-mean-token-mean", 5e-5, 1.0)
     assert (config.algorithm.adv_estimator, config.algorithm.norm_adv_by_std_in_grpo) == ("grpo", False)
     assert config.algorithm.rollout_correction.bypass_mode
-    assert config.trainer.total_epochs * 1000 >= config.trainer.total_training_steps * 16
+    assert config.trainer.default_local_dir == str(FOLDER / "checkpoints")
+    # 1,000 rows are 62 rollouts of 16 prompts and a rest.
+    assert (config.trainer.total_training_steps, config.trainer.total_epochs) == (100, 2)
     assert instantiate(actor.policy_loss).make_objective() == SPO(epsilon=3.0)
 
 
 def test_an_objective_anchored_on_the_old_policy_keeps_its_anchor_and_correction() -> None:
     config = composed("objective=ppo", "correction={name: token_mask, low: 0.5, high: 5.0}")
     correction = config.algorithm.rollout_correction
-    assert (correction.bypass_mode, correction.rollout_is, correction.rollout_is_threshold) == (False, "token", "0.5_5.0")
+    assert (correction.bypass_mode, correction.rollout_is, correction.rollout_is_threshold) == (
+        False,
+        "token",
+        "0.5_5.0",
+    )
     assert instantiate(config.actor_rollout_ref.actor.policy_loss).make_objective() == PPO()
     assert composed("objective=ppo", "anchor=sampler").algorithm.rollout_correction.bypass_mode
 
@@ -77,7 +85,11 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["drpo", "train", "--output", str(tmp_path / "run"), *arguments])
     with pytest.raises(SystemExit) as stopped:

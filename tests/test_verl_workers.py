@@ -112,7 +112,8 @@ def test_a_ray_worker_has_the_loss_by_each_route(
         HFModelConfig(path=model, external_lib=external_lib, override_config={"attn_implementation": "eager"})
         return list(POLICY_LOSS_REGISTRY)
 
-    # A worker of its own for each set of variables.
+    # Ray takes a worker again for the same variables.
+    variables = {**variables, "CASE": f"{sorted(variables)} {external_lib}"}
     options = {"num_cpus": 1, "runtime_env": {"env_vars": variables}}
     found = local_ray.get(local_ray.remote(modes).options(**options).remote(), timeout=300)
     assert "vanilla" in found

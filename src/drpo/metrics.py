@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from drpo.tokens import TokenBatch
 
@@ -73,14 +72,14 @@ class TrustRegionMetrics:
             "excess": excess,
             "excess_squared": excess.square(),
             "divergence": divergence,
-            "k1": -log_ratio,
+            "log_ratio": log_ratio,
             "k3": log_ratio.expm1() - log_ratio,
             "weight": weight.masked_fill(~steered, 0.0),
         }
         if entropy is not None:
             per_token["entropy"] = entropy.masked_fill(~counted, 0.0)
         sums = {name: value.sum(dtype=dtype) for name, value in per_token.items()}
-        sums["tokens"] = counted.sum().to(dtype)
+        sums["tokens"] = counted.sum()
         effects = dict(
             zip(
                 _EFFECTS,
@@ -93,17 +92,16 @@ class TrustRegionMetrics:
                 strict=True,
             )
         )
-        for sign, has_sign in zip(_SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
-            has_sign = counted & has_sign
-            sums[f"tokens_{sign}"] = has_sign.sum().to(dtype)
+        positive = counted & (batch.advantage > 0)
+        for sign, has_sign in zip(_SIGNS, (positive, steered ^ positive), strict=True):
+            sums[f"tokens_{sign}"] = has_sign.sum()
             for effect, affected in effects.items():
-                sums[f"{effect}_{sign}"] = (affected & has_sign).sum().to(dtype)
+                sums[f"{effect}_{sign}"] = (affected & has_sign).sum()
         sums["divergence_histogram"] = _histogram(_divergence_bins(divergence), DIVERGENCE_EDGES, counted, dtype)
         sums["weight_histogram"] = _histogram(_weight_bins(weight), WEIGHT_EDGES, steered, dtype)
         maxima = {
-            # A value more, below which neither maximum falls, is the maximum of no tokens.
-            "ratio": pad(excess.masked_fill(~counted, -1.0).flatten(), (0, 1), value=-1.0).amax() + 1,
-            "divergence": pad(divergence.flatten(), (0, 1)).amax(),
+            "ratio": _largest(excess.masked_fill(~counted, -1.0), least=-1.0) + 1,
+            "divergence": _largest(divergence, least=0.0),
         }
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._maxima = {name: torch.maximum(self._maxima.get(name, value), value) for name, value in maxima.items()}
@@ -136,6 +134,10 @@ class TrustRegionMetrics:
 
     def reset(self) -> None:
         self._sums, self._maxima = {}, {}
+
+
+def _largest(values: Tensor, least: float) -> Tensor:
+    return values.amax() if values.numel() else values.new_tensor(least)
 
 
 def _divergence_bins(divergence: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def _scalars(total: dict[str, float], largest: dict[str, float], divergence_hist
         "ratio/max": largest["ratio"],
         "divergence/mean": total["divergence"] / tokens,
         "divergence/max": largest["divergence"],
-        "kl/k1": total["k1"] / tokens,
+        "kl/k1": -total["log_ratio"] / tokens,
         "kl/k3": total["k3"] / tokens,
         "effective_sample_size": ratio**2 / (tokens * ratio_squared),
     }

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.verl_worker import in_a_worker
 from drpo.errors import UserError
 
 ACTOR = "actor_rollout_ref.actor"
 LOSS = f"{ACTOR}.policy_loss"
 CORRECTION = "algorithm.rollout_correction"
-MODULE = "drpo.integrations.verl"
 
 
 def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) -> list[Finding]:
@@ -42,7 +40,7 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
     findings = [*_loss(config), *_anchor(config), *_sampling(config), *_update(config), *_data(config)]
     findings += _as_verl_checks(config, findings)
     if workers and _is_ours(config):
-        findings += _in_a_worker(config)
+        findings += in_a_worker(_mode(config), _get(config, "actor_rollout_ref.model.external_lib"))
     return findings
 
 
@@ -289,53 +287,3 @@ def _as_verl_checks(config: Any, found: Sequence[Finding]) -> Iterator[Finding]:
         yield Finding("stop", f"verl refuses: {error}")
     else:
         yield Finding("ok", "verl's own checks pass")
-
-
-def _in_a_worker(config: Any) -> Iterator[Finding]:
-    """Whether the loss is there in a Ray worker, which imports verl and the model's external_lib, as verl's do."""
-    mode, library = _mode(config), _get(config, "actor_rollout_ref.model.external_lib")
-    found, said = ask_worker(mode, library)
-    if found:
-        yield Finding("ok", f"a Ray worker has loss {mode} ({' and '.join(_routes(library)) or 'by chance'})")
-    else:
-        yield Finding(
-            "stop",
-            f"a Ray worker has no loss {mode}" + (f": {said}" if said else ""),
-            f"actor_rollout_ref.model.external_lib={MODULE}, and this library installed on every node",
-        )
-
-
-def _routes(library: Any) -> list[str]:
-    allowed = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").lower()
-    installed = any(point.value == MODULE for point in entry_points(group="verl.plugins"))
-    routes = ["entry point"] if installed and allowed in ("auto", "drpo") else []
-    if MODULE in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
-        routes.append("VERL_USE_EXTERNAL_MODULES")
-    if library and MODULE in ([library] if isinstance(library, str) else library):
-        routes.append("external_lib")
-    return routes
-
-
-def ask_worker(mode: str, library: Any) -> tuple[bool, str]:
-    """Whether a Ray worker has a loss, and what it says if something fails; a local Ray is started unless one runs."""
-    import ray
-
-    own = not ray.is_initialized()
-    if own:
-        ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
-
-    def look() -> tuple[bool, str]:
-        try:
-            from verl.utils.import_utils import import_external_libs
-
-            import_external_libs(library)
-            from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-        except Exception as error:
-            return False, f"{type(error).__name__}: {error}"
-        return mode in POLICY_LOSS_REGISTRY, ""
-
-    try:
-        return ray.get(ray.remote(look).options(num_cpus=1).remote())
-    finally:
-        if own:
-            ray.shutdown()

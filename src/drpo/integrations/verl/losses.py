@@ -14,6 +14,8 @@ from drpo.integrations.verl.config import LOSS_MODES, objective_of
 from drpo.integrations.verl.measured import MEASURED
 from drpo.tokens import TokenBatch
 
+TOKENS_IN_CACHE = 2**15
+
 
 class _Sampled(TokenBatch):
     """Tokens whose log-probs are constants, so that what follows from them can be kept."""
@@ -70,17 +72,27 @@ def policy_loss(
         rollout_is_weights: [B, T], verl's correction by π_old/μ, outside bypass mode.
     """
     objective = objective_of(config)
+    values, slopes = [], []
     with torch.no_grad():
-        tokens = _Sampled(log_prob.detach(), old_log_prob, advantages, response_mask)
-        value, weight = objective.loss(tokens), objective.gradient_weight(tokens)
-        # ∂loss/∂log π = −A·r·w is the contract of an objective, so its loss needs no graph.
-        slope = -objective.coefficient(tokens)
-        if rollout_is_weights is not None:
-            value, weight, slope = (tensor * rollout_is_weights for tensor in (value, weight, slope))
-        metrics = MEASURED.update(tokens, weight, config.policy_loss.histograms)
-    per_token = _WithSlope.apply(log_prob, value, slope)
-    loss = agg_loss(per_token, tokens.mask, loss_agg_mode, **config.global_batch_info)  # type: ignore[arg-type]
-    return loss, metrics
+        for rows in _parts(log_prob):
+            tokens = _Sampled(log_prob.detach()[rows], old_log_prob[rows], advantages[rows], response_mask[rows])
+            value, weight = objective.loss(tokens), objective.gradient_weight(tokens)
+            # ∂loss/∂log π = −A·r·w is the contract of an objective, so its loss needs no graph.
+            slope = -objective.coefficient(tokens)
+            if rollout_is_weights is not None:
+                value, weight, slope = (tensor * rollout_is_weights[rows] for tensor in (value, weight, slope))
+            values.append(value)
+            slopes.append(slope)
+            MEASURED.add(tokens, weight)
+    per_token: Any = _WithSlope.apply(log_prob, torch.cat(values), torch.cat(slopes))
+    loss = agg_loss(per_token, response_mask.bool(), loss_agg_mode, **config.global_batch_info)
+    return loss, MEASURED.given(config.policy_loss.histograms)
+
+
+def _parts(tokens: Tensor) -> list[slice]:
+    """Rows that are computed together: all of them, but on a CPU as many as its caches hold with all that follows from them."""
+    step = max(1, TOKENS_IN_CACHE // tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens)
+    return [slice(start, start + step) for start in range(0, len(tokens), step)]
 
 
 def register() -> dict[str, str]:

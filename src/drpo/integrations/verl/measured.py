@@ -29,20 +29,20 @@ class UpdateMetrics:
         """Begin another update."""
         self._measured.reset()
         self._given = 0
-        self._tokens = 0
         self._so_far: dict[str, float] = {}
 
-    def update(self, tokens: TokenBatch, weight: Tensor, histograms: bool = False) -> dict[str, float]:
-        """Add a micro-batch; returns what verl averages, always under the same names, since its ranks have to agree on them.
+    def add(self, tokens: TokenBatch, weight: Tensor) -> None:
+        """Add tokens of a micro-batch, [B, T], and the objective's gradient weight of each."""
+        self._measured.update(tokens, weight)
+
+    def given(self, histograms: bool = False) -> dict[str, float]:
+        """What verl averages, once a micro-batch has been added; always under the same names, since its ranks have to agree on them.
 
         A share of tokens of which there are none is 0.
 
         Args:
-            tokens: [B, T].
-            weight: [B, T], the objective's gradient weight.
             histograms: whether counts of the histograms are among them, as ``divergence_histogram/000``.
         """
-        self._measured.update(tokens, weight)
         measured = self._measured.compute()
         scalars = measured.scalars if measured else {}
         so_far = {name: scalars.get(name, 0.0) for name in _names()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -69,7 +70,7 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
         "+reward.custom_reward_function.reward_kwargs.recipe": folder / "recipe.yaml",
         "algorithm.adv_estimator": estimator,
         "algorithm.norm_adv_by_std_in_grpo": by_std,
-        "actor_rollout_ref.model.path": BUILTIN_MODELS.get(recipe.model, recipe.model),
+        "actor_rollout_ref.model.path": Path(BUILTIN_MODELS.get(recipe.model, recipe.model)),
         "actor_rollout_ref.model.external_lib": "drpo.integrations.verl",
         f"{actor}.ppo_mini_batch_size": prompts // updates,
         f"{actor}.ppo_micro_batch_size_per_gpu": recipe.micro_batch_size or prompts // updates,
@@ -90,7 +91,8 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
         f"{rollout}.val_kwargs.temperature": temperature,
         "trainer.logger": "[console,file]",
         "trainer.total_training_steps": recipe.rollouts,
-        "trainer.total_epochs": recipe.rollouts * prompts // train_rows + 1,
+        # verl drops the rows that do not fill a rollout.
+        "trainer.total_epochs": math.ceil(recipe.rollouts / (train_rows // prompts)),
         "trainer.test_freq": recipe.evaluate_every,
         "trainer.save_freq": recipe.checkpoint_every,
         "trainer.max_actor_ckpt_to_keep": 2,
@@ -169,7 +171,12 @@ def _or_null(value: Any) -> Any:
 def as_arguments(settings: dict[str, Any], more: Sequence[str]) -> list[str]:
     """The command line of ``main_ppo``; what the user adds comes last, and wins."""
     given = {_bare(override.partition("=")[0]) for override in more}
-    return [f"{key}={value}" for key, value in settings.items() if _bare(key) not in given] + list(more)
+    return [f"{key}={_quoted(value)}" for key, value in settings.items() if _bare(key) not in given] + list(more)
+
+
+def _quoted(value: Any) -> Any:
+    """A path may have characters in it that mean something to Hydra."""
+    return "'" + str(value).replace("'", "\\'") + "'" if isinstance(value, Path) else value
 
 
 def _bare(key: str) -> str:
