@@ -77,8 +77,11 @@ def policy_loss(
         for rows in _parts(log_prob):
             tokens = _Sampled(log_prob.detach()[rows], old_log_prob[rows], advantages[rows], response_mask[rows])
             value, weight = objective.loss(tokens), objective.gradient_weight(tokens)
-            # ∂loss/∂log π = −A·r·w is the contract of an objective, so its loss needs no graph.
-            slope = -objective.coefficient(tokens)
+            # ∂loss/∂log π = −A·r·w is the contract of an objective, so its loss needs no graph; where A = 0 w says nothing.
+            if objective.acts_without_advantage:
+                slope = -objective.coefficient(tokens)
+            else:
+                slope = -tokens.advantage * tokens.ratio * weight
             if rollout_is_weights is not None:
                 value, weight, slope = (tensor * rollout_is_weights[rows] for tensor in (value, weight, slope))
             values.append(value)
