@@ -18,6 +18,10 @@ from drpo.errors import UserError
 
 if TYPE_CHECKING:
     from drpo.objectives import Objective
+    from drpo.recipe import Recipe
+    from drpo.run import RunFolder
+
+ENGINES = ("trl", "verl")
 
 app = typer.Typer(
     add_completion=False,
@@ -67,6 +71,11 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in the folder, from its last checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    engine: Annotated[str, typer.Option(help="trl, or verl on Ray.")] = "trl",
+    verl: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of verl's own trainer. Repeatable.", show_default=False),
+    ] = None,
 ) -> None:
     """Train a model and write a run folder with its report.
 
@@ -79,9 +88,13 @@ def train(
       drpo train recipes/gsm8k.yaml --set task.train=gsm8k_train.jsonl --set objective.delta=0.2
 
       drpo train --resume --output runs/ppo-1
+
+      drpo train recipes/gsm8k.yaml --engine verl --verl trainer.n_gpus_per_node=8
     """
     from drpo.recipe import load_recipe
     from drpo.run import RunFolder
+
+    _check_engine(engine, resume, verl or [])
 
     folder = RunFolder(output or Path("runs") / (recipe.stem if recipe else "arithmetic"))
     if resume and overwrite:
@@ -100,14 +113,11 @@ def train(
         if os.environ.get("RANK", "0") == "0":
             folder.check_free(overwrite)
 
-    from drpo.rollout.audit import AuditError
-    from drpo.train import train as run
-
     try:
-        summary = run(asked, folder, resume=resume, overwrite=overwrite)
-    except AuditError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        if engine == "verl":
+            summary = _train_in_verl(asked, folder, verl or [], overwrite)
+        else:
+            summary = _train(asked, folder, resume, overwrite)
     except KeyboardInterrupt as error:
         typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
         raise typer.Exit(130) from error
@@ -116,6 +126,42 @@ def train(
 
         write_report([folder], folder.report)
         _print_summary(summary, folder.report)
+
+
+def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> dict[str, Any]:
+    from drpo.rollout.audit import AuditError
+    from drpo.train import train
+
+    try:
+        return train(recipe, folder, resume=resume, overwrite=overwrite)
+    except AuditError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overwrite: bool) -> dict[str, Any]:
+    try:
+        from drpo.integrations.verl.launch import VerlError, train
+    except ImportError as error:
+        raise UserError(f"--engine verl: {error}") from error
+    try:
+        return train(recipe, folder, settings, overwrite=overwrite)
+    except VerlError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _check_engine(engine: str, resume: bool, settings: list[str]) -> None:
+    from drpo.names import unknown_name
+
+    if engine not in ENGINES:
+        raise UserError(f"--engine: {unknown_name('engine', engine, ENGINES)}")
+    if settings and engine != "verl":
+        raise UserError(f"--verl {settings[0]}: expected with --engine verl")
+    if resume and engine == "verl":
+        raise UserError(
+            "--resume: a run in verl goes on by verl's own trainer.resume_mode; expected without --engine verl"
+        )
 
 
 def _print_summary(summary: dict[str, Any], report: Path) -> None:
@@ -149,6 +195,35 @@ def report(
     target = output or (folders[0].report if len(folders) == 1 else Path("report.html"))
     write_report(folders, target)
     typer.echo(str(target))
+
+
+@app.command()
+def doctor(
+    verl: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG.yaml", help="A configuration of verl's trainer.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As on verl's command line. Repeatable.", show_default=False),
+    ] = None,
+    workers: Annotated[bool, typer.Option(help="Start Ray and look for the loss in a worker.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say whether a run would compute what its configuration seems to ask for; exit code 1 if not.
+
+    Examples:
+
+      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml
+
+      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml --set objective=spo --no-workers --json
+    """
+    if verl is None:
+        raise UserError("doctor: expected --verl CONFIG.yaml")
+    from drpo.doctor import show
+    from drpo.doctor.verl import examine
+
+    raise typer.Exit(show(examine(verl, overrides or [], workers=workers), as_json))
 
 
 Overrides = Annotated[

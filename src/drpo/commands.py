@@ -114,6 +114,38 @@ def filter_(
     typer.echo(f"{len(kept):,} of {len(rows):,} problems kept, {out}")
 
 
+@data.command("verl")
+def for_verl(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="A file that drpo data made, or arithmetic.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The .jsonl file for verl.", show_default=False)],
+    template: Template = Settings.template,
+    problems: Annotated[int, typer.Option(help="Of the built-in task.", min=1)] = 10_000,
+    heldout: Annotated[bool, typer.Option("--heldout", help="The built-in task's held-out problems.")] = False,
+) -> None:
+    """Write problems as verl's trainer reads them.
+
+    Examples:
+
+      drpo data verl data/dapo-math-filtered.jsonl --out data/verl/train.jsonl
+
+      drpo data verl arithmetic --heldout --problems 250 --out data/verl/heldout.jsonl
+    """
+    from drpo.integrations.verl.data import write_rows
+    from drpo.tasks import BUILTIN_TASKS, builtin_problems, read_problems
+
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out}: expected a name that ends in .jsonl")
+    if "{prompt}" not in template:
+        raise UserError(f"--template {template!r}: expected text with {{prompt}} in it")
+    if path in BUILTIN_TASKS:
+        found = builtin_problems("heldout" if heldout else "train", problems, seed=0)
+    else:
+        found = read_problems(Path(path), prompt="prompt", answer="answer", template=template)
+    typer.echo(f"{write_rows(found, out, Path(path).stem):,} problems, {out}")
+
+
 def evaluate(
     model: Annotated[
         str, typer.Argument(help="A run folder, arithmetic, a folder or a name on the hub.", show_default=False)

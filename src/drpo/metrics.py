@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from drpo.tokens import TokenBatch
 
@@ -63,21 +62,24 @@ class TrustRegionMetrics:
             weight: [B, T], the objective's gradient weight.
             entropy: [B, T], of π at each token, in nats; the same choice in every call.
         """
-        # MPS has no fp64.
+        # MPS has no fp64. Everything is summed in it, and but for k3 nothing else has to be.
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
         counted = batch.mask
-        ratio, log_ratio = batch.ratio.to(dtype), batch.log_ratio.to(dtype)
-        divergence, weight = batch.shift.abs().to(dtype), weight.to(dtype)
+        steered = counted & (batch.advantage != 0)
+        excess, divergence, log_ratio = batch.excess, batch.shift.abs(), batch.log_ratio.to(dtype)
+        # Where a token does not count its log-probs are 0, and so is each of these.
         per_token = {
-            "tokens": torch.ones_like(ratio),
-            "ratio": ratio,
-            "ratio_squared": ratio.square(),
+            "excess": excess,
+            "excess_squared": excess.square(),
             "divergence": divergence,
-            "k1": -log_ratio,
+            "log_ratio": log_ratio,
             "k3": log_ratio.expm1() - log_ratio,
+            "weight": weight.masked_fill(~steered, 0.0),
         }
         if entropy is not None:
-            per_token["entropy"] = entropy.to(dtype)
+            per_token["entropy"] = entropy.masked_fill(~counted, 0.0)
+        sums = {name: value.sum(dtype=dtype) for name, value in per_token.items()}
+        sums["tokens"] = counted.sum()
         effects = dict(
             zip(
                 _EFFECTS,
@@ -90,20 +92,16 @@ class TrustRegionMetrics:
                 strict=True,
             )
         )
-        steered = counted & (batch.advantage != 0)
-        per_token["weight"] = torch.where(steered, weight, 0.0)
-        for sign, has_sign in zip(_SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
-            per_token[f"tokens_{sign}"] = has_sign.to(dtype)
+        positive = counted & (batch.advantage > 0)
+        for sign, has_sign in zip(_SIGNS, (positive, steered ^ positive), strict=True):
+            sums[f"tokens_{sign}"] = has_sign.sum()
             for effect, affected in effects.items():
-                per_token[f"{effect}_{sign}"] = (affected & has_sign).to(dtype)
-
-        sums = {name: torch.where(counted, value, 0.0).sum() for name, value in per_token.items()}
-        sums["divergence_histogram"] = _histogram(divergence, DIVERGENCE_EDGES, counted)
-        sums["weight_histogram"] = _histogram(weight, WEIGHT_EDGES, steered)
+                sums[f"{effect}_{sign}"] = (affected & has_sign).sum()
+        sums["divergence_histogram"] = _histogram(_divergence_bins(divergence), DIVERGENCE_EDGES, counted, dtype)
+        sums["weight_histogram"] = _histogram(_weight_bins(weight), WEIGHT_EDGES, steered, dtype)
         maxima = {
-            # A zero more, below which neither maximum falls, is the maximum of no tokens.
-            name: pad(torch.where(counted, value, 0.0).flatten(), (0, 1)).amax()
-            for name, value in (("ratio", ratio), ("divergence", divergence))
+            "ratio": _largest(excess.masked_fill(~counted, -1.0), least=-1.0) + 1,
+            "divergence": _largest(divergence, least=0.0),
         }
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._maxima = {name: torch.maximum(self._maxima.get(name, value), value) for name, value in maxima.items()}
@@ -138,11 +136,28 @@ class TrustRegionMetrics:
         self._sums, self._maxima = {}, {}
 
 
-def _histogram(values: Tensor, edges: Tensor, counted: Tensor) -> Tensor:
-    edges = edges.to(values)
-    bins = torch.bucketize(values.flatten(), edges)
-    return torch.zeros(len(edges) + 1, dtype=values.dtype, device=values.device).scatter_add_(
-        0, bins, counted.flatten().to(values.dtype)
+def _largest(values: Tensor, least: float) -> Tensor:
+    return values.amax() if values.numel() else values.new_tensor(least)
+
+
+def _divergence_bins(divergence: Tensor) -> Tensor:
+    return (divergence.log10() + 8) * 20
+
+
+def _weight_bins(weight: Tensor) -> Tensor:
+    excess = weight - 1
+    return len(_STEPS) + excess.sign() * ((excess.abs().log10() + 4.1) * 5).clamp(min=0).ceil()
+
+
+def _histogram(bins: Tensor, edges: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many counted values are in each bin: at most ``edges[0]``, above it and at most ``edges[1]``, ..., above the last.
+
+    ``bins`` is where each value lies among the edges, counted in edges: they are evenly spaced, and a search takes longer
+    than all the rest. A value within rounding of an edge may be on its other side.
+    """
+    index = bins.flatten().ceil().clamp(0, len(edges)).nan_to_num(len(edges)).long()
+    return torch.zeros(len(edges) + 1, dtype=dtype, device=bins.device).scatter_add_(
+        0, index, counted.flatten().to(dtype)
     )
 
 
@@ -153,14 +168,16 @@ def _quantile(histogram: Tensor, quantile: float) -> float:
 
 def _scalars(total: dict[str, float], largest: dict[str, float], divergence_histogram: Tensor) -> dict[str, float]:
     tokens = total["tokens"]
+    ratio = total["excess"] + tokens
+    ratio_squared = total["excess_squared"] + 2 * total["excess"] + tokens
     scalars = {
-        "ratio/mean": total["ratio"] / tokens,
+        "ratio/mean": ratio / tokens,
         "ratio/max": largest["ratio"],
         "divergence/mean": total["divergence"] / tokens,
         "divergence/max": largest["divergence"],
-        "kl/k1": total["k1"] / tokens,
+        "kl/k1": -total["log_ratio"] / tokens,
         "kl/k3": total["k3"] / tokens,
-        "effective_sample_size": total["ratio"] ** 2 / (tokens * total["ratio_squared"]),
+        "effective_sample_size": ratio**2 / (tokens * ratio_squared),
     }
     for name, quantile in QUANTILES.items():
         scalars[f"divergence/{name}"] = min(_quantile(divergence_histogram, quantile), largest["divergence"])

@@ -1,0 +1,44 @@
+"""What a check found, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+
+Verdict = Literal["ok", "warning", "stop"]
+
+_STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "stop": "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Args:
+        verdict: ``ok``; ``warning``, the run works and is perhaps not what was meant; ``stop``, it
+            does not work or computes something else than was asked for.
+        what: one line.
+        fix: what to write, where there is something to mend.
+    """
+
+    verdict: Verdict
+    what: str
+    fix: str | None = None
+
+
+def show(findings: Sequence[Finding], as_json: bool = False) -> int:
+    """Print findings; returns the exit code, 1 if one of them is a stop."""
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for finding in findings:
+            console.print(Text(f"{finding.verdict:8}", _STYLES[finding.verdict]) + Text(finding.what))
+            if finding.fix:
+                console.print(Text(f"{'':8}fix: {finding.fix}", "dim"))
+    return int(any(finding.verdict == "stop" for finding in findings))

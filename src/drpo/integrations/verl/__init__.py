@@ -1,0 +1,31 @@
+"""Every objective as a policy loss of verl: ``actor_rollout_ref.actor.policy_loss.loss_mode=drpo``.
+
+Importing this package registers the losses. In a worker, verl imports it through the entry point
+``verl.plugins``, ``VERL_USE_EXTERNAL_MODULES=drpo.integrations.verl`` or
+``actor_rollout_ref.model.external_lib=drpo.integrations.verl``.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+logger = logging.getLogger(__name__)
+
+if find_spec("verl") is None:
+    raise ImportError("drpo.integrations.verl: verl is not installed; expected pip install 'drpo[verl]'")
+
+try:
+    from drpo.integrations.verl.beside_trl import let_verl_find_no_trl
+    from drpo.integrations.verl.config import PolicyLoss
+    from drpo.integrations.verl.losses import register
+
+    let_verl_find_no_trl()
+    LOSS_MODES = register()
+    """Objectives by the ``loss_mode`` they have in verl."""
+except Exception as error:
+    # verl says at level DEBUG alone that a plug-in has failed.
+    logger.error("drpo.integrations.verl is NOT loaded, and verl has none of its losses: %s", error)
+    raise
+
+__all__ = ["LOSS_MODES", "PolicyLoss"]

@@ -1,0 +1,161 @@
+"""``drpo train --engine verl``: verl's own trainer on a recipe, with the run folder that ``drpo report`` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from drpo.errors import UserError
+from drpo.integrations.verl.data import write_rows
+from drpo.integrations.verl.measured import HISTOGRAMS
+from drpo.integrations.verl.translate import as_arguments, overrides
+from drpo.prepare import load_problems
+from drpo.recipe import Recipe
+from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+from drpo.tasks import BUILTIN_MODELS
+
+_NAMES = {
+    "critic/score/mean": "reward",
+    "actor/loss": "loss",
+    "actor/grad_norm": "grad_norm",
+    "actor/lr": "learning_rate",
+}
+"""Of DRPOTrainer's, for what verl calls otherwise."""
+
+
+class VerlError(Exception):
+    """verl's trainer has failed; the message says where its own words are."""
+
+
+def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwrite: bool = False) -> dict[str, Any]:
+    """Run a recipe with ``python -m verl.trainer.main_ppo`` and return its summary.
+
+    Args:
+        recipe: the run.
+        folder: where everything goes; verl's own output to ``verl/`` in it.
+        more: overrides for verl, which win over what follows from the recipe.
+
+    Raises:
+        UserError: something that verl would not do as the recipe says.
+        VerlError: verl stopped before the end.
+    """
+    root = folder.path.absolute()
+    problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
+    heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
+    if not heldout:
+        raise UserError("task.heldout: is missing; verl's trainer needs held-out problems")
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+        raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
+    longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in problems])["input_ids"])
+    # A chat template adds some tokens of its own.
+    plain = not tokenizer.chat_template
+    settings = overrides(recipe, root, len(problems), longest if plain else longest + 64, plain)
+
+    with folder.locked():
+        folder.create(recipe, overwrite)
+        own = root / "verl"
+        if own.exists():
+            shutil.rmtree(own)
+        write_rows(problems, own / "train.jsonl", "train")
+        write_rows(heldout, own / "heldout.jsonl", "heldout")
+        arguments = as_arguments(settings, more)
+        (own / "overrides.txt").write_text("\n".join(arguments) + "\n", encoding="utf-8")
+        with (own / "output.log").open("wb") as output:
+            done = subprocess.run(
+                [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+                env=os.environ | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        summary = _collect(recipe, folder)
+        if done.returncode:
+            raise VerlError(f"verl stopped with exit code {done.returncode}; see {own / 'output.log'}")
+        if model := _last_model(folder):
+            shutil.copytree(model, folder.model, dirs_exist_ok=True)
+        write_json(folder.summary, summary)
+    return summary
+
+
+def _collect(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """Write what verl has logged as rows of the run folder; returns the summary."""
+    logged = read_jsonl(folder.path / "verl" / "log.jsonl")
+    steps = [(row["step"], row["data"]) for row in logged]
+    trained = [(step, data) for step, data in steps if "actor/grad_norm" in data]
+    updates = recipe.updates_per_rollout
+    for (step, data), seconds in zip(trained, accumulate(d["timing_s/step"] for _, d in trained), strict=True):
+        append_jsonl(
+            folder.metrics, {"update": step * updates, "rollout": step, "seconds": seconds, **_row(data, updates)}
+        )
+    accuracies = []
+    for step, samples in _validated(folder):
+        rows = [
+            {
+                "update": step * updates,
+                "rollout": step,
+                "prompt": sample["input"],
+                "answer": sample["gts"],
+                "completion": sample["output"],
+                "reward": sample["score"],
+            }
+            for sample in samples
+        ]
+        accuracies.append(sum(row["reward"] >= 1 for row in rows) / len(rows))
+        append_jsonl(
+            folder.evaluations,
+            {"update": step * updates, "rollout": step, "accuracy": accuracies[-1], "completions": len(rows)},
+        )
+        append_jsonl(folder.samples, *rows[:50])
+    return {
+        "engine": "verl",
+        "objective": recipe.objective.name,
+        "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": accuracies[-1] if accuracies else None,
+        "rollouts": len(trained),
+        "updates": len(trained) * updates,
+        "train_seconds": round(sum(data["timing_s/step"] for _, data in trained), 1),
+        "seed": recipe.seed,
+    }
+
+
+def _row(data: dict[str, Any], updates: int) -> dict[str, Any]:
+    """verl's metrics of a rollout under the names that DRPOTrainer's have; histograms count the tokens of all its updates."""
+    row: dict[str, Any] = {}
+    for name, value in data.items():
+        inner = name.removeprefix("actor/")
+        if name in _NAMES:
+            row[_NAMES[name]] = value
+        elif inner.split("/")[0] in HISTOGRAMS:
+            histogram = inner.split("/")[0]
+            row.setdefault(histogram, [0] * HISTOGRAMS[histogram])[int(inner.split("/")[1])] = round(value * updates)
+        elif name.startswith("actor/"):
+            row[inner] = value
+        else:
+            row[f"verl/{name}"] = value
+    return row
+
+
+def _validated(folder: RunFolder) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The held-out completions that verl has written, by rollout."""
+    files = (folder.path / "verl" / "validation").glob("*.jsonl")
+    for path in sorted(files, key=lambda path: int(path.stem)):
+        yield int(path.stem), [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _last_model(folder: RunFolder) -> Path | None:
+    found = folder.checkpoints.glob("global_step_*/actor/huggingface")
+    return max(found, key=lambda path: int(path.parts[-3].removeprefix("global_step_")), default=None)

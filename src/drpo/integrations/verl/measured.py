@@ -1,0 +1,81 @@
+"""What the trust region did in an update, in the form in which verl averages it.
+
+verl takes the plain mean of a policy loss's metrics over the micro-batches of an update, whatever
+they hold, then over the ranks, then over the updates of a rollout (a maximum in place of the last
+mean where the name has "max" in it). So after k micro-batches, of which all tokens together measure
+R_k, the value given out is k·R_k − (k − 1)·R_{k−1}: the mean of the first k of these is R_k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES, TrustRegion, TrustRegionMetrics
+from drpo.tokens import TokenBatch
+
+HISTOGRAMS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
+
+
+class UpdateMetrics:
+    """Measurements over the micro-batches of an update on this rank, from one optimizer step to the next."""
+
+    def __init__(self) -> None:
+        self._measured = TrustRegionMetrics()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another update."""
+        self._measured.reset()
+        self._given = 0
+        self._so_far: dict[str, float] = {}
+
+    def add(self, tokens: TokenBatch, weight: Tensor) -> None:
+        """Add tokens of a micro-batch, [B, T], and the objective's gradient weight of each."""
+        self._measured.update(tokens, weight)
+
+    def given(self, histograms: bool = False) -> dict[str, float]:
+        """What verl averages, once a micro-batch has been added; always under the same names, since its ranks have to agree on them.
+
+        A share of tokens of which there are none is 0.
+
+        Args:
+            histograms: whether counts of the histograms are among them, as ``divergence_histogram/000``.
+        """
+        measured = self._measured.compute()
+        scalars = measured.scalars if measured else {}
+        so_far = {name: scalars.get(name, 0.0) for name in _names()}
+        if histograms:
+            for name, bins in HISTOGRAMS.items():
+                counts = getattr(measured, name) if measured else [0] * bins
+                so_far |= {f"{name}/{index:03d}": float(count) for index, count in enumerate(counts)}
+        given = {
+            f"actor/{name}": value * (self._given + 1) - self._so_far.get(name, 0.0) * self._given
+            for name, value in so_far.items()
+        }
+        self._given += 1
+        self._so_far = so_far
+        return given
+
+
+MEASURED = UpdateMetrics()
+"""Of this process, which has one actor."""
+
+register_optimizer_step_post_hook(lambda *_: MEASURED.reset())
+
+
+def _names() -> tuple[str, ...]:
+    """Of every scalar that can be measured without the entropy."""
+    if not _NAMES:
+        half = torch.full((1, 2), 0.5).log()
+        tokens = TokenBatch(half, half, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+        every = TrustRegionMetrics()
+        every.update(tokens, torch.ones(1, 2))
+        measured = every.compute()
+        assert isinstance(measured, TrustRegion)
+        _NAMES.extend(measured.scalars)
+    return tuple(_NAMES)
+
+
+_NAMES: list[str] = []

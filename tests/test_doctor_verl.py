@@ -1,0 +1,168 @@
+"""drpo doctor --verl: what it finds in wrong configurations, that it finds nothing in the recipes, and how it answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from drpo.cli import app
+from drpo.doctor import Finding
+from drpo.doctor.verl import compose, examine
+from drpo.errors import UserError
+from drpo.integrations.verl import PolicyLoss
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
+SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "paper")
+OBJECTIVES = sorted(path.stem for path in (RECIPES / "objective").glob("*.yaml"))
+LOSS = "actor_rollout_ref.actor.policy_loss"
+
+
+def found(setting: str, *overrides: str) -> list[Finding]:
+    return examine(RECIPES / f"{setting}.yaml", overrides, workers=False)
+
+
+def test_there_are_thirty_recipes() -> None:
+    assert (len(SETTINGS), len(OBJECTIVES)) == (6, 5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_recipe_composes_and_passes(setting: str, objective: str) -> None:
+    findings = found(setting, f"objective={objective}")
+    assert [finding for finding in findings if finding.verdict == "stop"] == []
+    said = "\n".join(finding.what for finding in findings)
+    assert "anchor: the sampler" in said
+    assert "64 prompts x 8 = 512 samples a rollout, 4 updates of 128" in said
+    assert "verl's own checks pass" in said
+    # What is not on this machine is the data, and nothing else is wanting.
+    warnings = {finding.what.split(":")[0] for finding in findings if finding.verdict == "warning"}
+    assert {what for what in warnings if not what.startswith("delta = 12.5")} == {"data.train_files", "data.val_files"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("drpo", "DRPO(delta=12.5)"),
+        ("dppo_tv", "DPPOBinaryTV(delta=0.15)"),
+        ("spo", "SPO(epsilon=12.5)"),
+        ("ppo", "PPO(clip_low=0.2, clip_high=0.28)"),
+        ("pg", "PG()"),
+    ],
+)
+def test_the_recipes_have_the_paper_s_hyperparameters(objective: str, expected: str) -> None:
+    from hydra.utils import instantiate
+
+    loss = instantiate(
+        compose(RECIPES / "qwen3-4b-base.yaml", [f"objective={objective}"]).actor_rollout_ref.actor.policy_loss
+    )
+    assert isinstance(loss, PolicyLoss)
+    assert repr(loss.make_objective()) == expected
+
+
+WRONG = [
+    pytest.param([f"{LOSS}.loss_mode=drop"], "stop", "unknown loss_mode 'drop'; did you mean", None, id="misspelt"),
+    pytest.param(
+        [f"{LOSS}._target_=verl.workers.config.PolicyLossConfig", f"~{LOSS}.hyperparameters"],
+        "stop", "does not say what loss_mode=drpo is anchored on", "+drpo=loss", id="config-class",
+    ),
+    pytest.param(
+        ["algorithm.rollout_correction.bypass_mode=false"],
+        "stop", "takes its ratio against the sampler's log-probs", "bypass_mode=True", id="anchor",
+    ),
+    pytest.param(["trainer.use_v1=false"], "stop", "trainer.use_v1=False: the legacy trainer", "use_v1=True", id="legacy"),
+    pytest.param([f"+{LOSS}.hyperparameters.dleta=1"], "stop", "did you mean 'delta'", None, id="hyperparameter"),
+    pytest.param([f"{LOSS}.hyperparameters.delta=0"], "stop", "hyperparameters: delta is 0", None, id="value"),
+    pytest.param(
+        ["objective=ppo", "actor_rollout_ref.actor.clip_ratio_high=0.28"],
+        "stop", "clip_ratio_high=0.28 is not read by loss_mode=ppo", "hyperparameters", id="clip-ratio",
+    ),
+    pytest.param(
+        [f"{LOSS}._target_=verl.workers.config.PolicyLossConfig", f"{LOSS}.loss_mode=dppo_tv"],
+        "stop", "truncates the ratio at actor_rollout_ref.actor.clip_ratio_c=3", "loss_mode=drpo/dppo_tv", id="truncation",
+    ),
+    pytest.param(
+        [f"{LOSS}._target_=verl.workers.config.PolicyLossConfig", f"{LOSS}.loss_mode=dro", f"{LOSS}.dro_beta=0.1"],
+        "warning", "verl's Direct Reward Optimisation, not DRPO", "loss_mode=drpo", id="dro",
+    ),
+    pytest.param(
+        ["algorithm.rollout_correction.rollout_is=token"],
+        "stop", "rollout_is=token is not applied in bypass mode", "rollout_is=null", id="correction",
+    ),
+    pytest.param(
+        ["actor_rollout_ref.rollout.calculate_log_probs=false"],
+        "stop", "the sampler returns none", "calculate_log_probs=True", id="no-log-probs",
+    ),
+    pytest.param(["actor_rollout_ref.rollout.top_p=0.95"], "stop", "top_p=0.95: samples come from a filtered", "top_p=1", id="top-p"),
+    pytest.param(["actor_rollout_ref.rollout.top_k=50"], "stop", "top_k=50", "top_k=-1", id="top-k"),
+    pytest.param(
+        ["actor_rollout_ref.rollout.temperature=0.7", "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs"],
+        "stop", "are log-probs at temperature 1", "processed_logprobs", id="temperature",
+    ),
+    pytest.param([f"{LOSS}.loss_mode=dppo_topk_tv", f"~{LOSS}.hyperparameters.delta"], "stop", "likeliest tokens", None, id="topk"),
+    pytest.param(
+        ["actor_rollout_ref.actor.ppo_mini_batch_size=48"],
+        "stop", "does not divide data.train_batch_size=64", "ppo_mini_batch_size=32", id="divides",
+    ),
+    pytest.param(["actor_rollout_ref.actor.ppo_mini_batch_size=64"], "warning", "one update a rollout", "=16", id="one-update"),
+    pytest.param(
+        ["actor_rollout_ref.actor.loss_scale_factor=null"],
+        "warning", "padded length of each micro-batch", "loss_scale_factor=8192", id="horizon",
+    ),
+    pytest.param(["actor_rollout_ref.rollout.n=1"], "stop", "every advantage is 0", "rollout.n=8", id="one-sample"),
+    pytest.param(["algorithm.norm_adv_by_std_in_grpo=true"], "warning", "divided by their group's", "=False", id="std"),
+    pytest.param(
+        ["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"], "warning", "lost to rounding", "=fp32", id="bf16-weights"
+    ),
+    pytest.param(["actor_rollout_ref.actor.loss_agg_mode=mean"], "stop", "verl refuses: Invalid loss_agg_mode", None, id="verl-s-own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "verdict", "what", "fix"), WRONG)
+def test_a_wrong_configuration_is_found_with_its_fix(
+    overrides: list[str], verdict: str, what: str, fix: str | None
+) -> None:
+    findings = found("qwen3-4b-base", *overrides)
+    matching = [finding for finding in findings if what in finding.what and finding.verdict == verdict]
+    assert matching, "\n".join(f"{f.verdict} {f.what}" for f in findings)
+    if fix:
+        assert any(fix in (finding.fix or "") for finding in matching)
+
+
+def test_the_command_prints_json_and_exits_with_1_where_something_stops() -> None:
+    arguments = ["doctor", "--verl", str(RECIPES / "qwen3-4b-base.yaml"), "--no-workers", "--json"]
+    right = CliRunner().invoke(app, arguments)
+    assert right.exit_code == 0
+    assert {row["verdict"] for row in json.loads(right.stdout)} == {"ok", "warning"}
+    wrong = CliRunner().invoke(app, [*arguments, "--set", "trainer.use_v1=false"])
+    assert wrong.exit_code == 1
+    assert "stop" in {row["verdict"] for row in json.loads(wrong.stdout)}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (None, [], "no such file"),
+        ("a: [", [], "does not compose"),
+        ("a: 1\n", [], "expected a configuration of verl's PPO trainer"),
+        ("a: 1\n", ["b=2"], "does not compose"),
+    ],
+)
+def test_what_cannot_be_examined_is_said_in_one_line(
+    tmp_path: Path, text: str | None, overrides: list[str], message: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        examine(path, overrides, workers=False)
+
+
+def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(compose(RECIPES / "qwen3-4b-base.yaml"), path)
+    assert not [finding for finding in examine(path, workers=False) if finding.verdict == "stop"]

@@ -1,0 +1,110 @@
+"""drpo train --engine verl: a recipe as verl's configuration, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from typer.testing import CliRunner
+
+from drpo.cli import app, main
+from drpo.errors import UserError
+from drpo.integrations.verl.translate import as_arguments, overrides
+from drpo.objectives import PPO, SPO
+from drpo.recipe import load_recipe
+
+FOLDER = Path("/runs, of (mine)/it's=1")
+
+
+def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
+    """What verl's trainer would start with."""
+    told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", [o for o in as_arguments(told, more) if not o.startswith("hydra.")])
+
+
+def test_a_recipe_means_the_same_in_verl() -> None:
+    config = composed("objective={name: spo, epsilon: 3.0}", "updates_per_rollout=2", "aggregation=seq-mean-token-mean")
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (config.data.train_batch_size, rollout.n, actor.ppo_mini_batch_size) == (16, 8, 8)
+    assert (actor.loss_agg_mode, actor.optim.lr, actor.optim.clip_grad) == ("seq-mean-token-mean", 5e-5, 1.0)
+    assert (config.algorithm.adv_estimator, config.algorithm.norm_adv_by_std_in_grpo) == ("grpo", False)
+    assert config.algorithm.rollout_correction.bypass_mode
+    assert config.trainer.default_local_dir == str(FOLDER / "checkpoints")
+    # 1,000 rows are 62 rollouts of 16 prompts and a rest.
+    assert (config.trainer.total_training_steps, config.trainer.total_epochs) == (100, 2)
+    assert instantiate(actor.policy_loss).make_objective() == SPO(epsilon=3.0)
+
+
+def test_an_objective_anchored_on_the_old_policy_keeps_its_anchor_and_correction() -> None:
+    config = composed("objective=ppo", "correction={name: token_mask, low: 0.5, high: 5.0}")
+    correction = config.algorithm.rollout_correction
+    assert (correction.bypass_mode, correction.rollout_is, correction.rollout_is_threshold) == (
+        False,
+        "token",
+        "0.5_5.0",
+    )
+    assert instantiate(config.actor_rollout_ref.actor.policy_loss).make_objective() == PPO()
+    assert composed("objective=ppo", "anchor=sampler").algorithm.rollout_correction.bypass_mode
+
+
+def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
+    config = composed(more=("trainer.n_gpus_per_node=4", "actor_rollout_ref.rollout.name=sglang"))
+    assert (config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.name) == (4, "sglang")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["updates_per_rollout=32", "micro_batch_size=4"], "updates_per_rollout: verl splits a rollout by prompts"),
+        (["audit_threshold=0.1"], "audit_threshold: verl has no audit"),
+        (["trainer.use_vllm=true"], "trainer.use_vllm: is an option of TRL's"),
+        (["objective=drpo_topk"], "needs log-probs of the sampler's likeliest tokens"),
+        (["objective=icepop"], "expected loss_mode ppo with"),
+        (["objective=drpo", "anchor=old"], "takes its ratio against the sampler's"),
+        (["objective=ppo", "correction=sequence_mask"], "verl has no sequence_mask"),
+    ],
+)
+def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        composed(*settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "verk"], "--engine: unknown engine 'verk'; did you mean 'verl'?"),
+        (["--verl", "trainer.nnodes=2"], "--verl trainer.nnodes=2: expected with --engine verl"),
+        (["--engine", "verl", "--resume"], "--resume: a run in verl goes on by verl's own"),
+        (["--engine", "verl", "--set", "objective=pdm"], "--engine verl: .*loss_mode=pdm needs log-probs"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["drpo", "train", "--output", str(tmp_path / "run"), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:
+    out = tmp_path / "verl" / "train.jsonl"
+    done = CliRunner().invoke(app, ["data", "verl", "arithmetic", "--problems", "3", "--out", str(out)])
+    assert done.exit_code == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
+    assert rows[0]["prompt"][0]["role"] == "user"
+    assert rows[0]["reward_model"]["ground_truth"].lstrip("-").isdecimal()

@@ -1,0 +1,104 @@
+"""Whole runs of verl's trainer on a CPU, in real Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drpo.report.read import read_run
+from drpo.run import RunFolder
+from drpo.tasks import BUILTIN_MODELS, builtin_problems
+from support.verl_cpu.settings import environment, overrides
+
+pytestmark = pytest.mark.long
+RECIPE = Path(__file__).parents[1] / "src/drpo/tasks/arithmetic.yaml"
+
+
+def on_the_builtin_task(folder: Path, rollouts: int) -> list[str]:
+    """Overrides: 16 prompts x 8 samples a rollout, 4 updates; evaluated first and last, as it samples."""
+    from drpo.integrations.verl.data import write_rows
+
+    write_rows(builtin_problems("train", 2000, seed=0), folder / "train.jsonl", "arithmetic")
+    write_rows(builtin_problems("heldout", 400, seed=0), folder / "heldout.jsonl", "arithmetic")
+    return [
+        f"data.train_files={folder}/train.jsonl",
+        f"data.val_files={folder}/heldout.jsonl",
+        "data.train_batch_size=16",
+        "data.max_prompt_length=32",
+        "data.max_response_length=20",
+        f"actor_rollout_ref.model.path={BUILTIN_MODELS['arithmetic']}",
+        "actor_rollout_ref.model.custom_chat_template='{{ messages[0].content }}'",
+        "actor_rollout_ref.rollout.n=8",
+        "actor_rollout_ref.rollout.val_kwargs.do_sample=true",
+        "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+        "actor_rollout_ref.actor.optim.lr=1e-4",
+        "algorithm.adv_estimator=grpo",
+        "algorithm.norm_adv_by_std_in_grpo=false",
+        "reward.custom_reward_function.path=pkg://drpo.integrations.verl.reward",
+        f"+reward.custom_reward_function.reward_kwargs.recipe={RECIPE}",
+        "trainer.logger=[console,file]",
+        f"trainer.total_training_steps={rollouts}",
+        "trainer.test_freq=1000",
+        f"trainer.default_local_dir={folder}/checkpoints",
+        f"hydra.run.dir={folder}/hydra",
+    ]
+
+
+def run(folder: Path, *more: str) -> list[dict[str, float]]:
+    """What ``main_ppo`` logged, a row a rollout."""
+    log = folder / "log.jsonl"
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *more]
+    done = subprocess.run(
+        command, cwd=folder, env=environment() | {"VERL_FILE_LOGGER_PATH": str(log)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line)["data"] for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_drpo_learns_in_verl_s_trainer(tmp_path: Path, workers: int) -> None:
+    rows = run(
+        tmp_path,
+        *on_the_builtin_task(tmp_path, rollouts=40),
+        *overrides(workers),
+        "hydra.searchpath=[pkg://drpo.integrations.verl.configs]",
+        "+drpo=loss",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=drpo",
+        "+actor_rollout_ref.actor.policy_loss.hyperparameters.delta=0.2",
+    )
+    accuracy = [row["val-core/arithmetic/acc/mean@1"] for row in rows if "val-core/arithmetic/acc/mean@1" in row]
+    print(f"{workers} workers: held-out accuracy {accuracy}")
+    assert accuracy[0] <= 0.4
+    assert accuracy[-1] >= 0.8
+    trained = [row for row in rows if "actor/divergence/mean" in row]
+    assert len(trained) == 40
+    assert all(0 < row["actor/divergence/mean"] <= row["actor/divergence/max"] < 1 for row in trained)
+    # 1 ± 1/delta is what the weight stays within.
+    assert all(-4 <= row["actor/weight/mean"] <= 6 for row in trained)
+
+
+def test_drpo_train_runs_a_recipe_in_verl_and_the_report_reads_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    told = [part for override in overrides() for part in ("--verl", override)]
+    recipe = ["--set=rollouts=4", "--set=evaluate_every=2", "--set=checkpoint_every=2", "--set=heldout_problems=40"]
+    command = [sys.executable, "-m", "drpo", "train", "--engine=verl", *recipe, f"--output={folder}", *told]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    log = folder / "verl" / "output.log"
+    assert done.returncode == 0, done.stderr[-2000:] + (log.read_text()[-3000:] if log.is_file() else "")
+    run = read_run(RunFolder(folder))
+    assert [row["update"] for row in run.metrics] == [4, 8, 12, 16]
+    assert [row["rollout"] for row in run.evaluations] == [0, 2, 4]
+    assert run.evaluations[0]["completions"] == 40 * 4
+    assert run.summary["rollouts"] == 4
+    # As many tokens as were sampled, of which 128 sequences have two at least.
+    assert all(sum(row["divergence_histogram"]) > 2 * 128 for row in run.metrics)
+    assert 0 < run.metrics[-1]["divergence/p99"] < 1
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert "Gradient weights" in (folder / "report.html").read_text()
