@@ -14,8 +14,8 @@ SOURCE = Path(drpo.__file__).parent
 # A module may import modules of earlier layers and of its own package only.
 LAYERS = [
     {"names", "errors"},
-    {"tokens", "tasks"},
-    {"objectives", "aggregation", "advantage", "rewards", "recipe"},
+    {"tokens", "histograms", "tasks"},
+    {"objectives", "aggregation", "advantage", "breakdown", "rewards", "recipe"},
     {"kernels", "metrics", "micro_batches", "rollout"},
     {"config", "policy_head"},
     {"scoring"},

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drpo import breakdown
+from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES, bin_of, histogram, quantile
 from drpo.tokens import TokenBatch
 
 UNCHANGED = 1e-3
 """A weight within this of 1 counts as unchanged, within this of 0 as zeroed."""
-
-DIVERGENCE_EDGES = torch.logspace(-8, 0, 161, dtype=torch.float64)
-"""Edges of the |π − μ| histogram, twenty bins a decade: its quantiles are exact to 12 %."""
-
-_STEPS = torch.logspace(-4.1, 1.1, 27, dtype=torch.float64)
-WEIGHT_EDGES = 1 + torch.cat([-_STEPS.flip(0), _STEPS])
-"""Edges of the gradient-weight histogram, five bins a decade of |w − 1| on each side; w = 0 lies inside a bin."""
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _SIGNS = ("positive", "negative")
@@ -36,7 +31,7 @@ class TrustRegion:
             ``effective_sample_size``, (Σr)² / (N·Σr²); ``weight/mean``;
             ``weight/EFFECT_SIGN``, the share of the tokens whose advantage has that sign that the
             objective attenuates (0 < w < 1), zeroes, reverses (w < 0) or amplifies (w > 1);
-            ``entropy`` in nats. A measurement that does not apply is absent.
+            ``entropy`` in nats; and those of :func:`drpo.breakdown.scalars`. A measurement that does not apply is absent.
         divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
         weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and
             one bin at either end.
@@ -98,8 +93,12 @@ class TrustRegionMetrics:
                 per_token[f"{effect}_{sign}"] = (affected & has_sign).to(dtype)
 
         sums = {name: torch.where(counted, value, 0.0).sum() for name, value in per_token.items()}
-        sums["divergence_histogram"] = _histogram(divergence, DIVERGENCE_EDGES, counted)
-        sums["weight_histogram"] = _histogram(weight, WEIGHT_EDGES, steered)
+        for name, values, edges, of in (
+            ("divergence", divergence, DIVERGENCE_EDGES, counted),
+            ("weight", weight, WEIGHT_EDGES, steered),
+        ):
+            sums[f"{name}_histogram"] = histogram(bin_of(values, edges), len(edges) + 1, of, dtype)
+        sums |= {f"breakdown/{name}": value for name, value in breakdown.sums(batch, weight).items()}
         maxima = {
             # A zero more, below which neither maximum falls, is the maximum of no tokens.
             name: pad(torch.where(counted, value, 0.0).flatten(), (0, 1)).amax()
@@ -124,31 +123,19 @@ class TrustRegionMetrics:
         # The one place where the device is waited for.
         values = torch.cat([sums, maxima]).cpu()
         totals = dict(zip(self._sums, values[: sum(shapes)].split(shapes), strict=True))
+        parts = {name: totals.pop(name) for name in list(totals) if name.startswith("breakdown/")}
         largest = dict(zip(self._maxima, values[sum(shapes) :].tolist(), strict=True))
         divergence_histogram = totals.pop("divergence_histogram")
         weight_histogram = totals.pop("weight_histogram").long().tolist()
         total = {name: value.item() for name, value in totals.items()}
         if not total["tokens"]:
             return None
-        return TrustRegion(
-            _scalars(total, largest, divergence_histogram), divergence_histogram.long().tolist(), weight_histogram
-        )
+        scalars = _scalars(total, largest, divergence_histogram)
+        scalars |= breakdown.scalars({name.removeprefix("breakdown/"): value for name, value in parts.items()})
+        return TrustRegion(scalars, divergence_histogram.long().tolist(), weight_histogram)
 
     def reset(self) -> None:
         self._sums, self._maxima = {}, {}
-
-
-def _histogram(values: Tensor, edges: Tensor, counted: Tensor) -> Tensor:
-    edges = edges.to(values)
-    bins = torch.bucketize(values.flatten(), edges)
-    return torch.zeros(len(edges) + 1, dtype=values.dtype, device=values.device).scatter_add_(
-        0, bins, counted.flatten().to(values.dtype)
-    )
-
-
-def _quantile(histogram: Tensor, quantile: float) -> float:
-    reached = (histogram.cumsum(0) >= quantile * histogram.sum()).nonzero()[0].item()
-    return 0.0 if reached == 0 else DIVERGENCE_EDGES[min(int(reached), len(DIVERGENCE_EDGES) - 1)].item()
 
 
 def _scalars(total: dict[str, float], largest: dict[str, float], divergence_histogram: Tensor) -> dict[str, float]:
@@ -162,8 +149,10 @@ def _scalars(total: dict[str, float], largest: dict[str, float], divergence_hist
         "kl/k3": total["k3"] / tokens,
         "effective_sample_size": total["ratio"] ** 2 / (tokens * total["ratio_squared"]),
     }
-    for name, quantile in QUANTILES.items():
-        scalars[f"divergence/{name}"] = min(_quantile(divergence_histogram, quantile), largest["divergence"])
+    for name, share in QUANTILES.items():
+        scalars[f"divergence/{name}"] = min(
+            quantile(divergence_histogram, DIVERGENCE_EDGES, share), largest["divergence"]
+        )
     if "entropy" in total:
         scalars["entropy"] = total["entropy"] / tokens
     steered = sum(total[f"tokens_{sign}"] for sign in _SIGNS)
