@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench: $(VENV)/installed  ## all benchmarks, into docs/results and docs/images: an hour on two otherwise idle cores
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m benchmarks all
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

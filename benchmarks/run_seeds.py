@@ -70,8 +70,8 @@ def run(fields: list[str], threads: str) -> dict[str, Any]:
         summary = json.loads((output / "summary.json").read_text())
         versions = json.loads((output / "run.json").read_text())["versions"]
         metrics = read_jsonl(output / "metrics.jsonl")
-    # At the last update of each rollout, where π has gone furthest from what was sampled from.
-    ends = {row["rollout"]: row["divergence/mean"] for row in metrics}
+    # At the last update of each rollout that had a gradient, where π has gone furthest from what was sampled from.
+    ends = {row["rollout"]: row["divergence/mean"] for row in metrics if "divergence/mean" in row}
     return {
         "objective": summary["objective"],
         "hyperparameters": json.dumps(summary["objective_kwargs"]),

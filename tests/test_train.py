@@ -27,6 +27,8 @@ SMALL = {
     "checkpoint_every": 2,
 }
 
+SMALL_GSM8K = {**SMALL, "model": "arithmetic", "micro_batch_size": "null", "precision": "fp32"}
+
 
 @pytest.fixture
 def drpo(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -130,18 +132,34 @@ def test_gsm8k_runs_grades_and_reports_with_the_built_in_model(tmp_path: Path, d
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
     recipe = Path(__file__).parents[1] / "recipes" / "gsm8k.yaml"
-    small = {**SMALL, "rollouts": 1, "micro_batch_size": "null", "precision": "fp32", "max_completion_length": 16}
+    small = {**SMALL_GSM8K, "rollouts": 1, "max_completion_length": 16}
     drpo(
         "train",
         recipe,
         "--output",
         run,
-        *sets(**small, model="arithmetic", **{"task.train": data, "task.heldout": data}),
+        *sets(**small, **{"task.train": data, "task.heldout": data}),
     )
     sample = read_jsonl(run / "samples.jsonl")[0]
     assert sample["prompt"].startswith("Tom has 3 apples")
     assert sample["prompt"].endswith("#### answer")
     assert sample["reward"] in (0.0, 1.0)
+    assert (run / "report.html").is_file()
+
+
+def test_updates_in_which_nothing_has_a_gradient_are_rows_without_measurements(tmp_path: Path, drpo: Any) -> None:
+    data, run = tmp_path / "unanswerable.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps({"question": f"{n}+1=", "answer": "#### x"}) + "\n" for n in range(20, 40)))
+    recipe = Path(__file__).parents[1] / "recipes" / "gsm8k.yaml"
+    files = {"task.train": data, "task.heldout": data, "task.template": "'{prompt}'"}
+    drpo(
+        "train", recipe, "--output", run, *sets(**SMALL_GSM8K, **files, max_completion_length=4, reward="exact_answer")
+    )
+    first, *others = read_jsonl(run / "metrics.jsonl")
+    # The first batch is audited as a whole; the others have nothing to train on.
+    assert first["divergence/max"] > 0
+    assert not any("divergence/mean" in row or sum(row["divergence_histogram"]) for row in others)
+    assert {row["work/dropped_sequences"] for row in others} == {1.0}
     assert (run / "report.html").is_file()
 
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from drpo.advantage import group_advantage
     from drpo.aggregation import Counts, aggregate, token_scale
     from drpo.config import DRPOConfig
+    from drpo.kernels import FusedLoss, fused_policy_loss
     from drpo.metrics import TrustRegion, TrustRegionMetrics
     from drpo.objectives import CORRECTIONS, OBJECTIVES, Corrected, Objective, make_correction, make_objective
     from drpo.tokens import TokenBatch, TopK
@@ -21,12 +22,14 @@ __all__ = [
     "Counts",
     "DRPOConfig",
     "DRPOTrainer",
+    "FusedLoss",
     "Objective",
     "TokenBatch",
     "TopK",
     "TrustRegion",
     "TrustRegionMetrics",
     "aggregate",
+    "fused_policy_loss",
     "group_advantage",
     "make_correction",
     "make_objective",
@@ -36,6 +39,7 @@ __all__ = [
 _MODULES = {
     "advantage": ("group_advantage",),
     "aggregation": ("Counts", "aggregate", "token_scale"),
+    "kernels": ("FusedLoss", "fused_policy_loss"),
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
     "objectives": ("CORRECTIONS", "OBJECTIVES", "Corrected", "Objective", "make_correction", "make_objective"),
     "tokens": ("TokenBatch", "TopK"),

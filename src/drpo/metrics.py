@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,15 +31,15 @@ class TrustRegion:
             ``effective_sample_size``, (Σr)² / (N·Σr²); ``weight/mean``;
             ``weight/EFFECT_SIGN``, the share of the tokens whose advantage has that sign that the
             objective attenuates (0 < w < 1), zeroes, reverses (w < 0) or amplifies (w > 1);
-            ``entropy`` in nats; and those of :func:`drpo.breakdown.scalars`. A measurement that does not apply is absent.
+            ``entropy`` in nats; and those of :func:`drpo.breakdown.scalars`. A measurement that does not apply is absent; of no tokens, all are.
         divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
         weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and
             one bin at either end.
     """
 
-    scalars: dict[str, float]
-    divergence_histogram: list[int]
-    weight_histogram: list[int]
+    scalars: dict[str, float] = field(default_factory=dict)
+    divergence_histogram: list[int] = field(default_factory=lambda: [0] * (len(DIVERGENCE_EDGES) + 1))
+    weight_histogram: list[int] = field(default_factory=lambda: [0] * (len(WEIGHT_EDGES) + 1))
 
 
 class TrustRegionMetrics:
@@ -107,14 +107,14 @@ class TrustRegionMetrics:
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._maxima = {name: torch.maximum(self._maxima.get(name, value), value) for name, value in maxima.items()}
 
-    def compute(self, gather: Callable[[Tensor], Tensor] = lambda t: t) -> TrustRegion | None:
-        """Everything measured since the last reset; None if no token was.
+    def compute(self, gather: Callable[[Tensor], Tensor] = lambda t: t) -> TrustRegion:
+        """Everything measured since the last reset.
 
         Args:
             gather: concatenates a one-dimensional tensor over ranks, as ``Accelerator.gather`` does.
         """
         if not self._sums:
-            return None
+            return TrustRegion()
         shapes = [value.numel() for value in self._sums.values()]
         sums = torch.cat([value.flatten() for value in self._sums.values()])
         maxima = torch.stack(list(self._maxima.values()))
@@ -129,7 +129,7 @@ class TrustRegionMetrics:
         weight_histogram = totals.pop("weight_histogram").long().tolist()
         total = {name: value.item() for name, value in totals.items()}
         if not total["tokens"]:
-            return None
+            return TrustRegion()
         scalars = _scalars(total, largest, divergence_histogram)
         scalars |= breakdown.scalars({name.removeprefix("breakdown/"): value for name, value in parts.items()})
         return TrustRegion(scalars, divergence_histogram.long().tolist(), weight_histogram)

@@ -54,8 +54,8 @@ class Progress:
         if logs.get("reward") is not None:
             self._shown["reward"] = logs["reward"]
         # At the last update of a rollout, where it is largest; at the first it is rounding.
-        if update % self._updates_per_rollout == 0:
-            self._shown["|π−μ|"] = logs["divergence/mean"]
+        if update % self._updates_per_rollout == 0 and (divergence := logs.get("divergence/mean")) is not None:
+            self._shown["|π−μ|"] = divergence
         self._bar.update(self._task, completed=update // self._updates_per_rollout, status=self._status())
 
     def accuracy(self, value: float, update: int) -> None:

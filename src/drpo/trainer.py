@@ -56,7 +56,8 @@ class DRPOTrainer(GRPOTrainer):
         objective: the objective being optimised.
         anchor: what its ratio is taken against, ``sampler`` or ``old``.
         audit: the comparison made before the first update; None until then.
-        trust_region: what was measured over the updates last logged, on every rank.
+        trust_region: what was measured over the updates last logged, on every rank: of the tokens trained on,
+            which those of dropped sequences are not.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "drpo"]
@@ -368,11 +369,9 @@ class DRPOTrainer(GRPOTrainer):
             self._work = Work()
         measured = self._measured[mode].compute(self.accelerator.gather)
         self._measured[mode].reset()
-        if measured is not None:
-            for name, value in measured.scalars.items():
-                self._metrics[mode][name] = [value]
-            if mode == "train":
-                self.trust_region = measured
+        self._metrics[mode].update({name: [value] for name, value in measured.scalars.items()})
+        if mode == "train":
+            self.trust_region = measured
         super().log(logs, start_time)
 
 

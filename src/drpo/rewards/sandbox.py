@@ -179,12 +179,13 @@ class Sandbox:
     def _child(self, slot: int) -> Child:
         """The living, ready child of a slot."""
         for _ in range(5):
-            child = self._children[slot]
-            if child is None or not child.is_alive:
-                child = self._start(slot) if child is None else self._replace(slot, "died")
+            child = self._children[slot] or self._start(slot)
+            if not child.is_alive:
+                child = self._replace(slot, "died")
             try:
                 child.wait_until_ready()
             except EOFError:
+                self._replace(slot, "died")
                 continue
             except RuntimeError:
                 child.kill()
