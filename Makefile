@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-long check bench format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -16,6 +16,9 @@ demo: $(VENV)/installed  ## train the built-in model on the built-in task, anew 
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/installed  ## what takes minutes or an environment of its own
+	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,17 +1,14 @@
-"""Where the distance from the behaviour policy sits: by the sign of A, by μ, in log-ratios; and what the regulariser does.
-
-Sums and histograms in, numbers out, as :mod:`drpo.metrics` accumulates them.
-"""
+"""Where the distance from the behaviour policy sits: by the sign of A, by μ, in log-ratios; sums in, numbers out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from drpo.effects import SIGNS
 from drpo.histograms import DIVERGENCE_EDGES, LOG_RATIO_EDGES, bin_of, histogram, quantile
 from drpo.tokens import TokenBatch
 
-SIGNS = ("positive", "negative")
 BUCKETS = {"mu_to_0.01": 0.01, "mu_to_0.1": 0.1, "mu_to_0.5": 0.5, "mu_to_0.9": 0.9, "mu_to_1": 1.0}
 """μ of a token, by the upper end of its bucket; each begins where the one before it ends."""
 
@@ -20,9 +17,9 @@ LOG_RATIO_QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
 _BINS = len(DIVERGENCE_EDGES) + 1
 
 
-def sums(batch: TokenBatch, weight: Tensor) -> dict[str, Tensor]:
-    """What adds up over batches, of tokens [B, T] and their gradient weights [B, T] in the dtype to sum in."""
-    dtype, counted = weight.dtype, batch.mask
+def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What adds up over batches, of tokens [B, T]."""
+    counted = batch.mask
     divergence = torch.where(counted, batch.shift.abs(), 0.0).to(dtype)
     bins = bin_of(divergence, DIVERGENCE_EDGES)
     # The last bucket takes a μ that rounding puts above 1.
@@ -40,10 +37,6 @@ def sums(batch: TokenBatch, weight: Tensor) -> dict[str, Tensor]:
         steered = counted & has_sign
         found[f"histogram_{sign}"] = histogram(bins, _BINS, steered, dtype)
         found[f"divergence_{sign}"] = torch.where(steered, divergence, 0.0).sum()
-    # What a token adds to the plain policy gradient, and what the objective makes of it.
-    plain = torch.where(counted, batch.advantage.abs() * batch.ratio, 0.0).to(dtype)
-    found["plain"] = plain.sum()
-    found["regularised"] = torch.where(counted, plain * (weight - 1).abs(), 0.0).sum()
     return found
 
 
@@ -52,8 +45,7 @@ def scalars(total: dict[str, Tensor]) -> dict[str, float]:
 
     ``divergence/mean_GROUP`` and ``divergence/p99_GROUP`` of |π − μ| where the group is a sign of
     A or one of :data:`BUCKETS`, and ``tokens/BUCKET``, the share of tokens in it;
-    ``log_ratio/p01`` | ``p50`` | ``p99``, of log π − log μ in nats; ``regulariser/strength``,
-    Σ|A|·r·|w − 1| / Σ|A|·r: how much of the plain policy gradient the objective takes away or adds.
+    ``log_ratio/p01`` | ``p50`` | ``p99``, of log π − log μ in nats.
     """
     found = {}
     for name, share in LOG_RATIO_QUANTILES.items():
@@ -68,6 +60,4 @@ def scalars(total: dict[str, Tensor]) -> dict[str, float]:
         if tokens:
             found[f"divergence/mean_{name}"] = distance.item() / tokens
             found[f"divergence/p99_{name}"] = quantile(counts, DIVERGENCE_EDGES, 0.99)
-    if total["plain"]:
-        found["regulariser/strength"] = (total["regularised"] / total["plain"]).item()
     return found

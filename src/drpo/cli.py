@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from drpo import __version__, commands
+from drpo.choose import Overrides, chosen_objectives
 from drpo.errors import UserError
-
-if TYPE_CHECKING:
-    from drpo.objectives import Objective
+from drpo.inspect.command import inspect
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +26,7 @@ app = typer.Typer(
 app.add_typer(commands.data, name="data")
 app.command("eval")(commands.evaluate)
 app.command("compare")(commands.compare)
+app.command("inspect")(inspect)
 
 
 def _print_version(asked: bool) -> None:
@@ -151,17 +149,6 @@ def report(
     typer.echo(str(target))
 
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="[NAME.]FIELD=VALUE",
-        help="Change a hyperparameter, of one objective or of all that have it. Repeatable.",
-        show_default=False,
-    ),
-]
-
-
 @app.command()
 def objectives(
     name: Annotated[str | None, typer.Argument(help="One objective.", show_default=False)] = None,
@@ -183,7 +170,7 @@ def objectives(
             raise UserError(f"--set {overrides[0]}: expected with the NAME of an objective")
         console.print(overview())
     else:
-        console.print(page(name, _chosen([name], overrides or [])[name]))
+        console.print(page(name, chosen_objectives([name], overrides or [])[name]))
 
 
 @app.command()
@@ -202,7 +189,7 @@ def weights(
     """
     if output.suffix.lower() not in PICTURES:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(PICTURES)}")
-    chosen = _chosen(names, overrides or [])
+    chosen = chosen_objectives(names, overrides or [])
 
     from drpo.report.weights import draw_weights
 
@@ -217,39 +204,6 @@ def weights(
 
 
 PICTURES = (".png", ".svg", ".pdf")
-
-
-def _chosen(names: list[str], overrides: list[str]) -> dict[str, Objective]:
-    """Objectives by name, with hyperparameters from ``[NAME.]FIELD=VALUE``."""
-    from drpo.names import unknown_name
-    from drpo.objectives import OBJECTIVES, make_objective
-
-    for name in names:
-        if name not in OBJECTIVES:
-            raise UserError(unknown_name("objective", name, OBJECTIVES))
-    known = {name: [field.name for field in fields(OBJECTIVES[name])] for name in names}
-    chosen: dict[str, dict[str, int | float]] = {name: {} for name in names}
-    for override in overrides:
-        target, _, text = override.partition("=")
-        of, dot, field = target.rpartition(".")
-        if not re.fullmatch(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?|nan|inf", text):
-            raise UserError(f"--set {override}: expected [NAME.]FIELD=NUMBER")
-        value = int(text) if text.lstrip("-").isdecimal() else float(text)
-        if dot and of not in names:
-            raise UserError(f"--set {override}: {unknown_name('objective', of, names)}")
-        concerned = [of] if of else [name for name in names if field in known[name]]
-        if not concerned or field not in known[concerned[0]]:
-            choices = dict.fromkeys(known_field for name in ([of] if of else names) for known_field in known[name])
-            raise UserError(f"--set {override}: {unknown_name('hyperparameter', field, choices)}")
-        for name in concerned:
-            chosen[name][field] = value
-    made = {}
-    for name, hyperparameters in chosen.items():
-        try:
-            made[name] = make_objective(name, **hyperparameters)
-        except ValueError as error:
-            raise UserError(f"--set {name}.{error}") from error
-    return made
 
 
 def main() -> None:

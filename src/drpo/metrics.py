@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from drpo import breakdown
+from drpo import breakdown, effects
 from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES, bin_of, histogram, quantile
 from drpo.tokens import TokenBatch
 
-UNCHANGED = 1e-3
-"""A weight within this of 1 counts as unchanged, within this of 0 as zeroed."""
-
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-_SIGNS = ("positive", "negative")
-_EFFECTS = ("attenuated", "zeroed", "reversed", "amplified")
 
 
 @dataclass(frozen=True)
@@ -28,10 +23,9 @@ class TrustRegion:
     Args:
         scalars: by name. ``ratio/mean``, ``ratio/max``; ``divergence/mean`` | ``p50`` | ``p90`` |
             ``p99`` | ``max``, of |π − μ|; ``kl/k1``, ``kl/k3``, estimates of KL(μ‖π) in nats;
-            ``effective_sample_size``, (Σr)² / (N·Σr²); ``weight/mean``;
-            ``weight/EFFECT_SIGN``, the share of the tokens whose advantage has that sign that the
-            objective attenuates (0 < w < 1), zeroes, reverses (w < 0) or amplifies (w > 1);
-            ``entropy`` in nats; and those of :func:`drpo.breakdown.scalars`. A measurement that does not apply is absent; of no tokens, all are.
+            ``effective_sample_size``, (Σr)² / (N·Σr²); ``entropy`` in nats; and those of
+            :func:`drpo.effects.scalars` and :func:`drpo.breakdown.scalars`. A measurement that does
+            not apply is absent; of no tokens, all are.
         divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
         weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and
             one bin at either end.
@@ -73,32 +67,10 @@ class TrustRegionMetrics:
         }
         if entropy is not None:
             per_token["entropy"] = entropy.to(dtype)
-        effects = dict(
-            zip(
-                _EFFECTS,
-                (
-                    (weight > UNCHANGED) & (weight < 1 - UNCHANGED),
-                    weight.abs() <= UNCHANGED,
-                    weight < -UNCHANGED,
-                    weight > 1 + UNCHANGED,
-                ),
-                strict=True,
-            )
-        )
-        steered = counted & (batch.advantage != 0)
-        per_token["weight"] = torch.where(steered, weight, 0.0)
-        for sign, has_sign in zip(_SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
-            per_token[f"tokens_{sign}"] = has_sign.to(dtype)
-            for effect, affected in effects.items():
-                per_token[f"{effect}_{sign}"] = (affected & has_sign).to(dtype)
-
         sums = {name: torch.where(counted, value, 0.0).sum() for name, value in per_token.items()}
-        for name, values, edges, of in (
-            ("divergence", divergence, DIVERGENCE_EDGES, counted),
-            ("weight", weight, WEIGHT_EDGES, steered),
-        ):
-            sums[f"{name}_histogram"] = histogram(bin_of(values, edges), len(edges) + 1, of, dtype)
-        sums |= {f"breakdown/{name}": value for name, value in breakdown.sums(batch, weight).items()}
+        bins = bin_of(divergence, DIVERGENCE_EDGES)
+        sums["divergence_histogram"] = histogram(bins, len(DIVERGENCE_EDGES) + 1, counted, dtype)
+        sums |= _within("effects", effects.sums(batch, weight)) | _within("breakdown", breakdown.sums(batch, dtype))
         maxima = {
             # A zero more, below which neither maximum falls, is the maximum of no tokens.
             name: pad(torch.where(counted, value, 0.0).flatten(), (0, 1)).amax()
@@ -123,16 +95,16 @@ class TrustRegionMetrics:
         # The one place where the device is waited for.
         values = torch.cat([sums, maxima]).cpu()
         totals = dict(zip(self._sums, values[: sum(shapes)].split(shapes), strict=True))
-        parts = {name: totals.pop(name) for name in list(totals) if name.startswith("breakdown/")}
-        largest = dict(zip(self._maxima, values[sum(shapes) :].tolist(), strict=True))
-        divergence_histogram = totals.pop("divergence_histogram")
-        weight_histogram = totals.pop("weight_histogram").long().tolist()
-        total = {name: value.item() for name, value in totals.items()}
-        if not total["tokens"]:
+        if not totals["tokens"]:
             return TrustRegion()
-        scalars = _scalars(total, largest, divergence_histogram)
-        scalars |= breakdown.scalars({name.removeprefix("breakdown/"): value for name, value in parts.items()})
-        return TrustRegion(scalars, divergence_histogram.long().tolist(), weight_histogram)
+        largest = dict(zip(self._maxima, values[sum(shapes) :].tolist(), strict=True))
+        of_groups, of_effects = _of("breakdown", totals), _of("effects", totals)
+        divergence_histogram = totals.pop("divergence_histogram")
+        weight_histogram = of_effects.pop("weight_histogram")
+        scalars = _scalars({name: value.item() for name, value in totals.items()}, largest, divergence_histogram)
+        scalars |= effects.scalars({name: value.item() for name, value in of_effects.items()})
+        scalars |= breakdown.scalars(of_groups)
+        return TrustRegion(scalars, divergence_histogram.long().tolist(), weight_histogram.long().tolist())
 
     def reset(self) -> None:
         self._sums, self._maxima = {}, {}
@@ -155,11 +127,13 @@ def _scalars(total: dict[str, float], largest: dict[str, float], divergence_hist
         )
     if "entropy" in total:
         scalars["entropy"] = total["entropy"] / tokens
-    steered = sum(total[f"tokens_{sign}"] for sign in _SIGNS)
-    if steered:
-        scalars["weight/mean"] = total["weight"] / steered
-    for sign in _SIGNS:
-        for effect in _EFFECTS:
-            if total[f"tokens_{sign}"]:
-                scalars[f"weight/{effect}_{sign}"] = total[f"{effect}_{sign}"] / total[f"tokens_{sign}"]
     return scalars
+
+
+def _within(part: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}/{name}": value for name, value in sums.items()}
+
+
+def _of(part: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of a part by their own names, taken out of the others."""
+    return {name.removeprefix(f"{part}/"): sums.pop(name) for name in list(sums) if name.startswith(f"{part}/")}

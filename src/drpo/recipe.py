@@ -170,6 +170,7 @@ class Recipe(_Strict):
     lora: LoRASpec | None = None
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 25
+    record_rollouts: bool = False
     heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250
     heldout_samples: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -23,6 +23,7 @@ from drpo.objectives import Anchor, TopKObjective
 from drpo.policy_head import add_policy_loss, why_not_fused
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
 from drpo.rollout.record import LogProbRecorder, record_log_probs
+from drpo.rollout.token_log import TokenLog
 from drpo.scoring import Scored, Scores, score_fused, score_plain, score_top_k
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class DRPOTrainer(GRPOTrainer):
         audit: the comparison made before the first update; None until then.
         trust_region: what was measured over the updates last logged, on every rank: of the tokens trained on,
             which those of dropped sequences are not.
+        token_log: where the tokens trained on are collected; None unless somebody wants them.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "drpo"]
@@ -101,6 +103,7 @@ class DRPOTrainer(GRPOTrainer):
         self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
+        self.token_log: TokenLog | None = None
         self._why_not_fused = self._fuse(base)
         self._work = Work()
         self._began = 0.0
@@ -276,6 +279,8 @@ class DRPOTrainer(GRPOTrainer):
         loss, sampled, weight, entropy, aux_loss = self._score(model, inputs, scale)
         # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
         self._measured[mode].update(sampled, weight, entropy)
+        if self.token_log is not None and mode == "train":
+            self.token_log.add(inputs, sampled)
         if self.audit is None and mode == "train":
             difference = (sampled.logp.detach() - sampled.behavior_logp).abs()
             largest = torch.nn.functional.pad(difference.flatten(), (0, 1)).amax()

@@ -9,17 +9,17 @@ from html import escape
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from drpo.metrics import WEIGHT_EDGES
+from drpo.effects import EFFECTS, SIGNS
+from drpo.histograms import WEIGHT_EDGES
 from drpo.report.read import RunData
 
 # Okabe and Ito's colours; a dash for each series and a marker for each run, so that little depends on colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-EFFECTS = ("attenuated", "zeroed", "reversed", "amplified")
-SIGNS = ("positive", "negative")
 
 
-def _style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> go.Figure:
+def style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> go.Figure:
+    """The figure in the looks of all of them."""
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -58,7 +58,7 @@ def learning(runs: Sequence[RunData]) -> go.Figure:
                 marker={"size": 7, "symbol": index},
             )
         )
-    return _style(figure, "rollouts").update_yaxes(title_text="mean reward, accuracy", rangemode="tozero")
+    return style(figure, "rollouts").update_yaxes(title_text="mean reward, accuracy", rangemode="tozero")
 
 
 def divergence(runs: Sequence[RunData]) -> go.Figure:
@@ -71,7 +71,7 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
         rollouts = [row["rollout"] for row in runs[0].metrics]
         edge = {"x": rollouts[:: max(len(rollouts) - 1, 1)], "y": [delta, delta], "name": f"δ = {delta:g}"}
         figure.add_trace(go.Scatter(**edge, mode="lines", line={"color": "#555", "dash": "dash", "width": 1}))
-    return _style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
+    return style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
 
 
 def ratio(runs: Sequence[RunData]) -> go.Figure:
@@ -80,7 +80,7 @@ def ratio(runs: Sequence[RunData]) -> go.Figure:
     for index, run in enumerate(runs):
         for order, (key, label) in enumerate((("mean", "mean"), ("max", "maximum"))):
             figure.add_trace(_line(run, index, len(runs), f"ratio/{key}", label, order))
-    return _style(figure, "rollouts").update_yaxes(title_text="ratio π/μ", type="log")
+    return style(figure, "rollouts").update_yaxes(title_text="ratio π/μ", type="log")
 
 
 def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
@@ -106,7 +106,7 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
                 marker={"color": COLORS[index % len(COLORS)], "line": {"width": 0.5, "color": "#000"}},
             )
         )
-    _style(figure, "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)")
+    style(figure, "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)")
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[centers[i] for i in shown])
     return figure.update_yaxes(title_text="share of tokens", type="log", dtick=1, exponentformat="power")
 
@@ -134,5 +134,5 @@ def effects(runs: Sequence[RunData]) -> go.Figure:
                 trace = _line(run, index, len(runs), f"weight/{effect}_{sign}", effect, order)
                 trace.update(legendgroup=trace.name, showlegend=column == 1)
                 figure.add_trace(trace, row=1, col=column)
-    _style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
+    style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
     return figure.update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")

@@ -1,0 +1,44 @@
+"""The tokens of an update as they were trained on, in rows that ``drpo inspect`` reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from drpo.micro_batches import loss_mask
+from drpo.tokens import TokenBatch
+
+
+class TokenLog:
+    """Collects, of every sequence that went through the model, log-probs of both policies and the advantage."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, inputs: dict[str, Any], sampled: TokenBatch) -> None:
+        """Add the sequences of a micro-batch.
+
+        Args:
+            inputs: the trainer's.
+            sampled: their tokens that count, in order; padding may be between them.
+        """
+        counted = loss_mask(inputs).bool()
+        sizes = counted.sum(dim=1).tolist()
+        columns = {
+            "tokens": inputs["completion_ids"][counted],
+            "logp": sampled.logp.detach()[sampled.mask].float(),
+            "behavior_logp": sampled.behavior_logp[sampled.mask].float(),
+        }
+        if inputs.get("old_per_token_logps") is not None:
+            columns["old_logp"] = inputs["old_per_token_logps"][counted].float()
+        split = {name: column.cpu().split(sizes) for name, column in columns.items()}
+        for row, (size, advantage) in enumerate(zip(sizes, inputs["advantages"].tolist(), strict=True)):
+            if size:
+                values = {name: parts[row].tolist() for name, parts in split.items()}
+                self._rows.append({"advantage": advantage, **values})
+
+    def take(self) -> list[dict[str, Any]]:
+        """The rows of all ranks since the last call, on every rank."""
+        rows, self._rows = self._rows, []
+        return gather_object(rows)
