@@ -17,7 +17,7 @@ LAYERS = [
     {"tokens", "histograms", "tasks"},
     {"effects"},
     {"objectives", "aggregation", "advantage", "breakdown", "rewards", "recipe"},
-    {"kernels", "metrics", "micro_batches"},
+    {"kernels", "metrics", "micro_batches", "precision"},
     {"rollout"},
     {"config", "policy_head"},
     {"scoring"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -210,6 +211,9 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     # TRL reports each trainer it builds; a run of this library talks to nobody but the model hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # torchao, which Transformers imports where it is installed, tells of every extension that is for other hardware.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         # Greek letters do not fit every encoding; a question mark is better than no answer.
         if isinstance(stream, io.TextIOWrapper):

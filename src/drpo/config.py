@@ -15,6 +15,7 @@ from drpo.advantage import Advantage, group_advantage
 from drpo.aggregation import Aggregation, aggregate
 from drpo.names import unknown_name
 from drpo.objectives import Anchor, Objective, anchored, make_correction, make_objective
+from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
 from drpo.rollout.audit import NEUTRAL
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,14 @@ class DRPOConfig(GRPOConfig):
         tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
             sequences of a batch are sorted by length and split accordingly; a longer sequence goes
             alone. None takes a batch as a whole.
+        train_precision: ``fp32``, ``bf16`` (autocast) or ``fp8`` (that, with linear layers that multiply
+            in FP8 e4m3; emulated where the hardware has none). Weights, LM head and log-probs stay
+            in fp32. None goes by TRL's ``bf16``.
+        rollout_precision: ``fp32``, ``bf16``, ``fp8`` or ``int8`` (weights and activations, but the LM
+            head): a copy of the policy samples, quantised anew when a rollout begins. None samples
+            as the policy computes.
+        rollout_lag: rollouts between the weights that sample and those that train. The weights of so
+            many rollouts are kept in CPU memory and in checkpoints.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
@@ -139,6 +148,11 @@ class DRPOConfig(GRPOConfig):
     tokens_per_micro_batch: int | None = field(
         default=16_384, metadata={"help": "Tokens that go through the model at once, padding included."}
     )
+    train_precision: TrainPrecision | None = field(default=None, metadata={"help": "fp32, bf16 or fp8."})
+    rollout_precision: RolloutPrecision | None = field(default=None, metadata={"help": "fp32, bf16, fp8 or int8."})
+    rollout_lag: int = field(
+        default=0, metadata={"help": "Rollouts between the weights that sample and those that train."}
+    )
     scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
 
@@ -156,6 +170,7 @@ class DRPOConfig(GRPOConfig):
         budget = self.tokens_per_micro_batch
         if budget is not None and (not isinstance(budget, int) or budget < 1):
             raise ValueError(f"tokens_per_micro_batch is {budget!r}; expected a whole number, at least 1, or None")
+        self._choose_precision()
         asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None
@@ -172,6 +187,24 @@ class DRPOConfig(GRPOConfig):
         self.make_objective()
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
+
+    def _choose_precision(self) -> None:
+        for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
+            if (asked := getattr(self, name)) not in (None, *get_args(choices)):
+                raise ValueError(f"{name}: {unknown_name('precision', str(asked), get_args(choices))}")
+            require_torchao(asked)
+        if not isinstance(self.rollout_lag, int) or self.rollout_lag < 0:
+            raise ValueError(f"rollout_lag is {self.rollout_lag!r}; expected a whole number, at least 0")
+        for name, default in (("rollout_precision", None), ("rollout_lag", 0)):
+            if self.use_vllm and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r}: vLLM samples by its own weights; leave it out")
+        if self.train_precision is not None:
+            wanted = self.train_precision != "fp32"
+            if self.fp16 or self.bf16 not in (None, wanted):
+                raise ValueError(
+                    f"train_precision={self.train_precision!r} contradicts bf16={self.bf16}, fp16={self.fp16}"
+                )
+            self.bf16 = wanted
 
     def make_objective(self) -> Objective:
         """The objective with its hyperparameters, under the correction if there is one.

@@ -6,6 +6,8 @@ import inspect
 import logging
 import textwrap
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +23,9 @@ from drpo.metrics import TrustRegion, TrustRegionMetrics
 from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
 from drpo.objectives import Anchor, TopKObjective
 from drpo.policy_head import add_policy_loss, why_not_fused
+from drpo.precision import train_in_fp8
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
+from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
 from drpo.rollout.token_log import TokenLog
 from drpo.scoring import Scored, Scores, score_fused, score_plain, score_top_k
@@ -100,6 +104,9 @@ class DRPOTrainer(GRPOTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
         parameters = inspect.signature(base.forward).parameters
+        self._behaviour = self._make_behaviour(base)
+        if args.train_precision == "fp8":
+            train_in_fp8(base)
         self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
@@ -111,6 +118,22 @@ class DRPOTrainer(GRPOTrainer):
         self._differences: list[Tensor] = []
         self._sampling = False
         self._recorder: LogProbRecorder | None = None
+
+    def _make_behaviour(self, base: Any) -> BehaviourPolicy:
+        """What samples; a copy of the policy where it should not be the policy as it is."""
+        precision, lag = self.args.rollout_precision, self.args.rollout_lag
+        if precision == self._precision == "fp32":
+            precision = None
+        elif precision is None and lag and self._precision == "fp8":
+            precision = "fp8"
+        for is_used, what in (
+            (self.rollout_func is not None, "a rollout_func, which samples by weights of its own"),
+            (base is not self.accelerator.unwrap_model(self.model), "adapters (peft)"),
+            (self.is_fsdp_enabled or is_deepspeed_zero3_enabled(), "weights that are sharded over ranks"),
+        ):
+            if is_used and (lag or precision is not None):
+                raise ValueError(f"rollout_precision and rollout_lag sample from a copy; they do not work with {what}")
+        return BehaviourPolicy(base, lag, precision, self.accelerator.autocast)
 
     def _fuse(self, base: Any) -> str | None:
         """Give the model its fused loss, or say once why it has none."""
@@ -147,7 +170,11 @@ class DRPOTrainer(GRPOTrainer):
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
-        with record_log_probs(unwrapped, self._top_k if self._sampling else 0) as recorder:
+        with ExitStack() as stack:
+            # An evaluation samples from the policy itself.
+            is_rollout = self._sampling and self.model.training
+            model = stack.enter_context(self._behaviour.sampling(unwrapped)) if is_rollout else unwrapped
+            recorder = stack.enter_context(record_log_probs(model, self._top_k if self._sampling else 0))
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         if self._sampling:
             self._recorder = recorder
@@ -171,6 +198,8 @@ class DRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._sampling = True
+        if self.model.training:
+            self._behaviour.begin_rollout(self.accelerator.unwrap_model(self.model_wrapped))
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -202,6 +231,8 @@ class DRPOTrainer(GRPOTrainer):
         if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
             output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
         self._recorder = None
+        if self.model.training:
+            output["age"] = torch.full_like(output["advantages"], self._behaviour.age, dtype=torch.long)
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -330,7 +361,8 @@ class DRPOTrainer(GRPOTrainer):
         sampling = self._sampling_settings()
         threshold = self.args.audit_threshold
         if threshold is None:
-            exact = sampling is not None and not self.use_vllm and self._precision == "fp32"
+            precisions = {self._precision, self.args.rollout_precision or self._precision}
+            exact = sampling is not None and not self.use_vllm and precisions == {"fp32"}
             threshold = EXACT_THRESHOLD if exact else APPROXIMATE_THRESHOLD
         self.audit = Audit(
             mean=(total.sum() / tokens.sum().clamp(min=1)).item(),
@@ -349,6 +381,7 @@ class DRPOTrainer(GRPOTrainer):
                 scoring_temperature=self.temperature,
                 knows_sampling=sampling is not None,
                 precision=self._precision,
+                rollout_precision=self.args.rollout_precision or self._precision,
             )
         )
 
@@ -361,8 +394,20 @@ class DRPOTrainer(GRPOTrainer):
             return {"temperature": self.temperature, **overrides}
         return self.generation_config.to_dict()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._behaviour.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._behaviour.load(Path(checkpoint))
+
     @property
     def _precision(self) -> str:
+        if self.args.train_precision is not None:
+            return self.args.train_precision
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else str(self.model.dtype).split(".")[-1]
         return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
 
@@ -372,6 +417,8 @@ class DRPOTrainer(GRPOTrainer):
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
             self._metrics[mode].update({n: [v] for n, v in Work(*sums.sum(dim=0).tolist()).metrics().items()})
             self._work = Work()
+            if self._behaviour.lag:
+                self._metrics[mode]["rollout/age"] = [float(self._behaviour.age)]
         measured = self._measured[mode].compute(self.accelerator.gather)
         self._measured[mode].reset()
         self._metrics[mode].update({name: [value] for name, value in measured.scalars.items()})

@@ -97,7 +97,9 @@ def sampling_mismatches(scoring_temperature: float, sampling: Mapping[str, Any])
     return tuple(found)
 
 
-def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_sampling: bool, precision: str) -> list[str]:
+def likely_causes(
+    model: nn.Module, *, scoring_temperature: float, knows_sampling: bool, precision: str, rollout_precision: str
+) -> list[str]:
     """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out.
 
     Args:
@@ -105,6 +107,7 @@ def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_samplin
         scoring_temperature: what the trainer divides its logits by.
         knows_sampling: whether the sampling settings were compared already.
         precision: of the training forward pass, such as ``fp32``.
+        rollout_precision: of the sampler, where it is this library's.
     """
     seen, unknown = [], []
     if not knows_sampling:
@@ -115,7 +118,9 @@ def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_samplin
     if dropout := _dropout(model):
         seen.append(f"dropout: {dropout} is above 0 while training; set it to 0 in the model's configuration")
     unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
-    if precision == "fp32":
+    if rollout_precision != precision:
+        seen.append(f"precision: tokens are sampled in {rollout_precision} and scored in {precision}")
+    elif precision == "fp32":
         unknown.append(
             "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
         )

@@ -11,7 +11,7 @@ from drpo.tokens import TokenBatch
 
 
 class TokenLog:
-    """Collects, of every sequence that went through the model, log-probs of both policies and the advantage."""
+    """Collects, of every sequence that went through the model, log-probs of both policies, the advantage and the sampler's age in rollouts."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -33,10 +33,11 @@ class TokenLog:
         if inputs.get("old_per_token_logps") is not None:
             columns["old_logp"] = inputs["old_per_token_logps"][counted].float()
         split = {name: column.cpu().split(sizes) for name, column in columns.items()}
-        for row, (size, advantage) in enumerate(zip(sizes, inputs["advantages"].tolist(), strict=True)):
+        of_rows = {"advantage": inputs["advantages"].tolist(), "age": inputs["age"].tolist()}
+        for row, size in enumerate(sizes):
             if size:
-                values = {name: parts[row].tolist() for name, parts in split.items()}
-                self._rows.append({"advantage": advantage, **values})
+                tokens = {name: parts[row].tolist() for name, parts in split.items()}
+                self._rows.append({**{name: values[row] for name, values in of_rows.items()}, **tokens})
 
     def take(self) -> list[dict[str, Any]]:
         """The rows of all ranks since the last call, on every rank."""
