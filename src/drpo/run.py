@@ -19,7 +19,18 @@ from filelock import FileLock, Timeout
 from drpo.errors import UserError
 from drpo.recipe import Recipe, dump_recipe, load_recipe
 
-_PACKAGES = ("drpo", "torch", "torchao", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "sympy")
+_PACKAGES = (
+    "drpo",
+    "torch",
+    "torchao",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "math-verify",
+    "sympy",
+)
 
 
 class RunFolder:
