@@ -140,3 +140,84 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, settings: dict[str,
     with pytest.raises(ValueError, match=r"precision|rollout_lag") as error:
         config(tmp_path, **settings)
     assert expected in str(error.value)
+
+
+class Aged(DRPOTrainer):
+    """Keeps the weights at the beginning of each rollout, and what was sampled with which log-probs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weights: list[dict[str, Tensor]] = []
+        self.rollouts: list[dict[str, Tensor]] = []
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.weights.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        output = super()._generate_and_score_completions(inputs)
+        self.rollouts.append({name: value.clone() for name, value in output.items() if isinstance(value, Tensor)})
+        return output
+
+
+def sampled_log_probs(weights: dict[str, Tensor], rollout: dict[str, Tensor]) -> Tensor:
+    """Of the tokens of a rollout, one by one, under these weights."""
+    model, _ = load_model()
+    model.load_state_dict(weights)
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+    with torch.no_grad():
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    width = rollout["completion_ids"].shape[1]
+    log_probs = logits[:, -width - 1 : -1].log_softmax(dim=2)
+    return log_probs.gather(2, rollout["completion_ids"].unsqueeze(2)).squeeze(2)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 4, 16])
+def test_samples_are_of_the_policy_so_many_rollouts_ago_and_say_so(tmp_path: Path, problems: Dataset, lag: int) -> None:
+    rollouts = 19
+    settings = {"updates_per_rollout": 1, "max_steps": rollouts, "drop_zero_advantage": False, "audit_threshold": 1.0}
+    trainer = make_trainer(tmp_path, problems, kind=Aged, rollout_lag=lag, **settings)
+    trainer.token_log = TokenLog()
+    trainer.train()
+    # In the first rollouts there is nothing older than the beginning.
+    ages = [min(rollout, lag) for rollout in range(rollouts)]
+    assert [int(rollout["age"].unique()) for rollout in trainer.rollouts] == ages
+    assert {row["age"] for row in trainer.token_log.take()} == set(ages)
+    logged = [row["rollout/age"] for row in trainer.state.log_history if "rollout/age" in row and "loss" in row]
+    assert logged == (ages if lag else [])
+    for index in (0, lag, rollouts - 1):
+        rollout = trainer.rollouts[index]
+        counted = rollout["completion_mask"].bool()
+
+        def gap(weights: dict[str, Tensor], rollout: dict[str, Tensor] = rollout, counted: Tensor = counted) -> float:
+            difference = sampled_log_probs(weights, rollout) - rollout["sampling_per_token_logps"]
+            return difference[counted].abs().max().item()
+
+        assert gap(trainer.weights[index - ages[index]]) < 1e-4
+        if ages[index]:
+            assert gap(trainer.weights[index]) > 1e-3
+            assert gap(trainer.weights[index - ages[index] + 1]) > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"rollout_lag": 2}, {"rollout_lag": 1, "rollout_precision": "int8"}])
+def test_a_resumed_run_samples_from_the_same_past_weights(
+    tmp_path: Path, problems: Dataset, settings: dict[str, Any]
+) -> None:
+    given = {"updates_per_rollout": 1, "audit_threshold": 1.0, "save_strategy": "steps", "save_steps": 4, **settings}
+    whole, resumed = (make_trainer(tmp_path, problems, kind=Aged, max_steps=7, **given) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(resumed.rollouts) == 3
+    for mine, expected in zip(resumed.rollouts, whole.rollouts[4:], strict=True):
+        for name, tensor in expected.items():
+            assert torch.equal(mine[name], tensor), name
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_without_past_weights_is_not_resumed_with_a_lag(tmp_path: Path, problems: Dataset) -> None:
+    given = {"updates_per_rollout": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, problems, max_steps=1, **given).train()
+    with pytest.raises(FileNotFoundError, match="holds no weights of past rollouts, which rollout_lag needs"):
+        make_trainer(tmp_path, problems, max_steps=2, rollout_lag=1, **given).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
