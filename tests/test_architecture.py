@@ -18,7 +18,7 @@ LAYERS = [
     {"effects"},
     {"objectives", "aggregation", "advantage", "breakdown", "rewards", "recipe"},
     {"kernels", "metrics", "micro_batches", "precision"},
-    {"rollout"},
+    {"rollout", "split"},
     {"config", "policy_head"},
     {"scoring"},
     {"trainer", "run"},

@@ -14,13 +14,14 @@ from trl.trainer.grpo_config import GRPOConfig
 from drpo.advantage import Advantage, group_advantage
 from drpo.aggregation import Aggregation, aggregate
 from drpo.names import unknown_name
-from drpo.objectives import Anchor, Objective, anchored, make_correction, make_objective
+from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
-from drpo.rollout.audit import NEUTRAL
+from drpo.rollout.audit import FILTERS, NEUTRAL
 
 logger = logging.getLogger(__name__)
 
-_FILTER = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_CHANGE = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_FILTER = f"{_CHANGE}, or set replay_support=True to score the tokens that it leaves"
 _OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
 
 _CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
@@ -55,7 +56,7 @@ REFUSED: dict[str, str] = {
     "top_p": _FILTER,
     "top_k": _FILTER,
     "min_p": _FILTER,
-    "repetition_penalty": _FILTER,
+    "repetition_penalty": _CHANGE,
     "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
     "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
     "sapo_temperature_neg": _OTHER_OBJECTIVE,
@@ -127,6 +128,12 @@ class DRPOConfig(GRPOConfig):
             as the policy computes.
         rollout_lag: rollouts between the weights that sample and those that train. The weights of so
             many rollouts are kept in CPU memory and in checkpoints.
+        replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
+            ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
+            generation and an objective anchored on the sampler, and computes all logits.
+        split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
+            (:class:`drpo.split.Split`), at the price of a forward pass more a rollout, two where
+            samples are of older weights.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
@@ -153,12 +160,16 @@ class DRPOConfig(GRPOConfig):
     rollout_lag: int = field(
         default=0, metadata={"help": "Rollouts between the weights that sample and those that train."}
     )
+    replay_support: bool = field(default=False, metadata={"help": "Score over the tokens that could be sampled."})
+    split_distance: bool = field(default=False, metadata={"help": "Measure where the distance from mu comes from."})
     scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
 
     def __post_init__(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, instead in REFUSED.items():
+            if self.replay_support and name in FILTERS:
+                continue
             if getattr(self, name) not in (defaults[name], *NEUTRAL.get(name, ())):
                 raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
         if not isinstance(self.updates_per_rollout, int) or self.updates_per_rollout < 1:
@@ -171,6 +182,8 @@ class DRPOConfig(GRPOConfig):
         if budget is not None and (not isinstance(budget, int) or budget < 1):
             raise ValueError(f"tokens_per_micro_batch is {budget!r}; expected a whole number, at least 1, or None")
         self._choose_precision()
+        if self.replay_support and self.use_vllm:
+            raise ValueError("replay_support=True needs the tokens that could be drawn, which vLLM does not return")
         asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None
@@ -184,7 +197,12 @@ class DRPOConfig(GRPOConfig):
         self._refuse_contradictions(asked_steps, asked_size)
         self._align_checkpoints()
         # Refused here rather than after the model was loaded.
-        self.make_objective()
+        objective = self.make_objective()
+        if self.replay_support and (isinstance(objective, TopKObjective) or (self.anchor or objective.anchor) == "old"):
+            raise ValueError(
+                f"replay_support=True scores the sampled tokens by π and μ alone; objective={self.objective!r} needs "
+                f"{'the likeliest tokens' if isinstance(objective, TopKObjective) else 'π_old'} too"
+            )
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
 

@@ -28,7 +28,8 @@ from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, li
 from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
 from drpo.rollout.token_log import TokenLog
-from drpo.scoring import Scored, Scores, score_fused, score_plain, score_top_k
+from drpo.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
+from drpo.split import BEGUN_WITH, SAMPLED_WITH, Split
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,11 @@ class DRPOTrainer(GRPOTrainer):
         self.anchor: Anchor = args.anchor or self.objective.anchor
         self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
         if self._top_k:
-            self._refuse_without_top_k()
+            self._refuse_unless_recorded(
+                f"objective={args.objective!r} needs log-probs of the sampler's likeliest tokens, as"
+            )
+        if args.replay_support:
+            self._refuse_unless_recorded("replay_support=True needs the tokens that could be drawn, as")
         unwrapped = self.accelerator.unwrap_model(self.model)
         base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
         parameters = inspect.signature(base.forward).parameters
@@ -118,6 +123,8 @@ class DRPOTrainer(GRPOTrainer):
         self._differences: list[Tensor] = []
         self._sampling = False
         self._recorder: LogProbRecorder | None = None
+        self._kept_mass: Tensor | None = None
+        self._split = Split() if args.split_distance else None
 
     def _make_behaviour(self, base: Any) -> BehaviourPolicy:
         """What samples; a copy of the policy where it should not be the policy as it is."""
@@ -143,6 +150,7 @@ class DRPOTrainer(GRPOTrainer):
             (self._is_vlm, "a vision-language model's inputs are more than tokens"),
             (self.aux_loss_enabled, "a load-balancing loss is wanted beside it"),
             (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32 is TRL's fused head's"),
+            (self.args.replay_support, "log-probs over the sampler's support need all logits"),
             (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
         )
         reason = next((text for applies, text in reasons if applies), None) or why_not_fused(base)
@@ -152,7 +160,7 @@ class DRPOTrainer(GRPOTrainer):
             logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
         return reason
 
-    def _refuse_without_top_k(self) -> None:
+    def _refuse_unless_recorded(self, needed: str) -> None:
         for is_used, what in (
             (self.use_vllm, "vLLM, of which TRL keeps the sampled token's log-prob alone"),
             (self.rollout_func is not None, "a rollout_func, which returns the sampled tokens' log-probs alone"),
@@ -161,10 +169,7 @@ class DRPOTrainer(GRPOTrainer):
             (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32, which is TRL's fused head's"),
         ):
             if is_used:
-                raise ValueError(
-                    f"objective={self.args.objective!r} needs log-probs of the sampler's likeliest tokens, as "
-                    f"Transformers generation records them; it does not work with {what}"
-                )
+                raise ValueError(f"{needed} Transformers generation records them; it does not work with {what}")
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.use_vllm:
@@ -174,7 +179,8 @@ class DRPOTrainer(GRPOTrainer):
             # An evaluation samples from the policy itself.
             is_rollout = self._sampling and self.model.training
             model = stack.enter_context(self._behaviour.sampling(unwrapped)) if is_rollout else unwrapped
-            recorder = stack.enter_context(record_log_probs(model, self._top_k if self._sampling else 0))
+            top_k, support = (self._top_k, self.args.replay_support) if self._sampling else (0, False)
+            recorder = stack.enter_context(record_log_probs(model, top_k, support))
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         if self._sampling:
             self._recorder = recorder
@@ -230,10 +236,29 @@ class DRPOTrainer(GRPOTrainer):
         output["advantages"] = advantages[first : first + len(inputs)]
         if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
             output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
+        if self._recorder is not None and (support := self._recorder.support(output["completion_ids"].shape[1])):
+            output["support_ids"], kept = support
+            self._kept_mass = kept[loss_mask(output).bool()]
         self._recorder = None
         if self.model.training:
             output["age"] = torch.full_like(output["advantages"], self._behaviour.age, dtype=torch.long)
+        if self.model.training and self._split is not None:
+            output[BEGUN_WITH] = self._log_probs(output)
+            if self._behaviour.age:
+                with self._behaviour.weights_of_samples(self.accelerator.unwrap_model(self.model)):
+                    output[SAMPLED_WITH] = self._log_probs(output)
         return output
+
+    @torch.no_grad()
+    def _log_probs(self, inputs: dict[str, Any]) -> Tensor:
+        """The trainer's log-probs of the sampled tokens, [B, T], as training computes them."""
+        log_probs = torch.zeros_like(inputs["sampling_per_token_logps"])
+        counted = loss_mask(inputs).bool()
+        for rows in split_by_length(lengths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch):
+            part = select(inputs, rows)
+            sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
+            log_probs[rows] = log_probs[rows].masked_scatter(counted[rows], sampled.logp[sampled.mask])
+        return log_probs
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
@@ -312,6 +337,8 @@ class DRPOTrainer(GRPOTrainer):
         self._measured[mode].update(sampled, weight, entropy)
         if self.token_log is not None and mode == "train":
             self.token_log.add(inputs, sampled)
+        if self._split is not None and mode == "train":
+            self._split.update(inputs, sampled)
         if self.audit is None and mode == "train":
             difference = (sampled.logp.detach() - sampled.behavior_logp).abs()
             largest = torch.nn.functional.pad(difference.flatten(), (0, 1)).amax()
@@ -330,14 +357,15 @@ class DRPOTrainer(GRPOTrainer):
         completion_ids = inputs["completion_ids"]
         input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        if self._top_k:
+        if self._top_k or self.args.replay_support:
             model_inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
             if self._takes_positions:
                 model_inputs["position_ids"] = _positions(attention_mask)
             if self.aux_loss_enabled:
                 model_inputs["output_router_logits"] = True
             with self.accelerator.autocast():
-                scores = score_top_k(model, completion_ids, inputs["top_k_ids"], self.temperature, model_inputs)
+                score, ids = (score_top_k, "top_k_ids") if self._top_k else (score_support, "support_ids")
+                scores = score(model, completion_ids, inputs[ids], self.temperature, model_inputs)
         else:
             scores = Scores(
                 *self._get_per_token_logps_and_entropies(
@@ -369,7 +397,7 @@ class DRPOTrainer(GRPOTrainer):
             maximum=largest.max().item(),
             tokens=int(tokens.sum().item()),
             threshold=threshold,
-            mismatches=sampling_mismatches(self.temperature, sampling or {}),
+            mismatches=sampling_mismatches(self.temperature, sampling or {}, self.args.replay_support),
         )
         if self.accelerator.is_main_process:
             print(self.audit)
@@ -419,6 +447,12 @@ class DRPOTrainer(GRPOTrainer):
             self._work = Work()
             if self._behaviour.lag:
                 self._metrics[mode]["rollout/age"] = [float(self._behaviour.age)]
+            if self._split is not None:
+                origins = self._split.take(self.accelerator.gather)
+                self._metrics[mode].update({name: [value] for name, value in origins.items()})
+            if self._kept_mass is not None:
+                kept = self.accelerator.gather(self._kept_mass.mean())
+                self._metrics[mode]["rollout/kept_mass"] = [kept.mean().item()]
         measured = self._measured[mode].compute(self.accelerator.gather)
         self._measured[mode].reset()
         self._metrics[mode].update({name: [value] for name, value in measured.scalars.items()})

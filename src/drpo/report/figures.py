@@ -34,7 +34,7 @@ def style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> g
     return figure
 
 
-def _line(run: RunData, index: int, runs: int, key: str, label: str, order: int = 0, width: float = 1.5) -> go.Scatter:
+def line(run: RunData, index: int, runs: int, key: str, label: str, order: int = 0, width: float = 1.5) -> go.Scatter:
     x, y = run.series(key)
     named = f"{escape(run.name)}: {label}" if runs > 1 else label
     color = COLORS[(index if runs > 1 else order) % len(COLORS)]
@@ -46,7 +46,7 @@ def learning(runs: Sequence[RunData]) -> go.Figure:
     """Training reward and held-out accuracy over rollouts."""
     figure = go.Figure()
     for index, run in enumerate(runs):
-        figure.add_trace(_line(run, index, len(runs), "reward", "training reward", order=1, width=1))
+        figure.add_trace(line(run, index, len(runs), "reward", "training reward", order=1, width=1))
         label = f"{escape(run.name)}: held-out accuracy" if len(runs) > 1 else "held-out accuracy"
         figure.add_trace(
             go.Scatter(
@@ -66,7 +66,7 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
     figure = go.Figure()
     for index, run in enumerate(runs):
         for order, (key, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"), ("max", "maximum"))):
-            figure.add_trace(_line(run, index, len(runs), f"divergence/{key}", label, order))
+            figure.add_trace(line(run, index, len(runs), f"divergence/{key}", label, order))
     if len(runs) == 1 and (delta := runs[0].objective.edge or 1) < 1:
         rollouts = [row["rollout"] for row in runs[0].metrics]
         edge = {"x": rollouts[:: max(len(rollouts) - 1, 1)], "y": [delta, delta], "name": f"δ = {delta:g}"}
@@ -79,7 +79,7 @@ def ratio(runs: Sequence[RunData]) -> go.Figure:
     figure = go.Figure()
     for index, run in enumerate(runs):
         for order, (key, label) in enumerate((("mean", "mean"), ("max", "maximum"))):
-            figure.add_trace(_line(run, index, len(runs), f"ratio/{key}", label, order))
+            figure.add_trace(line(run, index, len(runs), f"ratio/{key}", label, order))
     return style(figure, "rollouts").update_yaxes(title_text="ratio π/μ", type="log")
 
 
@@ -131,7 +131,7 @@ def effects(runs: Sequence[RunData]) -> go.Figure:
     for index, run in enumerate(runs):
         for column, sign in enumerate(SIGNS, 1):
             for order, effect in enumerate(EFFECTS):
-                trace = _line(run, index, len(runs), f"weight/{effect}_{sign}", effect, order)
+                trace = line(run, index, len(runs), f"weight/{effect}_{sign}", effect, order)
                 trace.update(legendgroup=trace.name, showlegend=column == 1)
                 figure.add_trace(trace, row=1, col=column)
     style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})

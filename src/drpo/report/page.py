@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.recipe import dump_recipe
-from drpo.report import figures
+from drpo.report import figures, off_policy
 from drpo.report.html import document, section, table, write_page
 from drpo.report.read import RunData, read_run
 from drpo.run import RunFolder
@@ -39,7 +39,28 @@ _FIGURES = (
         figures.effects,
     ),
     ("Ratio", "π/μ of the sampled tokens at the last update of each rollout.", figures.ratio),
+    (
+        "Where the distance comes from",
+        "Of the engine: the weights that sampled, computed by the sampler and by the trainer. Of age: what the weights changed by before the rollout began. Of updates: what those on the rollout changed since. At the last update of each rollout.",
+        off_policy.origins,
+    ),
+    (
+        "Distance by the sign of the advantage",
+        "|π − μ| at the last update of each rollout.",
+        off_policy.by_sign,
+    ),
+    (
+        "Distance by the probability of the token",
+        "|π − μ| at the last update of each rollout, by μ.",
+        off_policy.by_mu,
+    ),
+    (
+        "Strength of the regulariser",
+        "The part of the plain policy gradient that the objective takes away or adds, at the last update of each rollout.",
+        off_policy.strength,
+    ),
 )
+"""Heading, note and figure; a figure that has nothing to show is left out."""
 
 
 def write_report(folders: Sequence[RunFolder], target: Path) -> None:
@@ -50,7 +71,8 @@ def write_report(folders: Sequence[RunFolder], target: Path) -> None:
 
 def render(runs: Sequence[RunData]) -> str:
     """The page of one or several runs, as HTML."""
-    sections = "".join(section(title, note, draw(runs)) for title, note, draw in _FIGURES)
+    drawn = ((title, note, draw(runs)) for title, note, draw in _FIGURES)
+    sections = "".join(section(title, note, figure) for title, note, figure in drawn if figure is not None)
     names = ", ".join(run.name for run in runs)
     body = f"{_overview(runs)}{_measured(runs)}{sections}{_samples(runs)}{_configuration(runs)}"
     return document(names, "drpo report", body)

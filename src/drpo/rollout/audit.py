@@ -39,6 +39,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Generation settings that change the distribution sampled from, and the values at which they do not."""
 
+FILTERS = ("top_p", "top_k", "min_p")
+"""Those of them that leave the kept tokens' probabilities in proportion, so that the trainer can score the same ones."""
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -78,18 +81,25 @@ class Audit:
             raise AuditError(f"{self} The ratio π/μ would be wrong from the first update on. Likely causes:{listed}")
 
 
-def sampling_mismatches(scoring_temperature: float, sampling: Mapping[str, Any]) -> tuple[str, ...]:
+def sampling_mismatches(
+    scoring_temperature: float, sampling: Mapping[str, Any], replays_support: bool = False
+) -> tuple[str, ...]:
     """What the generation settings alone say: temperature first, then filters and other changes of the distribution.
 
     Args:
         scoring_temperature: what the trainer divides its logits by.
         sampling: the generation settings, by Transformers' names.
+        replays_support: whether the trainer scores over the tokens that :data:`FILTERS` left.
     """
     found = []
     temperature = sampling.get("temperature")
     if temperature not in (None, scoring_temperature):
         found.append(f"temperature: tokens are sampled at {temperature:g} and scored at {scoring_temperature:g}")
-    changed = [f"{name}={sampling[name]}" for name, neutral in NEUTRAL.items() if sampling.get(name) not in neutral]
+    changed = [
+        f"{name}={sampling[name]}"
+        for name, neutral in NEUTRAL.items()
+        if sampling.get(name) not in neutral and not (replays_support and name in FILTERS)
+    ]
     if changed:
         found.append(
             f"sampling filters: {', '.join(changed)} changes what is sampled from; the trainer scores the full distribution"

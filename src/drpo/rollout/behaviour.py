@@ -78,6 +78,15 @@ class BehaviourPolicy:
         finally:
             del policy.generate
 
+    @contextmanager
+    def weights_of_samples(self, policy: nn.Module) -> Iterator[None]:
+        """Within this context the policy has the weights that sampled the rollout."""
+        policy.load_state_dict(self._past[0])
+        try:
+            yield
+        finally:
+            policy.load_state_dict(self._past[-1])
+
     def save(self, checkpoint: Path) -> None:
         """Write the weights of past rollouts into a checkpoint."""
         if not self.lag:
