@@ -60,12 +60,14 @@ def plot(rows: list[dict[str, str]]) -> Figure:
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for axes, cause in zip(panels.flat, CAUSES, strict=True):
         chosen = [row for row in rows if row["cause"] == cause]
-        for (name, label), style in zip(MEASURED.items(), ("-", "--", ":"), strict=True):
-            points = [(int(row["rollout"]), float(row[name])) for row in chosen if row[name]]
+        for order, ((name, label), style) in enumerate(zip(MEASURED.items(), ("-", "--", ":"), strict=True)):
+            # A logarithmic scale has no 0, which is what rounding leaves where a single token can be drawn.
+            points = [(int(row["rollout"]), float(row[name])) for row in chosen if float(row[name] or 0)]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.8)
+                axes.plot(*zip(*points, strict=True), style, color=f"C{order}", label=label, linewidth=1.8)
         axes.set_title(cause, fontsize=10)
         axes.set_yscale("log")
+        axes.set_ylim(1e-9, 0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     for axes in panels[:, 0]:

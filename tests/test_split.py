@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from drpo import TokenBatch
+from drpo.rollout.token_log import TokenLog
 from drpo.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.tasks import builtin_problems
 from test_trainer import make_trainer
@@ -82,3 +83,15 @@ def test_measuring_changes_nothing(tmp_path: Path, problems: Dataset) -> None:
         [row["loss"] for row in logged(tmp_path, problems, split_distance=split, **settings)] for split in (True, False)
     )
     assert with_split == without
+
+
+def test_recorded_rollouts_have_the_policy_that_the_rollout_began_with(tmp_path: Path, problems: Dataset) -> None:
+    given = {"per_device_train_batch_size": 32, "drop_zero_advantage": False, "learning_rate": 1e-3}
+    trainer = make_trainer(tmp_path, problems, split_distance=True, **given)
+    trainer.token_log = TokenLog()
+    trainer.train()
+    rows = trainer.token_log.take()
+    # Of one fp32 model, that is what it sampled with.
+    for row in rows:
+        assert row["old_logp"] == pytest.approx(row["behavior_logp"], abs=1e-4)
+    assert max(abs(a - b) for row in rows for a, b in zip(row["logp"], row["old_logp"], strict=True)) > 1e-3

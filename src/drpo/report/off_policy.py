@@ -44,7 +44,7 @@ def strength(runs: Sequence[RunData]) -> go.Figure | None:
 
 def _distances(runs: Sequence[RunData], keys: Mapping[str, str], title: str) -> go.Figure | None:
     figure = _figure(runs, keys)
-    return figure and figure.update_yaxes(title_text=title, type="log", dtick=1, exponentformat="power")
+    return figure and figure.update_yaxes(title_text=title, type="log", exponentformat="power")
 
 
 def _figure(runs: Sequence[RunData], keys: Mapping[str, str]) -> go.Figure | None:

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from drpo.micro_batches import loss_mask
+from drpo.split import BEGUN_WITH
 from drpo.tokens import TokenBatch
 
 
@@ -30,8 +31,9 @@ class TokenLog:
             "logp": sampled.logp.detach()[sampled.mask].float(),
             "behavior_logp": sampled.behavior_logp[sampled.mask].float(),
         }
-        if inputs.get("old_per_token_logps") is not None:
-            columns["old_logp"] = inputs["old_per_token_logps"][counted].float()
+        for name in ("old_per_token_logps", BEGUN_WITH):
+            if inputs.get(name) is not None:
+                columns["old_logp"] = inputs[name][counted].float()
         split = {name: column.cpu().split(sizes) for name, column in columns.items()}
         of_rows = {"advantage": inputs["advantages"].tolist(), "age": inputs["age"].tolist()}
         for row, size in enumerate(sizes):
