@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## train the built-in model on the built-in task, anew 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/installed  ## what takes minutes: whole runs of verl's trainer
+test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer
 	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/installed

@@ -9,7 +9,16 @@ from typing import Any
 
 from benchmarks import tables
 
-NAMES = ("fused_loss", "training_phase", "time_to_accuracy", "grader", "topk_variance", "verl_loss")
+NAMES = (
+    "fused_loss",
+    "training_phase",
+    "time_to_accuracy",
+    "grader",
+    "topk_variance",
+    "verl_loss",
+    "engine_gap",
+    "off_policy",
+)
 """Modules with ``run(command) -> rows`` and perhaps ``plot(rows) -> figure``."""
 
 

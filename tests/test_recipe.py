@@ -244,10 +244,13 @@ advantage: mean-std
 anchor: old
 correction: {name: token_mask, high: 3.0}
 audit_threshold: 0.01
-precision: bf16
+train_precision: bf16
+rollout_precision: int8
+rollout_lag: 3
 lora: {r: 4, alpha: 8, target_modules: [q_proj, v_proj]}
 evaluate_every: 2
 checkpoint_every: 5
+record_rollouts: true
 heldout_problems: 40
 heldout_samples: 2
 seed: 11
@@ -383,7 +386,7 @@ def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_p
     from drpo.prepare import _make_config
 
     # No accelerator here, no weights: as far as it goes without.
-    recipe = load_recipe(path, ["precision=fp32"])
+    recipe = load_recipe(path, ["train_precision=fp32"])
     config = _make_config(recipe, str(tmp_path), processes=1)
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
     assert recipe.make_reward() is not None

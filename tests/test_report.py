@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,14 +13,14 @@ from typing import Any
 import pytest
 
 from drpo.errors import UserError
-from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.recipe import load_recipe
 from drpo.report import write_report
 from drpo.report.page import render
 from drpo.report.read import read_run
 from drpo.run import RunFolder, append_jsonl, write_json
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from support.browser import BROWSER
+from support.browser import opened as opened_in_browser
 
 UPDATES_PER_ROLLOUT = 4
 ROLLOUTS = 3
@@ -379,21 +377,8 @@ def opened(tmp_path_factory) -> Callable[..., tuple[Page, list[str]]]:
     def open_report(*folders: RunFolder) -> tuple[Page, list[str]]:
         target = folders[0].path.parent / "page.html"
         write_report(folders, target)
-        result = subprocess.run(
-            [
-                BROWSER,
-                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-                *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-                *(f"--user-data-dir={profile}", "--virtual-time-budget=10000"),
-                *("--enable-logging=stderr", "--v=0", "--dump-dom", target.as_uri()),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        return parse(result.stdout), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+        document, console = opened_in_browser(target, profile)
+        return parse(document), console
 
     return open_report
 

@@ -27,7 +27,7 @@ SMALL = {
     "checkpoint_every": 2,
 }
 
-SMALL_GSM8K = {**SMALL, "model": "arithmetic", "micro_batch_size": "null", "precision": "fp32"}
+SMALL_GSM8K = {**SMALL, "model": "arithmetic", "micro_batch_size": "null", "train_precision": "fp32"}
 
 
 @pytest.fixture

@@ -682,6 +682,8 @@ class TestTRL:
             ("_prepare_inputs", ["generation_batch"]),
             ("_compute_loss", ["model", "inputs"]),
             ("log", ["logs", "start_time"]),
+            ("_save_optimizer_and_scheduler", ["output_dir"]),
+            ("_load_optimizer_and_scheduler", ["checkpoint"]),
         ],
     )
     def test_methods_keep_their_parameters(self, method: str, parameters: list[str]) -> None:

@@ -63,6 +63,10 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
     [
         (["updates_per_rollout=32", "micro_batch_size=4"], "updates_per_rollout: verl splits a rollout by prompts"),
         (["audit_threshold=0.1"], "audit_threshold: verl has no audit"),
+        (["train_precision=fp8"], "train_precision: verl trains in FP8 with Megatron alone"),
+        (["rollout_lag=2"], "rollout_lag: is DRPOTrainer's own"),
+        (["rollout_precision=int8"], "rollout_precision: is DRPOTrainer's own"),
+        (["record_rollouts=true"], "record_rollouts: is DRPOTrainer's own"),
         (["trainer.use_vllm=true"], "trainer.use_vllm: is an option of TRL's"),
         (["objective=drpo_topk"], "needs log-probs of the sampler's likeliest tokens"),
         (["objective=icepop"], "expected loss_mode ppo with"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
-import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +13,11 @@ import typer
 from rich.console import Console
 
 from drpo import __version__, commands
+from drpo.choose import Overrides, chosen_objectives
 from drpo.errors import UserError
+from drpo.inspect.command import inspect
 
 if TYPE_CHECKING:
-    from drpo.objectives import Objective
     from drpo.recipe import Recipe
     from drpo.run import RunFolder
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(commands.data, name="data")
 app.command("eval")(commands.evaluate)
 app.command("compare")(commands.compare)
+app.command("inspect")(inspect)
 
 
 def _print_version(asked: bool) -> None:
@@ -226,17 +227,6 @@ def doctor(
     raise typer.Exit(show(examine(verl, overrides or [], workers=workers), as_json))
 
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="[NAME.]FIELD=VALUE",
-        help="Change a hyperparameter, of one objective or of all that have it. Repeatable.",
-        show_default=False,
-    ),
-]
-
-
 @app.command()
 def objectives(
     name: Annotated[str | None, typer.Argument(help="One objective.", show_default=False)] = None,
@@ -258,7 +248,7 @@ def objectives(
             raise UserError(f"--set {overrides[0]}: expected with the NAME of an objective")
         console.print(overview())
     else:
-        console.print(page(name, _chosen([name], overrides or [])[name]))
+        console.print(page(name, chosen_objectives([name], overrides or [])[name]))
 
 
 @app.command()
@@ -277,7 +267,7 @@ def weights(
     """
     if output.suffix.lower() not in PICTURES:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(PICTURES)}")
-    chosen = _chosen(names, overrides or [])
+    chosen = chosen_objectives(names, overrides or [])
 
     from drpo.report.weights import draw_weights
 
@@ -294,43 +284,13 @@ def weights(
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def _chosen(names: list[str], overrides: list[str]) -> dict[str, Objective]:
-    """Objectives by name, with hyperparameters from ``[NAME.]FIELD=VALUE``."""
-    from drpo.names import unknown_name
-    from drpo.objectives import OBJECTIVES, make_objective
-
-    for name in names:
-        if name not in OBJECTIVES:
-            raise UserError(unknown_name("objective", name, OBJECTIVES))
-    known = {name: [field.name for field in fields(OBJECTIVES[name])] for name in names}
-    chosen: dict[str, dict[str, int | float]] = {name: {} for name in names}
-    for override in overrides:
-        target, _, text = override.partition("=")
-        of, dot, field = target.rpartition(".")
-        if not re.fullmatch(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?|nan|inf", text):
-            raise UserError(f"--set {override}: expected [NAME.]FIELD=NUMBER")
-        value = int(text) if text.lstrip("-").isdecimal() else float(text)
-        if dot and of not in names:
-            raise UserError(f"--set {override}: {unknown_name('objective', of, names)}")
-        concerned = [of] if of else [name for name in names if field in known[name]]
-        if not concerned or field not in known[concerned[0]]:
-            choices = dict.fromkeys(known_field for name in ([of] if of else names) for known_field in known[name])
-            raise UserError(f"--set {override}: {unknown_name('hyperparameter', field, choices)}")
-        for name in concerned:
-            chosen[name][field] = value
-    made = {}
-    for name, hyperparameters in chosen.items():
-        try:
-            made[name] = make_objective(name, **hyperparameters)
-        except ValueError as error:
-            raise UserError(f"--set {name}.{error}") from error
-    return made
-
-
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     # TRL reports each trainer it builds; a run of this library talks to nobody but the model hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # torchao, which Transformers imports where it is installed, tells of every extension that is for other hardware.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         # Greek letters do not fit every encoding; a question mark is better than no answer.
         if isinstance(stream, io.TextIOWrapper):

@@ -14,12 +14,14 @@ from trl.trainer.grpo_config import GRPOConfig
 from drpo.advantage import Advantage, group_advantage
 from drpo.aggregation import Aggregation, aggregate
 from drpo.names import unknown_name
-from drpo.objectives import Anchor, Objective, anchored, make_correction, make_objective
-from drpo.rollout.audit import NEUTRAL
+from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
+from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
+from drpo.rollout.audit import FILTERS, NEUTRAL
 
 logger = logging.getLogger(__name__)
 
-_FILTER = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_CHANGE = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_FILTER = f"{_CHANGE}, or set replay_support=True to score the tokens that it leaves"
 _OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
 
 _CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
@@ -54,7 +56,7 @@ REFUSED: dict[str, str] = {
     "top_p": _FILTER,
     "top_k": _FILTER,
     "min_p": _FILTER,
-    "repetition_penalty": _FILTER,
+    "repetition_penalty": _CHANGE,
     "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
     "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
     "sapo_temperature_neg": _OTHER_OBJECTIVE,
@@ -118,6 +120,20 @@ class DRPOConfig(GRPOConfig):
         tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
             sequences of a batch are sorted by length and split accordingly; a longer sequence goes
             alone. None takes a batch as a whole.
+        train_precision: ``fp32``, ``bf16`` (autocast) or ``fp8`` (that, with linear layers that multiply
+            in FP8 e4m3; emulated where the hardware has none). Weights, LM head and log-probs stay
+            in fp32. None goes by TRL's ``bf16``.
+        rollout_precision: ``fp32``, ``bf16``, ``fp8`` or ``int8`` (weights and activations, but the LM
+            head): a copy of the policy samples, quantised anew when a rollout begins. None samples
+            as the policy computes.
+        rollout_lag: rollouts between the weights that sample and those that train. The weights of so
+            many rollouts are kept in CPU memory and in checkpoints.
+        replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
+            ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
+            generation and an objective anchored on the sampler, and computes all logits.
+        split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
+            (:class:`drpo.split.Split`), at the price of a forward pass more a rollout, two where
+            samples are of older weights.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
@@ -139,12 +155,21 @@ class DRPOConfig(GRPOConfig):
     tokens_per_micro_batch: int | None = field(
         default=16_384, metadata={"help": "Tokens that go through the model at once, padding included."}
     )
+    train_precision: TrainPrecision | None = field(default=None, metadata={"help": "fp32, bf16 or fp8."})
+    rollout_precision: RolloutPrecision | None = field(default=None, metadata={"help": "fp32, bf16, fp8 or int8."})
+    rollout_lag: int = field(
+        default=0, metadata={"help": "Rollouts between the weights that sample and those that train."}
+    )
+    replay_support: bool = field(default=False, metadata={"help": "Score over the tokens that could be sampled."})
+    split_distance: bool = field(default=False, metadata={"help": "Measure where the distance from mu comes from."})
     scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
 
     def __post_init__(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, instead in REFUSED.items():
+            if self.replay_support and name in FILTERS:
+                continue
             if getattr(self, name) not in (defaults[name], *NEUTRAL.get(name, ())):
                 raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
         if not isinstance(self.updates_per_rollout, int) or self.updates_per_rollout < 1:
@@ -156,6 +181,9 @@ class DRPOConfig(GRPOConfig):
         budget = self.tokens_per_micro_batch
         if budget is not None and (not isinstance(budget, int) or budget < 1):
             raise ValueError(f"tokens_per_micro_batch is {budget!r}; expected a whole number, at least 1, or None")
+        self._choose_precision()
+        if self.replay_support and self.use_vllm:
+            raise ValueError("replay_support=True needs the tokens that could be drawn, which vLLM does not return")
         asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None
@@ -169,9 +197,32 @@ class DRPOConfig(GRPOConfig):
         self._refuse_contradictions(asked_steps, asked_size)
         self._align_checkpoints()
         # Refused here rather than after the model was loaded.
-        self.make_objective()
+        objective = self.make_objective()
+        if self.replay_support and (isinstance(objective, TopKObjective) or (self.anchor or objective.anchor) == "old"):
+            raise ValueError(
+                f"replay_support=True scores the sampled tokens by π and μ alone; objective={self.objective!r} needs "
+                f"{'the likeliest tokens' if isinstance(objective, TopKObjective) else 'π_old'} too"
+            )
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
+
+    def _choose_precision(self) -> None:
+        for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
+            if (asked := getattr(self, name)) not in (None, *get_args(choices)):
+                raise ValueError(f"{name}: {unknown_name('precision', str(asked), get_args(choices))}")
+            require_torchao(asked)
+        if not isinstance(self.rollout_lag, int) or self.rollout_lag < 0:
+            raise ValueError(f"rollout_lag is {self.rollout_lag!r}; expected a whole number, at least 0")
+        for name, default in (("rollout_precision", None), ("rollout_lag", 0)):
+            if self.use_vllm and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r}: vLLM samples by its own weights; leave it out")
+        if self.train_precision is not None:
+            wanted = self.train_precision != "fp32"
+            if self.fp16 or self.bf16 not in (None, wanted):
+                raise ValueError(
+                    f"train_precision={self.train_precision!r} contradicts bf16={self.bf16}, fp16={self.fp16}"
+                )
+            self.bf16 = wanted
 
     def make_objective(self) -> Objective:
         """The objective with its hyperparameters, under the correction if there is one.

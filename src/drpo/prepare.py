@@ -72,8 +72,6 @@ def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratc
 
 
 def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
-    if recipe.precision == "bf16" and not torch.accelerator.is_available():
-        raise UserError("precision: bf16 needs an accelerator and none was found; --set precision=fp32")
     update = recipe.prompts_per_rollout * recipe.num_generations // recipe.updates_per_rollout
     micro_batch = recipe.micro_batch_size or max(update // processes, 1)
     if update % (micro_batch * processes):
@@ -83,7 +81,10 @@ def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         )
     chosen = {
         name: getattr(recipe, name)
-        for name in ("temperature", "aggregation", "horizon", "advantage", "anchor", "audit_threshold")
+        for name in (
+            *("temperature", "aggregation", "horizon", "advantage", "anchor", "audit_threshold"),
+            *("train_precision", "rollout_precision", "rollout_lag"),
+        )
     }
     settings: dict[str, Any] = {
         "output_dir": output_dir,
@@ -100,7 +101,7 @@ def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         "max_completion_length": recipe.max_completion_length,
         "save_steps": recipe.checkpoint_every * recipe.updates_per_rollout,
         "seed": recipe.seed,
-        "bf16": recipe.precision == "bf16",
+        "bf16": recipe.train_precision != "fp32",
         "logging_steps": 1,
         "disable_tqdm": True,
         "num_train_epochs": 1,
@@ -115,6 +116,8 @@ def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         "save_total_limit": 2,
         "report_to": "none",
         "ddp_find_unused_parameters": False,
+        # Without a GPU, Transformers lets bf16 pass only where the CPU is asked for.
+        "use_cpu": not torch.accelerator.is_available(),
     }
     known = {field.name for field in dataclasses.fields(DRPOConfig)}
     types = get_type_hints(DRPOConfig)

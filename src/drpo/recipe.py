@@ -166,10 +166,13 @@ class Recipe(_Strict):
     anchor: Literal["sampler", "old"] | None = None
     correction: CorrectionSpec | None = None
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    train_precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    rollout_precision: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None
     lora: LoRASpec | None = None
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 25
+    record_rollouts: bool = False
     heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250
     heldout_samples: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -19,14 +19,25 @@ from filelock import FileLock, Timeout
 from drpo.errors import UserError
 from drpo.recipe import Recipe, dump_recipe, load_recipe
 
-_PACKAGES = ("drpo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "sympy")
+_PACKAGES = (
+    "drpo",
+    "torch",
+    "torchao",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "math-verify",
+    "sympy",
+)
 
 
 class RunFolder:
     """A folder that holds one run.
 
     ``recipe.yaml`` the resolved recipe · ``run.json`` versions and seed · ``metrics.jsonl`` a row
-    an update · ``evaluations.jsonl`` and ``samples.jsonl`` held-out accuracy and completions ·
+    an update · ``rollouts.jsonl`` a row a trained sequence, if recorded · ``evaluations.jsonl`` and ``samples.jsonl`` held-out accuracy and completions ·
     ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html`` ·
     ``evaluations/`` what ``drpo eval`` measured afterwards.
     """
@@ -36,6 +47,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.info = path / "run.json"
         self.metrics = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts.jsonl"
         self.evaluations = path / "evaluations.jsonl"
         self.samples = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -115,7 +127,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run and not overwrite:
             raise UserError(f"--output {self}: another process has begun a run there")
-        for old in (self.metrics, self.evaluations, self.samples, self.summary, self.report, self.recipe, self.info):
+        written = (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report)
+        for old in (*written, self.recipe, self.info):
             old.unlink(missing_ok=True)
         for old in (self.checkpoints, self.model, self.evaluated):
             if old.exists():
@@ -125,7 +138,7 @@ class RunFolder:
 
     def rewind(self, update: int) -> None:
         """Drop what was logged after an update, to continue from its checkpoint."""
-        for path in (self.metrics, self.evaluations, self.samples):
+        for path in filter(Path.is_file, (self.metrics, self.rollouts, self.evaluations, self.samples)):
             kept = [row for row in read_jsonl(path) if row["update"] <= update]
             path.write_text("".join(_line(row) for row in kept), encoding="utf-8")
 

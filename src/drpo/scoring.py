@@ -10,6 +10,7 @@ from torch import Tensor
 from drpo.micro_batches import left_aligned, loss_mask
 from drpo.objectives import Anchor, Objective
 from drpo.policy_head import ScoredTokens
+from drpo.rollout.record import NOT_IN_SUPPORT
 from drpo.tokens import TokenBatch, TopK
 
 
@@ -122,8 +123,8 @@ def score_top_k(
         temperature: what logits are divided by.
         model_inputs: of the forward pass: ids, attention mask and whatever else it takes.
     """
-    outputs = model(**model_inputs, use_cache=False, logits_to_keep=completion_ids.shape[1] + 1)
-    log_probs = (outputs.logits[:, :-1].float() / temperature).log_softmax(dim=2)
+    outputs, logits = _logits(model, completion_ids, temperature, model_inputs)
+    log_probs = logits.log_softmax(dim=2)
     detached = log_probs.detach()
     return Scores(
         logp=log_probs.gather(2, completion_ids.unsqueeze(2)).squeeze(2),
@@ -131,3 +132,32 @@ def score_top_k(
         aux_loss=getattr(outputs, "aux_loss", None),
         top_k_logp=log_probs.gather(2, top_k_ids),
     )
+
+
+def score_support(
+    model: Any, completion_ids: Tensor, support_ids: Tensor, temperature: float, model_inputs: dict[str, Any]
+) -> Scores:
+    """Score completions over the tokens that the sampler could draw, as if π were filtered to them too.
+
+    Arguments and memory as :func:`score_top_k`'s, but for ``support_ids``, [B, T, K], with
+    :data:`~drpo.rollout.record.NOT_IN_SUPPORT` in places left over. The entropy is that over the support.
+    """
+    outputs, logits = _logits(model, completion_ids, temperature, model_inputs)
+    within = support_ids != NOT_IN_SUPPORT
+    # Padding has no support; a finite sum there keeps NaN out of the gradient.
+    within = within | ~within.any(dim=2, keepdim=True)
+    kept = logits.gather(2, support_ids.clamp(min=0)).masked_fill(~within, -torch.inf)
+    total = kept.logsumexp(dim=2, keepdim=True)
+    probs = (kept - total).detach().exp()
+    terms = torch.where(within, probs * (kept - total).detach().clamp(min=-1e4), 0.0)
+    return Scores(
+        logp=(logits.gather(2, completion_ids.unsqueeze(2)) - total).squeeze(2),
+        entropy=-terms.sum(dim=2),
+        aux_loss=getattr(outputs, "aux_loss", None),
+    )
+
+
+def _logits(model: Any, completion_ids: Tensor, temperature: float, model_inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """The model's outputs, and its logits of the completions over the temperature, [B, T, V] in fp32."""
+    outputs = model(**model_inputs, use_cache=False, logits_to_keep=completion_ids.shape[1] + 1)
+    return outputs, outputs.logits[:, :-1].float() / temperature

@@ -23,6 +23,7 @@ from drpo.prepare import load_problems, make_trainer
 from drpo.progress import Progress
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
+from drpo.rollout.token_log import TokenLog
 from drpo.run import RunFolder, append_jsonl, read_jsonl, update_of, write_json
 from drpo.tasks import Problem
 from drpo.trainer import DRPOTrainer
@@ -75,6 +76,7 @@ def _run(
     is_main = trainer.accelerator.is_main_process
     evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
     progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
+    trainer.token_log = TokenLog() if recipe.record_rollouts else None
     trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
     with progress:
         if checkpoint is None and heldout:
@@ -160,11 +162,20 @@ class RunWriter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         measured = self.trainer.trust_region
-        if not logs or "loss" not in logs or measured is None or not state.is_world_process_zero:
+        if not logs or "loss" not in logs or measured is None:
             return
-        row = {
+        # Every rank takes part in gathering them.
+        trained = self.trainer.token_log.take() if self.trainer.token_log is not None else []
+        if not state.is_world_process_zero:
+            return
+        where = {
             "update": state.global_step,
             "rollout": (state.global_step - 1) // self.recipe.updates_per_rollout + 1,
+        }
+        if trained:
+            append_jsonl(self.folder.rollouts, *({**where, **tokens} for tokens in trained))
+        row = {
+            **where,
             "seconds": time.perf_counter() - self.started,
             **{name: value for name, value in logs.items() if value is not None},
             "divergence_histogram": measured.divergence_histogram,

@@ -6,6 +6,8 @@ import inspect
 import logging
 import textwrap
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +23,13 @@ from drpo.metrics import TrustRegion, TrustRegionMetrics
 from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
 from drpo.objectives import Anchor, TopKObjective
 from drpo.policy_head import add_policy_loss, why_not_fused
+from drpo.precision import train_in_fp8
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
+from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
-from drpo.scoring import Scored, Scores, score_fused, score_plain, score_top_k
+from drpo.rollout.token_log import TokenLog
+from drpo.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
+from drpo.split import BEGUN_WITH, SAMPLED_WITH, Split
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +64,7 @@ class DRPOTrainer(GRPOTrainer):
         audit: the comparison made before the first update; None until then.
         trust_region: what was measured over the updates last logged, on every rank: of the tokens trained on,
             which those of dropped sequences are not.
+        token_log: where the tokens trained on are collected; None unless somebody wants them.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "drpo"]
@@ -94,13 +101,21 @@ class DRPOTrainer(GRPOTrainer):
         self.anchor: Anchor = args.anchor or self.objective.anchor
         self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
         if self._top_k:
-            self._refuse_without_top_k()
+            self._refuse_unless_recorded(
+                f"objective={args.objective!r} needs log-probs of the sampler's likeliest tokens, as"
+            )
+        if args.replay_support:
+            self._refuse_unless_recorded("replay_support=True needs the tokens that could be drawn, as")
         unwrapped = self.accelerator.unwrap_model(self.model)
         base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
         parameters = inspect.signature(base.forward).parameters
+        self._behaviour = self._make_behaviour(base)
+        if args.train_precision == "fp8":
+            train_in_fp8(base)
         self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
+        self.token_log: TokenLog | None = None
         self._why_not_fused = self._fuse(base)
         self._work = Work()
         self._began = 0.0
@@ -108,6 +123,24 @@ class DRPOTrainer(GRPOTrainer):
         self._differences: list[Tensor] = []
         self._sampling = False
         self._recorder: LogProbRecorder | None = None
+        self._kept_mass: Tensor | None = None
+        self._split = Split() if args.split_distance else None
+
+    def _make_behaviour(self, base: Any) -> BehaviourPolicy:
+        """What samples; a copy of the policy where it should not be the policy as it is."""
+        precision, lag = self.args.rollout_precision, self.args.rollout_lag
+        if precision == self._precision == "fp32":
+            precision = None
+        elif precision is None and lag and self._precision == "fp8":
+            precision = "fp8"
+        for is_used, what in (
+            (self.rollout_func is not None, "a rollout_func, which samples by weights of its own"),
+            (base is not self.accelerator.unwrap_model(self.model), "adapters (peft)"),
+            (self.is_fsdp_enabled or is_deepspeed_zero3_enabled(), "weights that are sharded over ranks"),
+        ):
+            if is_used and (lag or precision is not None):
+                raise ValueError(f"rollout_precision and rollout_lag sample from a copy; they do not work with {what}")
+        return BehaviourPolicy(base, lag, precision, self.accelerator.autocast)
 
     def _fuse(self, base: Any) -> str | None:
         """Give the model its fused loss, or say once why it has none."""
@@ -117,6 +150,7 @@ class DRPOTrainer(GRPOTrainer):
             (self._is_vlm, "a vision-language model's inputs are more than tokens"),
             (self.aux_loss_enabled, "a load-balancing loss is wanted beside it"),
             (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32 is TRL's fused head's"),
+            (self.args.replay_support, "log-probs over the sampler's support need all logits"),
             (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
         )
         reason = next((text for applies, text in reasons if applies), None) or why_not_fused(base)
@@ -126,7 +160,7 @@ class DRPOTrainer(GRPOTrainer):
             logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
         return reason
 
-    def _refuse_without_top_k(self) -> None:
+    def _refuse_unless_recorded(self, needed: str) -> None:
         for is_used, what in (
             (self.use_vllm, "vLLM, of which TRL keeps the sampled token's log-prob alone"),
             (self.rollout_func is not None, "a rollout_func, which returns the sampled tokens' log-probs alone"),
@@ -135,16 +169,18 @@ class DRPOTrainer(GRPOTrainer):
             (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32, which is TRL's fused head's"),
         ):
             if is_used:
-                raise ValueError(
-                    f"objective={self.args.objective!r} needs log-probs of the sampler's likeliest tokens, as "
-                    f"Transformers generation records them; it does not work with {what}"
-                )
+                raise ValueError(f"{needed} Transformers generation records them; it does not work with {what}")
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
-        with record_log_probs(unwrapped, self._top_k if self._sampling else 0) as recorder:
+        with ExitStack() as stack:
+            # An evaluation samples from the policy itself.
+            is_rollout = self._sampling and self.model.training
+            model = stack.enter_context(self._behaviour.sampling(unwrapped)) if is_rollout else unwrapped
+            top_k, support = (self._top_k, self.args.replay_support) if self._sampling else (0, False)
+            recorder = stack.enter_context(record_log_probs(model, top_k, support))
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         if self._sampling:
             self._recorder = recorder
@@ -168,6 +204,8 @@ class DRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._sampling = True
+        if self.model.training:
+            self._behaviour.begin_rollout(self.accelerator.unwrap_model(self.model_wrapped))
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -198,8 +236,30 @@ class DRPOTrainer(GRPOTrainer):
         output["advantages"] = advantages[first : first + len(inputs)]
         if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
             output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
+        if self._recorder is not None and (support := self._recorder.support(output["completion_ids"].shape[1])):
+            output["support_ids"], kept = support
+            self._kept_mass = kept[loss_mask(output).bool()]
         self._recorder = None
+        if self.model.training:
+            output["age"] = torch.full_like(output["advantages"], self._behaviour.age, dtype=torch.long)
+        if self.model.training and self._split is not None:
+            output[BEGUN_WITH] = self._log_probs(output)
+            if self._behaviour.age:
+                with self._behaviour.weights_of_samples(self.accelerator.unwrap_model(self.model)):
+                    output[SAMPLED_WITH] = self._log_probs(output)
         return output
+
+    @torch.no_grad()
+    def _log_probs(self, inputs: dict[str, Any]) -> Tensor:
+        """The trainer's log-probs of the sampled tokens, [B, T], as training computes them."""
+        self._count([inputs])
+        log_probs = torch.zeros_like(inputs["sampling_per_token_logps"])
+        counted = loss_mask(inputs).bool()
+        for rows in split_by_length(lengths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch):
+            part = select(inputs, rows)
+            sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
+            log_probs[rows] = log_probs[rows].masked_scatter(counted[rows], sampled.logp[sampled.mask])
+        return log_probs
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
@@ -278,6 +338,10 @@ class DRPOTrainer(GRPOTrainer):
         loss, sampled, weight, entropy, aux_loss = self._score(model, inputs, scale)
         # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
         self._measured[mode].update(sampled, weight, entropy)
+        if self.token_log is not None and mode == "train":
+            self.token_log.add(inputs, sampled)
+        if self._split is not None and mode == "train":
+            self._split.update(inputs, sampled)
         if self.audit is None and mode == "train":
             difference = (sampled.logp.detach() - sampled.behavior_logp).abs()
             largest = torch.nn.functional.pad(difference.flatten(), (0, 1)).amax()
@@ -296,14 +360,15 @@ class DRPOTrainer(GRPOTrainer):
         completion_ids = inputs["completion_ids"]
         input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        if self._top_k:
+        if self._top_k or self.args.replay_support:
             model_inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
             if self._takes_positions:
                 model_inputs["position_ids"] = _positions(attention_mask)
             if self.aux_loss_enabled:
                 model_inputs["output_router_logits"] = True
             with self.accelerator.autocast():
-                scores = score_top_k(model, completion_ids, inputs["top_k_ids"], self.temperature, model_inputs)
+                score, ids = (score_top_k, "top_k_ids") if self._top_k else (score_support, "support_ids")
+                scores = score(model, completion_ids, inputs[ids], self.temperature, model_inputs)
         else:
             scores = Scores(
                 *self._get_per_token_logps_and_entropies(
@@ -327,14 +392,15 @@ class DRPOTrainer(GRPOTrainer):
         sampling = self._sampling_settings()
         threshold = self.args.audit_threshold
         if threshold is None:
-            exact = sampling is not None and not self.use_vllm and self._precision == "fp32"
+            precisions = {self._precision, self.args.rollout_precision or self._precision}
+            exact = sampling is not None and not self.use_vllm and precisions == {"fp32"}
             threshold = EXACT_THRESHOLD if exact else APPROXIMATE_THRESHOLD
         self.audit = Audit(
             mean=(total.sum() / tokens.sum().clamp(min=1)).item(),
             maximum=largest.max().item(),
             tokens=int(tokens.sum().item()),
             threshold=threshold,
-            mismatches=sampling_mismatches(self.temperature, sampling or {}),
+            mismatches=sampling_mismatches(self.temperature, sampling or {}, self.args.replay_support),
         )
         if self.accelerator.is_main_process:
             print(self.audit)
@@ -346,6 +412,7 @@ class DRPOTrainer(GRPOTrainer):
                 scoring_temperature=self.temperature,
                 knows_sampling=sampling is not None,
                 precision=self._precision,
+                rollout_precision=self.args.rollout_precision or self._precision,
             )
         )
 
@@ -358,8 +425,20 @@ class DRPOTrainer(GRPOTrainer):
             return {"temperature": self.temperature, **overrides}
         return self.generation_config.to_dict()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._behaviour.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._behaviour.load(Path(checkpoint))
+
     @property
     def _precision(self) -> str:
+        if self.args.train_precision is not None:
+            return self.args.train_precision
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else str(self.model.dtype).split(".")[-1]
         return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
 
@@ -369,6 +448,14 @@ class DRPOTrainer(GRPOTrainer):
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
             self._metrics[mode].update({n: [v] for n, v in Work(*sums.sum(dim=0).tolist()).metrics().items()})
             self._work = Work()
+            if self._behaviour.lag:
+                self._metrics[mode]["rollout/age"] = [float(self._behaviour.age)]
+            if self._split is not None:
+                origins = self._split.take(self.accelerator.gather)
+                self._metrics[mode].update({name: [value] for name, value in origins.items()})
+            if self._kept_mass is not None:
+                kept = self.accelerator.gather(self._kept_mass.mean())
+                self._metrics[mode]["rollout/kept_mass"] = [kept.mean().item()]
         measured = self._measured[mode].compute(self.accelerator.gather)
         self._measured[mode].reset()
         self._metrics[mode].update({name: [value] for name, value in measured.scalars.items()})

@@ -9,17 +9,17 @@ from html import escape
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from drpo.metrics import WEIGHT_EDGES
+from drpo.effects import EFFECTS, SIGNS
+from drpo.histograms import WEIGHT_EDGES
 from drpo.report.read import RunData
 
 # Okabe and Ito's colours; a dash for each series and a marker for each run, so that little depends on colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-EFFECTS = ("attenuated", "zeroed", "reversed", "amplified")
-SIGNS = ("positive", "negative")
 
 
-def _style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> go.Figure:
+def style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> go.Figure:
+    """The figure in the looks of all of them."""
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -34,7 +34,7 @@ def _style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> 
     return figure
 
 
-def _line(run: RunData, index: int, runs: int, key: str, label: str, order: int = 0, width: float = 1.5) -> go.Scatter:
+def line(run: RunData, index: int, runs: int, key: str, label: str, order: int = 0, width: float = 1.5) -> go.Scatter:
     x, y = run.series(key)
     named = f"{escape(run.name)}: {label}" if runs > 1 else label
     color = COLORS[(index if runs > 1 else order) % len(COLORS)]
@@ -46,7 +46,7 @@ def learning(runs: Sequence[RunData]) -> go.Figure:
     """Training reward and held-out accuracy over rollouts."""
     figure = go.Figure()
     for index, run in enumerate(runs):
-        figure.add_trace(_line(run, index, len(runs), "reward", "training reward", order=1, width=1))
+        figure.add_trace(line(run, index, len(runs), "reward", "training reward", order=1, width=1))
         label = f"{escape(run.name)}: held-out accuracy" if len(runs) > 1 else "held-out accuracy"
         figure.add_trace(
             go.Scatter(
@@ -58,7 +58,7 @@ def learning(runs: Sequence[RunData]) -> go.Figure:
                 marker={"size": 7, "symbol": index},
             )
         )
-    return _style(figure, "rollouts").update_yaxes(title_text="mean reward, accuracy", rangemode="tozero")
+    return style(figure, "rollouts").update_yaxes(title_text="mean reward, accuracy", rangemode="tozero")
 
 
 def divergence(runs: Sequence[RunData]) -> go.Figure:
@@ -66,12 +66,12 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
     figure = go.Figure()
     for index, run in enumerate(runs):
         for order, (key, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"), ("max", "maximum"))):
-            figure.add_trace(_line(run, index, len(runs), f"divergence/{key}", label, order))
+            figure.add_trace(line(run, index, len(runs), f"divergence/{key}", label, order))
     if len(runs) == 1 and (delta := runs[0].objective.edge or 1) < 1:
         rollouts = [row["rollout"] for row in runs[0].metrics]
         edge = {"x": rollouts[:: max(len(rollouts) - 1, 1)], "y": [delta, delta], "name": f"δ = {delta:g}"}
         figure.add_trace(go.Scatter(**edge, mode="lines", line={"color": "#555", "dash": "dash", "width": 1}))
-    return _style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
+    return style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
 
 
 def ratio(runs: Sequence[RunData]) -> go.Figure:
@@ -79,8 +79,8 @@ def ratio(runs: Sequence[RunData]) -> go.Figure:
     figure = go.Figure()
     for index, run in enumerate(runs):
         for order, (key, label) in enumerate((("mean", "mean"), ("max", "maximum"))):
-            figure.add_trace(_line(run, index, len(runs), f"ratio/{key}", label, order))
-    return _style(figure, "rollouts").update_yaxes(title_text="ratio π/μ", type="log")
+            figure.add_trace(line(run, index, len(runs), f"ratio/{key}", label, order))
+    return style(figure, "rollouts").update_yaxes(title_text="ratio π/μ", type="log")
 
 
 def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
@@ -106,7 +106,7 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
                 marker={"color": COLORS[index % len(COLORS)], "line": {"width": 0.5, "color": "#000"}},
             )
         )
-    _style(figure, "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)")
+    style(figure, "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)")
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[centers[i] for i in shown])
     return figure.update_yaxes(title_text="share of tokens", type="log", dtick=1, exponentformat="power")
 
@@ -131,8 +131,8 @@ def effects(runs: Sequence[RunData]) -> go.Figure:
     for index, run in enumerate(runs):
         for column, sign in enumerate(SIGNS, 1):
             for order, effect in enumerate(EFFECTS):
-                trace = _line(run, index, len(runs), f"weight/{effect}_{sign}", effect, order)
+                trace = line(run, index, len(runs), f"weight/{effect}_{sign}", effect, order)
                 trace.update(legendgroup=trace.name, showlegend=column == 1)
                 figure.add_trace(trace, row=1, col=column)
-    _style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
+    style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
     return figure.update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")

@@ -1,9 +1,7 @@
-"""One self-contained HTML page: no network, nothing from a run taken for markup or script."""
+"""The page of one or several runs."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,35 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
-from drpo.errors import UserError
 from drpo.recipe import dump_recipe
-from drpo.report import figures
+from drpo.report import figures, off_policy
+from drpo.report.html import document, section, table, write_page
 from drpo.report.read import RunData, read_run
 from drpo.run import RunFolder
 
 SAMPLES_SHOWN = 12
-
-_DRAW = """
-for (const holder of document.querySelectorAll(".figure")) {
-  const figure = JSON.parse(holder.querySelector("script").textContent);
-  const target = document.createElement("div");
-  holder.append(target);
-  Plotly.newPlot(target, figure.data, figure.layout, {responsive: true, displaylogo: false, displayModeBar: "hover"});
-}
-"""
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem }
-p { margin: .25rem 0 .5rem; max-width: 46rem } .note { color: #555 }
-table { border-collapse: collapse; width: 100%; font-size: 14px } th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-pre, code { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere } pre { background: #f6f6f6; padding: .8rem; }
-details { margin: .5rem 0 }
-"""
 
 _FIGURES = (
     (
@@ -63,57 +39,43 @@ _FIGURES = (
         figures.effects,
     ),
     ("Ratio", "π/μ of the sampled tokens at the last update of each rollout.", figures.ratio),
+    (
+        "Where the distance comes from",
+        "Of the engine: the weights that sampled, computed by the sampler and by the trainer. Of age: what the weights changed by before the rollout began. Of updates: what those on the rollout changed since. At the last update of each rollout.",
+        off_policy.origins,
+    ),
+    (
+        "Distance by the sign of the advantage",
+        "|π − μ| at the last update of each rollout.",
+        off_policy.by_sign,
+    ),
+    (
+        "Distance by the probability of the token",
+        "|π − μ| at the last update of each rollout, by μ.",
+        off_policy.by_mu,
+    ),
+    (
+        "Strength of the regulariser",
+        "The part of the plain policy gradient that the objective takes away or adds, at the last update of each rollout.",
+        off_policy.strength,
+    ),
 )
+"""Heading, note and figure; a figure that has nothing to show is left out."""
 
 
 def write_report(folders: Sequence[RunFolder], target: Path) -> None:
     """Read run folders and write their page."""
     page = render([read_run(folder) for folder in folders])
-    if target.suffix != ".html":
-        raise UserError(f"--output {target}: expected a name that ends in .html")
-    try:
-        target.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--output {target}: cannot be written ({error.strerror})") from error
+    write_page(page, target)
 
 
 def render(runs: Sequence[RunData]) -> str:
     """The page of one or several runs, as HTML."""
-    plotly = get_plotlyjs()
-    sections = "".join(_section(title, note, draw(runs)) for title, note, draw in _FIGURES)
-    names = escape(", ".join(run.name for run in runs))
-    policy = f"default-src 'none'; script-src 'sha256-{_digest(plotly)}' 'sha256-{_digest(_DRAW)}'; style-src 'unsafe-inline'; img-src data: blob:"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{names} - drpo report</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{names}</h1>{_overview(runs)}{_measured(runs)}{sections}{_samples(runs)}{_configuration(runs)}\n"
-        f"<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
-    )
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _section(title: str, note: str, figure: go.Figure) -> str:
-    # Inside a script element nothing but its end tag is markup, and without "<" there is none.
-    data = str(figure.to_json()).replace("<", "\\u003c")
-    return (
-        f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>\n'
-        f'<div class="figure"><script type="application/json">{data}</script></div>\n'
-    )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def cell(value: Any, tag: str) -> str:
-        is_number = isinstance(value, (int, float))
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        return f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag}>"
-
-    head = "".join(cell(column, "th") for column in columns)
-    body = "".join(f"<tr>{''.join(cell(value, 'td') for value in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    drawn = ((title, note, draw(runs)) for title, note, draw in _FIGURES)
+    sections = "".join(section(title, note, figure) for title, note, figure in drawn if figure is not None)
+    names = ", ".join(run.name for run in runs)
+    body = f"{_overview(runs)}{_measured(runs)}{sections}{_samples(runs)}{_configuration(runs)}"
+    return document(names, "drpo report", body)
 
 
 def _overview(runs: Sequence[RunData]) -> str:
@@ -144,7 +106,7 @@ def _overview(runs: Sequence[RunData]) -> str:
                 run.recipe.seed,
             ]
         )
-    return _table(columns, rows) + "".join(_audit(run) for run in runs)
+    return table(columns, rows) + "".join(_audit(run) for run in runs)
 
 
 def _objective(run: RunData) -> str:
@@ -182,8 +144,8 @@ def _measured(runs: Sequence[RunData]) -> str:
         return ""
     columns = ["run", "problems of", "problems", "samples K", "average@K", "pass@K", "majority@K", "truncated"]
     note = "By drpo eval, of the trained model; intervals at 95 % by bootstrap over problems."
-    table = _table([*columns, "no answer", "engine"], rows)
-    return f'<h2>Evaluations</h2><p class="note">{note}</p>\n{table}'
+    shown = table([*columns, "no answer", "engine"], rows)
+    return f'<h2>Evaluations</h2><p class="note">{note}</p>\n{shown}'
 
 
 def _interval(estimate: dict[str, Any]) -> str:
@@ -200,7 +162,7 @@ def _samples(runs: Sequence[RunData]) -> str:
             chosen = list(reversed(first_of_prompt.values()))[:SAMPLES_SHOWN]
             rows = [[row["prompt"], row["completion"], row["answer"], float(row["reward"])] for row in chosen]
             parts.append(f"<p>{escape(run.name)}, after {escape(str(evaluation))} rollouts:</p>")
-            parts.append(_table(["prompt", "completion", "reference", "reward"], rows))
+            parts.append(table(["prompt", "completion", "reference", "reward"], rows))
     return "".join(parts)
 
 

@@ -39,6 +39,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Generation settings that change the distribution sampled from, and the values at which they do not."""
 
+FILTERS = ("top_p", "top_k", "min_p")
+"""Those of them that leave the kept tokens' probabilities in proportion, so that the trainer can score the same ones."""
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -78,18 +81,25 @@ class Audit:
             raise AuditError(f"{self} The ratio π/μ would be wrong from the first update on. Likely causes:{listed}")
 
 
-def sampling_mismatches(scoring_temperature: float, sampling: Mapping[str, Any]) -> tuple[str, ...]:
+def sampling_mismatches(
+    scoring_temperature: float, sampling: Mapping[str, Any], replays_support: bool = False
+) -> tuple[str, ...]:
     """What the generation settings alone say: temperature first, then filters and other changes of the distribution.
 
     Args:
         scoring_temperature: what the trainer divides its logits by.
         sampling: the generation settings, by Transformers' names.
+        replays_support: whether the trainer scores over the tokens that :data:`FILTERS` left.
     """
     found = []
     temperature = sampling.get("temperature")
     if temperature not in (None, scoring_temperature):
         found.append(f"temperature: tokens are sampled at {temperature:g} and scored at {scoring_temperature:g}")
-    changed = [f"{name}={sampling[name]}" for name, neutral in NEUTRAL.items() if sampling.get(name) not in neutral]
+    changed = [
+        f"{name}={sampling[name]}"
+        for name, neutral in NEUTRAL.items()
+        if sampling.get(name) not in neutral and not (replays_support and name in FILTERS)
+    ]
     if changed:
         found.append(
             f"sampling filters: {', '.join(changed)} changes what is sampled from; the trainer scores the full distribution"
@@ -97,7 +107,9 @@ def sampling_mismatches(scoring_temperature: float, sampling: Mapping[str, Any])
     return tuple(found)
 
 
-def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_sampling: bool, precision: str) -> list[str]:
+def likely_causes(
+    model: nn.Module, *, scoring_temperature: float, knows_sampling: bool, precision: str, rollout_precision: str
+) -> list[str]:
     """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out.
 
     Args:
@@ -105,6 +117,7 @@ def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_samplin
         scoring_temperature: what the trainer divides its logits by.
         knows_sampling: whether the sampling settings were compared already.
         precision: of the training forward pass, such as ``fp32``.
+        rollout_precision: of the sampler, where it is this library's.
     """
     seen, unknown = [], []
     if not knows_sampling:
@@ -115,7 +128,9 @@ def likely_causes(model: nn.Module, *, scoring_temperature: float, knows_samplin
     if dropout := _dropout(model):
         seen.append(f"dropout: {dropout} is above 0 while training; set it to 0 in the model's configuration")
     unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
-    if precision == "fp32":
+    if rollout_precision != precision:
+        seen.append(f"precision: tokens are sampled in {rollout_precision} and scored in {precision}")
+    elif precision == "fp32":
         unknown.append(
             "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
         )

@@ -56,6 +56,11 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
         )
     if recipe.audit_threshold is not None:
         raise UserError("audit_threshold: verl has no audit before the first update; leave it out")
+    if recipe.train_precision == "fp8":
+        raise UserError("train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16")
+    for name in ("rollout_precision", "rollout_lag", "record_rollouts"):
+        if getattr(recipe, name):
+            raise UserError(f"{name}: is DRPOTrainer's own, which --engine verl does not have; leave it out")
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     estimator, by_std = _ADVANTAGES[recipe.advantage or default["advantage"]]
     temperature = recipe.temperature or 1.0
@@ -103,7 +108,7 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
     }
     if plain:
         settings["actor_rollout_ref.model.custom_chat_template"] = PLAIN_TEMPLATE
-    if recipe.precision == "fp32":
+    if recipe.train_precision == "fp32":
         settings |= {f"+{actor}.fsdp_config.mixed_precision": _FP32, f"{rollout}.dtype": "float32"}
     if recipe.lora is not None:
         modules = recipe.lora.target_modules

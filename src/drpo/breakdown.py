@@ -1,0 +1,62 @@
+"""Where the distance from the behaviour policy sits: by the sign of A, by μ, in log-ratios; sums in, numbers out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drpo.effects import SIGNS
+from drpo.histograms import DIVERGENCE_EDGES, LOG_RATIO_EDGES, divergence_bins, histogram, log_ratio_bins, quantile
+from drpo.tokens import TokenBatch
+
+BUCKETS = {"mu_to_0.01": 0.01, "mu_to_0.1": 0.1, "mu_to_0.5": 0.5, "mu_to_0.9": 0.9, "mu_to_1": 1.0}
+"""μ of a token, by the upper end of its bucket; each begins where the one before it ends."""
+
+LOG_RATIO_QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
+
+_BINS = len(DIVERGENCE_EDGES) + 1
+
+
+def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What adds up over batches, of tokens [B, T]."""
+    counted = batch.mask
+    divergence = torch.where(counted, batch.shift.abs(), 0.0).to(dtype)
+    bins = divergence_bins(divergence)
+    # The last bucket takes a μ that rounding puts above 1.
+    edges = batch.behavior_prob.new_tensor([*BUCKETS.values()][:-1])
+    bucket = torch.bucketize(batch.behavior_prob.flatten(), edges)
+    found = {
+        "histogram_bucket": histogram(bucket * _BINS + bins, len(BUCKETS) * _BINS, counted, dtype),
+        "divergence_bucket": torch.zeros(len(BUCKETS), dtype=dtype, device=bins.device).scatter_add_(
+            0, bucket, divergence.flatten()
+        ),
+        "log_ratio_histogram": histogram(log_ratio_bins(batch.log_ratio), len(LOG_RATIO_EDGES) + 1, counted, dtype),
+    }
+    for sign, has_sign in zip(SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
+        steered = counted & has_sign
+        found[f"histogram_{sign}"] = histogram(bins, _BINS, steered, dtype)
+        found[f"divergence_{sign}"] = torch.where(steered, divergence, 0.0).sum()
+    return found
+
+
+def scalars(total: dict[str, Tensor]) -> dict[str, float]:
+    """What the sums say, by name; what does not apply is absent.
+
+    ``divergence/mean_GROUP`` and ``divergence/p99_GROUP`` of |π − μ| where the group is a sign of
+    A or one of :data:`BUCKETS`, and ``tokens/BUCKET``, the share of tokens in it;
+    ``log_ratio/p01`` | ``p50`` | ``p99``, of log π − log μ in nats.
+    """
+    found = {}
+    for name, share in LOG_RATIO_QUANTILES.items():
+        found[f"log_ratio/{name}"] = quantile(total["log_ratio_histogram"], LOG_RATIO_EDGES, share)
+    by_bucket = total["histogram_bucket"].view(len(BUCKETS), _BINS)
+    groups = {sign: (total[f"histogram_{sign}"], total[f"divergence_{sign}"]) for sign in SIGNS}
+    groups |= dict(zip(BUCKETS, zip(by_bucket, total["divergence_bucket"], strict=True), strict=True))
+    for name, (counts, distance) in groups.items():
+        tokens = counts.sum().item()
+        if name in BUCKETS:
+            found[f"tokens/{name}"] = tokens / by_bucket.sum().item()
+        if tokens:
+            found[f"divergence/mean_{name}"] = distance.item() / tokens
+            found[f"divergence/p99_{name}"] = quantile(counts, DIVERGENCE_EDGES, 0.99)
+    return found

@@ -1,0 +1,1 @@
+"""Rollouts from anywhere, measured after the fact: ``drpo inspect``."""

@@ -1,0 +1,187 @@
+"""What rollouts say: how far π has gone from μ, and what every objective would have made of these very tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drpo import effects
+from drpo.inspect.read import Rollouts
+from drpo.metrics import TrustRegionMetrics
+from drpo.objectives import SYMBOLS, Objective, TopKObjective
+from drpo.tokens import TokenBatch
+
+SHARES = (0.001, 0.01, 0.05, 0.1)
+"""Shares of tokens for which δ is given beside the one asked for."""
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """What an objective would have made of the tokens.
+
+    Args:
+        hyperparameters: of the objective.
+        ratio: what was taken for its ratio, such as ``π/μ``.
+        note: where that is not what it is defined with; else empty.
+        scalars: those of :func:`drpo.effects.scalars`.
+        effects: of the tokens with A ≠ 0, the share unchanged and with each effect.
+        weight_histogram: between :data:`drpo.histograms.WEIGHT_EDGES`, of the tokens with A ≠ 0.
+    """
+
+    hyperparameters: dict[str, float]
+    ratio: str
+    note: str
+    scalars: dict[str, float]
+    effects: dict[str, float]
+    weight_histogram: list[int]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a file of rollouts.
+
+    Args:
+        file: its name.
+        format: of its columns, and which column is what.
+        sequences: with at least one token that counts.
+        tokens: that count.
+        steered: the share of them with A ≠ 0.
+        away: the share of them that moved the way their advantage pushes: A(r − 1) > 0.
+        measured: the scalars of :class:`drpo.TrustRegion` that need no objective, over all tokens.
+        divergence_histogram: of |π − μ| over all tokens.
+        by_step: the same scalars of each step, if the file has steps.
+        by_age: the same of each age in rollouts, if the file has ages.
+        what_if: of every objective that could be computed.
+        not_computed: why the others could not.
+        delta: for a share of the tokens, the δ that so many of them reach: A(r − 1) > 0 and
+            |π − μ| ≥ δ; None where fewer move away at all.
+    """
+
+    file: str
+    format: str
+    columns: dict[str, str]
+    advantage_from: str
+    sequences: int
+    tokens: int
+    steered: float
+    away: float
+    measured: dict[str, float]
+    divergence_histogram: list[int]
+    by_step: dict[int, dict[str, float]]
+    by_age: dict[int, dict[str, float]]
+    what_if: dict[str, WhatIf]
+    not_computed: dict[str, str]
+    delta: dict[float, float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], share: float) -> Inspection:
+    """Measure rollouts and weigh them by objectives.
+
+    Args:
+        file: what to call them.
+        rollouts: the tokens.
+        objectives: by name.
+        share: of tokens, for which δ is wanted.
+    """
+    total = TrustRegionMetrics()
+    by_step: dict[int, TrustRegionMetrics] = {}
+    by_age: dict[int, TrustRegionMetrics] = {}
+    sums: dict[str, dict[str, Tensor]] = {}
+    distances = []
+    why_not = {name: reason for name, o in objectives.items() if (reason := _why_not(o, rollouts.old_logp is not None))}
+    for sequences in rollouts.sequences():
+        given = rollouts.padded(sequences)
+        sampled = _against(given, "behavior_logp")
+        weight = torch.ones_like(sampled.logp, dtype=torch.float64)
+        total.update(sampled, weight)
+        if "step" in rollouts.columns.names:
+            step = int(rollouts.step[sequences[0]])
+            by_step.setdefault(step, TrustRegionMetrics()).update(sampled, weight)
+        if rollouts.age is not None:
+            for age in rollouts.age[sequences].unique().tolist():
+                of_age = {name: tensor[rollouts.age[sequences] == age] for name, tensor in given.items()}
+                by_age.setdefault(age, TrustRegionMetrics()).update(
+                    _against(of_age, "behavior_logp"), weight[: len(of_age["mask"])]
+                )
+        moves_away = sampled.mask & (sampled.advantage * sampled.excess > 0)
+        distances.append(sampled.shift.abs()[moves_away])
+        batches = {"sampler": sampled, "old": sampled}
+        if rollouts.old_logp is not None:
+            batches["old"] = _against(given, "old_logp")
+        for name, objective in objectives.items():
+            if name not in why_not:
+                batch = batches[objective.anchor]
+                found = effects.sums(batch, objective.gradient_weight(batch), torch.float64)
+                before = sums.get(name, {})
+                sums[name] = {key: before.get(key, 0) + value for key, value in found.items()}
+    away = torch.cat(distances).sort(descending=True).values
+    region = total.compute()
+    tokens = len(rollouts.logp)
+    steered = int((rollouts.advantage != 0).sum())
+    return Inspection(
+        file=file,
+        format=rollouts.columns.format,
+        columns=dict(rollouts.columns.names),
+        advantage_from=rollouts.advantage_from,
+        sequences=int((rollouts.lengths > 0).sum()),
+        tokens=tokens,
+        steered=steered / tokens,
+        away=len(away) / tokens,
+        measured=_of_policies(region.scalars),
+        divergence_histogram=region.divergence_histogram,
+        by_step=_computed(by_step),
+        by_age=_computed(by_age),
+        what_if={name: _what_if(objectives[name], sums[name], rollouts.old_logp is not None) for name in sums},
+        not_computed=why_not,
+        delta={part: _delta(away, part, tokens) for part in sorted({*SHARES, share})},
+    )
+
+
+def _against(given: Mapping[str, Tensor], anchor: str) -> TokenBatch:
+    sampler_logp = given["behavior_logp"] if anchor == "old_logp" else None
+    return TokenBatch(given["logp"], given[anchor], given["advantage"], given["mask"], sampler_logp=sampler_logp)
+
+
+def _why_not(objective: Objective, has_old: bool) -> str:
+    if isinstance(objective, TopKObjective):
+        return "it needs log-probs of the sampler's likeliest tokens, which the file does not have"
+    if objective.corrects_mismatch and not has_old:
+        return "it weighs tokens by π_old/μ, and the file has no column for old_logp"
+    return ""
+
+
+def _what_if(objective: Objective, sums: dict[str, Tensor], has_old: bool) -> WhatIf:
+    histogram = sums["weight_histogram"].long().tolist()
+    total = {name: value.item() for name, value in sums.items() if name != "weight_histogram"}
+    steered = total["tokens_positive"] + total["tokens_negative"]
+    shares = {e: sum(total[f"{e}_{sign}"] for sign in effects.SIGNS) / (steered or 1) for e in effects.EFFECTS}
+    is_moved = objective.anchor == "old" and not has_old
+    return WhatIf(
+        hyperparameters=asdict(objective),
+        ratio=f"π/{SYMBOLS['sampler' if is_moved else objective.anchor]}",
+        note="its ratio is against π_old, which the file does not have; μ stands in for it" if is_moved else "",
+        scalars=effects.scalars(total),
+        effects={"unchanged": max(0.0, 1 - sum(shares.values())), **shares},
+        weight_histogram=histogram,
+    )
+
+
+def _of_policies(scalars: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in scalars.items() if not name.startswith(("weight/", "regulariser/"))}
+
+
+def _computed(groups: Mapping[int, TrustRegionMetrics]) -> dict[int, dict[str, float]]:
+    return {key: _of_policies(groups[key].compute().scalars) for key in sorted(groups)}
+
+
+def _delta(away: Tensor, share: float, tokens: int) -> float | None:
+    """The distance that ``share`` of all tokens are at or beyond; ``away`` has those that move away, farthest first."""
+    wanted = max(1, round(share * tokens))
+    return away[wanted - 1].item() if wanted <= len(away) else None

@@ -1,0 +1,83 @@
+"""Figures of inspected rollouts: each function takes an inspection and returns a plotly figure."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import plotly.graph_objects as go
+
+from drpo.breakdown import BUCKETS
+from drpo.effects import EFFECTS
+from drpo.histograms import DIVERGENCE_EDGES
+from drpo.inspect.analyse import Inspection
+from drpo.report.figures import COLORS, DASHES, style
+
+GROUPS = {
+    "positive": "A > 0",
+    "negative": "A < 0",
+    **{
+        name: f"μ {low:g} to {high:g}"
+        for (name, high), low in zip(BUCKETS.items(), (0.0, *BUCKETS.values()), strict=False)
+    },
+}
+"""What the groups of tokens are called."""
+
+_PATTERNS = {"unchanged": "", "attenuated": "/", "zeroed": "x", "reversed": "\\", "amplified": "."}
+
+
+def beyond(found: Inspection) -> go.Figure:
+    """The share of tokens at which |π − μ| is larger than so much."""
+    edges = DIVERGENCE_EDGES.tolist()
+    # The bins above an edge, of which the last lies beyond all of them.
+    above = list(accumulate(reversed(found.divergence_histogram[1:])))[::-1]
+    points = [(edge, count / found.tokens) for edge, count in zip(edges, above, strict=True) if count]
+    figure = go.Figure(go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], line={"color": COLORS[0]}))
+    style(figure, "|π − μ|").update_xaxes(type="log", dtick=1, exponentformat="power")
+    return figure.update_yaxes(title_text="share of tokens beyond", type="log", dtick=1, exponentformat="power")
+
+
+def groups(found: Inspection) -> go.Figure:
+    """|π − μ| by the sign of the advantage and by μ: mean and 99 % quantile."""
+    named = {key: title for key, title in GROUPS.items() if f"divergence/mean_{key}" in found.measured}
+    figure = go.Figure()
+    for order, (statistic, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"))):
+        figure.add_trace(
+            go.Bar(
+                x=list(named.values()),
+                y=[found.measured[f"divergence/{statistic}_{key}"] or None for key in named],
+                name=label,
+                marker={"color": COLORS[order], "pattern": {"shape": ("", "/")[order]}},
+            )
+        )
+    return style(figure).update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
+
+
+def steps(found: Inspection) -> go.Figure:
+    """|π − μ| of each step: mean, 99 % quantile and maximum."""
+    figure = go.Figure()
+    for order, (key, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"), ("max", "maximum"))):
+        y = [scalars[f"divergence/{key}"] or None for scalars in found.by_step.values()]
+        line = {"color": COLORS[order], "dash": DASHES[order]}
+        figure.add_trace(go.Scatter(x=list(found.by_step), y=y, name=label, mode="lines+markers", line=line))
+    return style(figure, "step").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
+
+
+def what_if(found: Inspection) -> go.Figure:
+    """What every objective would have done to the tokens with A ≠ 0, as shares of them."""
+    names = list(reversed(found.what_if))
+    figure = go.Figure()
+    for order, effect in enumerate(("unchanged", *EFFECTS)):
+        figure.add_trace(
+            go.Bar(
+                y=names,
+                x=[found.what_if[name].effects[effect] for name in names],
+                name=effect,
+                orientation="h",
+                marker={
+                    "color": "#DDDDDD" if effect == "unchanged" else COLORS[order - 1],
+                    "pattern": {"shape": _PATTERNS[effect]},
+                },
+            )
+        )
+    style(figure, "share of tokens with A ≠ 0", height=140 + 26 * len(names))
+    return figure.update_layout(barmode="stack", hovermode="y unified").update_xaxes(range=[0, 1])

@@ -1,0 +1,258 @@
+"""Rollouts from a file: log-probs of both policies and advantages of every token that counts."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drpo.advantage import Advantage, group_advantage
+from drpo.data.rows import converted, records
+from drpo.errors import UserError
+from drpo.inspect.columns import Columns, find_columns
+
+TOKENS_AT_ONCE = 1 << 17
+"""Padded tokens of a batch: what the measurements hold at a time follows from it."""
+
+
+@dataclass
+class Rollouts:
+    """Sequences one after another, of the tokens that count alone.
+
+    Args:
+        columns: where they are from.
+        advantage_from: ``advantage`` or ``reward``.
+        lengths: tokens of each sequence, [N].
+        logp: log π, flat, fp32.
+        behavior_logp: log μ, flat, fp32.
+        old_logp: log π_old, flat, fp32; None if the file has none.
+        advantage: flat, fp32.
+        step: of each sequence, [N]; zeros if the file has none.
+        age: of each sequence, [N]; None if the file has none.
+    """
+
+    columns: Columns
+    advantage_from: str
+    lengths: Tensor
+    logp: Tensor
+    behavior_logp: Tensor
+    old_logp: Tensor | None
+    advantage: Tensor
+    step: Tensor
+    age: Tensor | None
+
+    def sequences(self) -> Iterator[Tensor]:
+        """Sequences that make a batch, by their indices: of one step, of about one length."""
+        order = np.lexsort((-self.lengths.numpy(), self.step.numpy()))
+        steps, lengths = self.step.tolist(), self.lengths.tolist()
+        group: list[int] = []
+        for index in order.tolist():
+            if not lengths[index]:
+                continue
+            is_full = group and (len(group) + 1) * lengths[group[0]] > TOKENS_AT_ONCE
+            if group and (is_full or steps[index] != steps[group[0]]):
+                yield torch.tensor(group)
+                group = []
+            group.append(index)
+        if group:
+            yield torch.tensor(group)
+
+    def padded(self, sequences: Tensor) -> dict[str, Tensor]:
+        """Some sequences as [B, T]: every tensor that the file has, and the ``mask``."""
+        starts = (self.lengths.cumsum(0) - self.lengths)[sequences]
+        lengths = self.lengths[sequences]
+        position = torch.arange(int(lengths.max()))
+        mask = position < lengths.unsqueeze(1)
+        places = torch.where(mask, starts.unsqueeze(1) + position, 0)
+        given = {"logp": self.logp, "behavior_logp": self.behavior_logp, "advantage": self.advantage}
+        if self.old_logp is not None:
+            given["old_logp"] = self.old_logp
+        return {**{name: tensor[places] for name, tensor in given.items()}, "mask": mask}
+
+
+@dataclass
+class _Collected:
+    values: dict[str, array[float]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(np.frombuffer(self.values[name], dtype=np.float32).copy())
+
+
+def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -> Rollouts:
+    """The rollouts in a .jsonl or .parquet file, one sequence a row.
+
+    Args:
+        path: the file.
+        chosen: columns that the user named, by field.
+        advantage: how rewards become advantages, where the file has no advantages.
+
+    Raises:
+        UserError: a file that cannot be read, or that lacks what is needed.
+        MalformedRowsError: the rows that are not what they should be.
+    """
+    columns = _columns(path, chosen)
+    collected = _Collected()
+    for row in converted(path, records(path), lambda record, _: _row(record, columns.names)):
+        _add(collected, row)
+    if not collected.values.get("logp"):
+        raise UserError(f"{path}: has no token that counts")
+    lengths = torch.tensor(collected.lengths)
+    has_advantage = "advantage" in collected.values
+    return Rollouts(
+        columns=columns,
+        advantage_from="advantage" if has_advantage else "reward",
+        lengths=lengths,
+        logp=collected.tensor("logp"),
+        behavior_logp=collected.tensor("behavior_logp"),
+        old_logp=collected.tensor("old_logp") if "old_logp" in collected.values else None,
+        advantage=collected.tensor("advantage")
+        if has_advantage
+        else _from_rewards(path, collected, advantage).float().repeat_interleave(lengths),
+        step=torch.tensor(collected.steps),
+        age=torch.tensor(collected.ages) if collected.ages else None,
+    )
+
+
+def _columns(path: Path, chosen: Mapping[str, str]) -> Columns:
+    first = next((record for record in records(path) if isinstance(record, dict)), None)
+    if first is None:
+        # A file of other things than objects is refused row by row.
+        list(converted(path, records(path), lambda record, _: record))
+        raise UserError(f"{path}: has no rows")
+    try:
+        return find_columns(first, chosen)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _row(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A record with its numbers checked, those of tokens that do not count left out."""
+    missing = next((name for name in names.values() if name not in record), None)
+    if missing is not None:
+        raise ValueError(f"has no {missing}")
+    found = {field: (name, record[name]) for field, name in names.items()}
+    logp = _numbers(*found["logp"])
+    counted = _counted(found, len(logp))
+    row: dict[str, Any] = {"length": int(counted.sum())}
+    for which in ("logp", "behavior_logp", "old_logp"):
+        if which in found:
+            row[which] = _log_probs(found[which], logp if which == "logp" else _numbers(*found[which]), counted)
+    if "advantage" in found:
+        row["advantage"] = _of_tokens(found["advantage"], counted)
+    else:
+        name, reward = found["reward"]
+        row["reward"] = math.nan if reward is None else float(np.sum(_of_tokens((name, reward), counted, spread=False)))
+        row["group"] = repr(found["group"][1]) if "group" in found else None
+    for which in ("step", "age"):
+        if which in found:
+            row[which] = _whole(*found[which])
+    return row
+
+
+def _counted(found: Mapping[str, tuple[str, Any]], size: int) -> np.ndarray:
+    counted = np.ones(size, dtype=bool)
+    if "mask" in found:
+        name, mask = found["mask"]
+        values = _numbers(name, mask)
+        if len(values) != size or not np.isin(values, (0, 1)).all():
+            raise ValueError(f"{name} has {len(values):,} values; expected {size:,} of 0 and 1, one for each log-prob")
+        return values.astype(bool)
+    name, length = found.get("length") or found.get("tokens") or ("", size)
+    if isinstance(length, list):
+        if len(length) > size:
+            raise ValueError(f"{name} has {len(length):,} tokens; expected at most {size:,}, one for each log-prob")
+        length = len(length)
+    elif _whole(name, length) > size:
+        raise ValueError(f"{name} is {length:,}; expected at most {size:,}, as many as there are log-probs")
+    counted[length:] = False
+    return counted
+
+
+def _log_probs(column: tuple[str, Any], values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    name = column[0]
+    if len(values) != len(counted):
+        raise ValueError(
+            f"{name} has {len(values):,} log-probs; expected {len(counted):,}, as many as the other policy's"
+        )
+    kept = values[counted]
+    wrong = np.flatnonzero(~(np.isfinite(kept) & (kept <= 1e-2)))
+    if len(wrong):
+        raise ValueError(
+            f"{name} is {kept[wrong[0]]:g} at token {np.flatnonzero(counted)[wrong[0]]}; expected a finite log-probability, at most 0"
+        )
+    return kept
+
+
+def _of_tokens(column: tuple[str, Any], counted: np.ndarray, spread: bool = True) -> np.ndarray:
+    name, value = column
+    if isinstance(value, list):
+        values = _numbers(name, value)
+        if len(values) != len(counted):
+            raise ValueError(
+                f"{name} has {len(values):,} values; expected one, or {len(counted):,}, one for each log-prob"
+            )
+        kept = values[counted]
+    else:
+        kept = np.repeat(_numbers(name, [value]), int(counted.sum()) if spread else 1)
+    if not np.isfinite(kept).all():
+        raise ValueError(f"{name} is {kept[~np.isfinite(kept)][0]:g}; expected finite numbers")
+    return kept
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    # numpy would read numbers from text, and nan from null.
+    if not isinstance(value, list) or not set(map(type, value)) <= {float, int, bool}:
+        raise ValueError(f"{name} is {reprlib.repr(value)}; expected a list of numbers")
+    try:
+        return np.asarray(value, dtype=np.float32)
+    except OverflowError as error:
+        raise ValueError(f"{name} holds a number too large; expected a list of numbers") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+    if not is_whole or not 0 <= value < 2**53:
+        raise ValueError(f"{name} is {reprlib.repr(value)}; expected a whole number, at least 0")
+    return int(value)
+
+
+def _add(collected: _Collected, row: dict[str, Any]) -> None:
+    for name in ("logp", "behavior_logp", "old_logp", "advantage"):
+        if name in row:
+            collected.values.setdefault(name, array("f")).frombytes(row[name].tobytes())
+    collected.lengths.append(row["length"])
+    collected.steps.append(row.get("step", 0))
+    if "age" in row:
+        collected.ages.append(row["age"])
+    if "reward" in row:
+        collected.rewards.append(row["reward"])
+        collected.groups.append(row["group"])
+
+
+def _from_rewards(path: Path, collected: _Collected, mode: Advantage) -> Tensor:
+    """An advantage for each sequence, within the sequences of its step and group."""
+    if collected.groups[0] is None:
+        raise UserError(
+            f"{path}: has rewards and no advantages, and nothing says which rows share a prompt; expected --column group=NAME"
+        )
+    members: dict[tuple[int, str], list[int]] = {}
+    for index, key in enumerate(zip(collected.steps, collected.groups, strict=True)):
+        members.setdefault(key, []).append(index)
+    rewards = torch.tensor(collected.rewards, dtype=torch.float64)
+    advantages = torch.zeros_like(rewards)
+    for rows in members.values():
+        advantages[rows] = group_advantage(rewards[rows], len(rows), mode)
+    return advantages

@@ -1,0 +1,75 @@
+"""Models in lower precision: BF16, INT8 and FP8, the last two by torchao."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+TrainPrecision = Literal["fp32", "bf16", "fp8"]
+RolloutPrecision = Literal["fp32", "bf16", "fp8", "int8"]
+
+BY_TORCHAO = ("fp8", "int8")
+
+
+def require_torchao(precision: str | None) -> None:
+    """Raise an ImportError that says what to install, if this precision needs torchao and there is none."""
+    if precision in BY_TORCHAO and find_spec("torchao") is None:
+        raise ImportError(f"precision {precision!r} needs torchao; pip install 'drpo[low-precision]'")
+
+
+def train_in_fp8(model: nn.Module) -> None:
+    """Let the model's linear layers, all but the LM head, multiply in FP8 (e4m3), forward and backward.
+
+    Scales are dynamic, one a row of activations and one a row of weights: what a token's activations
+    become does not depend on the batch it is in. Weights stay as they are, so that the optimizer
+    and checkpoints do not change. Where the hardware has no FP8 it is emulated.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    recipe: Any = Float8LinearConfig.from_recipe_name("rowwise")
+    config = dataclasses.replace(recipe, emulate=not _has_fp8())
+    convert_to_float8_training(model, config=config, module_filter_fn=_is_converted)
+
+
+def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
+    """A model with weights of its own to load the policy's into, which :func:`quantised` makes ready to sample."""
+    made = copy.deepcopy(model).requires_grad_(False).eval()
+    # A forward that was put on the instance, as TRL does, is the original's.
+    vars(made).pop("forward", None)
+    if precision != "fp32":
+        made.to(torch.bfloat16)
+    if precision == "fp8":
+        train_in_fp8(made)
+    return made
+
+
+def quantised(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
+    """The model of :func:`make_rollout_model` as it samples with the weights that it has now.
+
+    FP8 quantises them in each forward pass; INT8 makes a quantised copy.
+    """
+    if precision != "int8":
+        return model
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    made = copy.deepcopy(model)
+    quantize_(made, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_converted)
+    return made
+
+
+def _is_converted(module: nn.Module, name: str) -> bool:
+    # As inference engines do, the LM head is left as it is. Matrix units want multiples of 16.
+    return (
+        type(module) is nn.Linear
+        and name.split(".")[-1] != "lm_head"
+        and not (module.in_features % 16 or module.out_features % 16)
+    )
+
+
+def _has_fp8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)

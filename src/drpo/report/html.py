@@ -1,0 +1,90 @@
+"""One self-contained HTML page: no network, nothing from the data taken for markup or script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from drpo.errors import UserError
+
+_DRAW = """
+for (const holder of document.querySelectorAll(".figure")) {
+  const figure = JSON.parse(holder.querySelector("script").textContent);
+  const target = document.createElement("div");
+  holder.append(target);
+  Plotly.newPlot(target, figure.data, figure.layout, {responsive: true, displaylogo: false, displayModeBar: "hover"});
+}
+"""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem }
+p { margin: .25rem 0 .5rem; max-width: 46rem } .note { color: #555 }
+table { border-collapse: collapse; width: 100%; font-size: 14px } th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+pre, code { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere } pre { background: #f6f6f6; padding: .8rem; }
+details { margin: .5rem 0 }
+"""
+
+
+def document(heading: str, kind: str, body: str) -> str:
+    """A page with what draws its figures.
+
+    Args:
+        heading: text.
+        kind: of page, for its title.
+        body: HTML.
+    """
+    plotly, title = get_plotlyjs(), escape(heading)
+    policy = f"default-src 'none'; script-src 'sha256-{_digest(plotly)}' 'sha256-{_digest(_DRAW)}'; style-src 'unsafe-inline'; img-src data: blob:"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} - {kind}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body><h1>{title}</h1>{body}\n"
+        f"<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
+    )
+
+
+def write_page(page: str, target: Path) -> None:
+    """Write a page where the user wants it."""
+    if target.suffix != ".html":
+        raise UserError(f"--output {target}: expected a name that ends in .html")
+    try:
+        target.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--output {target}: cannot be written ({error.strerror})") from error
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def section(title: str, note: str, figure: go.Figure) -> str:
+    """A figure under its heading and a note on what it shows."""
+    # Inside a script element nothing but its end tag is markup, and without "<" there is none.
+    data = str(figure.to_json()).replace("<", "\\u003c")
+    return (
+        f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>\n'
+        f'<div class="figure"><script type="application/json">{data}</script></div>\n'
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of text and numbers; numbers stand to the right."""
+
+    def cell(value: Any, tag: str) -> str:
+        is_number = isinstance(value, (int, float))
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag}>"
+
+    head = "".join(cell(column, "th") for column in columns)
+    body = "".join(f"<tr>{''.join(cell(value, 'td') for value in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

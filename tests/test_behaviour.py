@@ -1,0 +1,223 @@
+"""The policy that samples is what it is said to be: as precise, as old, and its log-probs its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from drpo import DRPOTrainer
+from drpo.precision import make_rollout_model, quantised, train_in_fp8
+from drpo.rollout.token_log import TokenLog
+from drpo.tasks import builtin_problems
+from support.rollouts import config, load_model
+from test_trainer import make_trainer
+
+# What one fp32 model differs from itself by, in batches of other shapes.
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def problems() -> Dataset:
+    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 64, seed=0)])
+
+
+def tokens_of_first_update(output: Path, problems: Dataset, **settings: Any) -> tuple[Tensor, Tensor]:
+    """log π and log μ of a rollout's tokens before any update."""
+    few = {"per_device_train_batch_size": 64, "updates_per_rollout": 1, "max_steps": 1, "learning_rate": 0.0}
+    trainer = make_trainer(output, problems, **{**few, "audit_threshold": 10.0, **settings})
+    trainer.token_log = TokenLog()
+    trainer.train()
+    rows = trainer.token_log.take()
+    return tuple(torch.tensor([x for row in rows for x in row[name]]) for name in ("logp", "behavior_logp"))  # type: ignore[return-value]
+
+
+def distance(logp: Tensor, behavior_logp: Tensor) -> float:
+    return (logp.exp() - behavior_logp.exp()).abs().mean().item()
+
+
+def test_the_lower_the_precision_of_the_rollout_the_farther_it_is_from_the_trainer(
+    tmp_path: Path, problems: Dataset
+) -> None:
+    gaps = [
+        distance(*tokens_of_first_update(tmp_path, problems, rollout_precision=precision))
+        for precision in ("fp32", "bf16", "int8", "fp8")
+    ]
+    assert gaps[0] < ROUNDING < gaps[1] < gaps[2] < gaps[3] < 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_trainer_scores_the_same_tokens_otherwise_in_another_precision(
+    tmp_path: Path, problems: Dataset, precision: str
+) -> None:
+    given = {"bf16": None, "rollout_precision": precision}
+    low, sampled = tokens_of_first_update(tmp_path, problems, train_precision=precision, **given)
+    full, sampled_again = tokens_of_first_update(tmp_path, problems, train_precision="fp32", **given)
+    assert torch.equal(sampled, sampled_again)
+    assert ROUNDING < distance(low, full) < 0.1
+    # Both round, and not alike: where π carries fp32 between its layers, μ carries bf16.
+    assert ROUNDING < distance(low, sampled) < 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_the_copy_samples_with_the_weights_of_now(tmp_path: Path, problems: Dataset, precision: Any) -> None:
+    trainer = make_trainer(tmp_path, problems, rollout_precision=precision)
+    policy = trainer.model
+    ids = torch.tensor([trainer.processing_class("1+2=")["input_ids"]])
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+            expected = quantised(make_rollout_model(load_of(policy), precision), precision)(ids).logits
+            trainer._behaviour.begin_rollout(policy)
+            with trainer._behaviour.sampling(policy) as model:
+                assert torch.equal(model(ids).logits, expected)
+        assert model is not policy
+
+
+def load_of(policy: nn.Module) -> nn.Module:
+    model, _ = load_model()
+    model.load_state_dict(policy.state_dict())
+    return model
+
+
+def test_the_log_probs_are_those_of_the_low_precision_policy(tmp_path: Path, problems: Dataset) -> None:
+    seen: dict[str, Any] = {}
+
+    class Watched(DRPOTrainer):
+        def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            completion_ids, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            seen.update(
+                prompt=prompt_ids[0], ids=completion_ids[0], log_probs=log_probs[0], model=self._behaviour._model
+            )
+            return completion_ids, log_probs
+
+    trainer = make_trainer(tmp_path, problems, kind=Watched, rollout_precision="fp8", audit_threshold=10.0)
+    trainer.train()
+    ids = torch.tensor([[*seen["prompt"], *seen["ids"]]])
+    with torch.no_grad():
+        logits = seen["model"](ids).logits.float()[0, len(seen["prompt"]) - 1 : -1]
+    expected = logits.log_softmax(dim=1).gather(1, torch.tensor(seen["ids"]).unsqueeze(1)).squeeze(1)
+    # bf16 of one token at a time and of the whole sequence
+    assert (expected - torch.tensor(seen["log_probs"])).abs().mean() < 0.02
+
+
+def test_fp8_training_leaves_the_weights_and_their_names_as_they_are_and_has_a_gradient() -> None:
+    model, _ = load_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    converted = copy.deepcopy(model)
+    train_in_fp8(converted)
+    assert list(converted.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in converted.state_dict().items())
+    assert type(converted.lm_head) is nn.Linear
+    ids = torch.arange(3, 19).view(2, 8)
+    for each in (model, converted):
+        each(ids).logits.log_softmax(dim=2)[..., 5].mean().backward()
+    for name, parameter in converted.named_parameters():
+        assert parameter.grad is not None
+        exact = model.get_parameter(name).grad
+        assert torch.nn.functional.cosine_similarity(parameter.grad.flatten(), exact.flatten(), dim=0) > 0.8, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rollout_precision": "fp4"}, "rollout_precision: unknown precision 'fp4'; did you mean 'fp"),
+        ({"train_precision": "int8"}, "train_precision: unknown precision 'int8'"),
+        ({"train_precision": "fp32", "bf16": True}, "train_precision='fp32' contradicts bf16=True"),
+        ({"train_precision": "fp8"}, "train_precision='fp8' contradicts bf16=False"),
+        ({"rollout_lag": -1}, "rollout_lag is -1; expected a whole number, at least 0"),
+        ({"rollout_lag": 1.5}, "rollout_lag is 1.5; expected a whole number, at least 0"),
+        ({"rollout_lag": 2, "use_vllm": True}, "rollout_lag=2: vLLM samples by its own weights; leave it out"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=r"precision|rollout_lag") as error:
+        config(tmp_path, **settings)
+    assert expected in str(error.value)
+
+
+class Aged(DRPOTrainer):
+    """Keeps the weights at the beginning of each rollout, and what was sampled with which log-probs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weights: list[dict[str, Tensor]] = []
+        self.rollouts: list[dict[str, Tensor]] = []
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.weights.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        output = super()._generate_and_score_completions(inputs)
+        self.rollouts.append({name: value.clone() for name, value in output.items() if isinstance(value, Tensor)})
+        return output
+
+
+def sampled_log_probs(weights: dict[str, Tensor], rollout: dict[str, Tensor]) -> Tensor:
+    """Of the tokens of a rollout, one by one, under these weights."""
+    model, _ = load_model()
+    model.load_state_dict(weights)
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+    with torch.no_grad():
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    width = rollout["completion_ids"].shape[1]
+    log_probs = logits[:, -width - 1 : -1].log_softmax(dim=2)
+    return log_probs.gather(2, rollout["completion_ids"].unsqueeze(2)).squeeze(2)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 4, 16])
+def test_samples_are_of_the_policy_so_many_rollouts_ago_and_say_so(tmp_path: Path, problems: Dataset, lag: int) -> None:
+    rollouts = 19
+    settings = {"updates_per_rollout": 1, "max_steps": rollouts, "drop_zero_advantage": False, "audit_threshold": 1.0}
+    trainer = make_trainer(tmp_path, problems, kind=Aged, rollout_lag=lag, **settings)
+    trainer.token_log = TokenLog()
+    trainer.train()
+    # In the first rollouts there is nothing older than the beginning.
+    ages = [min(rollout, lag) for rollout in range(rollouts)]
+    assert [int(rollout["age"].unique()) for rollout in trainer.rollouts] == ages
+    assert {row["age"] for row in trainer.token_log.take()} == set(ages)
+    logged = [row["rollout/age"] for row in trainer.state.log_history if "rollout/age" in row and "loss" in row]
+    assert logged == (ages if lag else [])
+    for index in (0, lag, rollouts - 1):
+        rollout = trainer.rollouts[index]
+        counted = rollout["completion_mask"].bool()
+
+        def gap(weights: dict[str, Tensor], rollout: dict[str, Tensor] = rollout, counted: Tensor = counted) -> float:
+            difference = sampled_log_probs(weights, rollout) - rollout["sampling_per_token_logps"]
+            return difference[counted].abs().max().item()
+
+        assert gap(trainer.weights[index - ages[index]]) < 1e-4
+        if ages[index]:
+            assert gap(trainer.weights[index]) > 1e-3
+            assert gap(trainer.weights[index - ages[index] + 1]) > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"rollout_lag": 2}, {"rollout_lag": 1, "rollout_precision": "int8"}])
+def test_a_resumed_run_samples_from_the_same_past_weights(
+    tmp_path: Path, problems: Dataset, settings: dict[str, Any]
+) -> None:
+    given = {"updates_per_rollout": 1, "audit_threshold": 1.0, "save_strategy": "steps", "save_steps": 4, **settings}
+    whole, resumed = (make_trainer(tmp_path, problems, kind=Aged, max_steps=7, **given) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(resumed.rollouts) == 3
+    for mine, expected in zip(resumed.rollouts, whole.rollouts[4:], strict=True):
+        for name, tensor in expected.items():
+            assert torch.equal(mine[name], tensor), name
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_without_past_weights_is_not_resumed_with_a_lag(tmp_path: Path, problems: Dataset) -> None:
+    given = {"updates_per_rollout": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, problems, max_steps=1, **given).train()
+    with pytest.raises(FileNotFoundError, match="holds no weights of past rollouts, which rollout_lag needs"):
+        make_trainer(tmp_path, problems, max_steps=2, rollout_lag=1, **given).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )

@@ -1,0 +1,134 @@
+"""Sampling filters: refused, or replayed so that both policies are over the tokens that could be drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from drpo import DRPOTrainer
+from drpo.rollout.record import NOT_IN_SUPPORT, record_log_probs
+from drpo.rollout.token_log import TokenLog
+from drpo.scoring import score_support
+from drpo.tasks import builtin_problems
+from support.rollouts import config, load_model, made_up_rollout
+from test_trainer import make_trainer
+
+FILTERS = [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 4, "temperature": 0.7}]
+
+
+@pytest.fixture(scope="module")
+def problems() -> Dataset:
+    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 64, seed=0)])
+
+
+@pytest.mark.parametrize("sampling", FILTERS, ids=str)
+def test_the_recorder_keeps_what_could_be_drawn_and_its_mass(sampling: dict[str, Any]) -> None:
+    model, tokenizer = load_model()
+    inputs = tokenizer(["1+2=", "10+34-6+29-38="], return_tensors="pt", padding=True)
+    torch.manual_seed(0)
+    with record_log_probs(model, support=True) as recorder:
+        found = model.generate(
+            **inputs, **{"top_k": 0, **sampling}, do_sample=True, max_new_tokens=8,
+            output_scores=True, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    scores, logits = torch.stack(found.scores, dim=1), torch.stack(found.logits, dim=1)
+    steps = scores.shape[1]
+    recorded = recorder.support(steps + 2)
+    assert recorded is not None
+    ids, kept = recorded
+    allowed = torch.zeros_like(scores, dtype=torch.bool)
+    for row, step, place in (ids[:, :steps] != NOT_IN_SUPPORT).nonzero().tolist():
+        allowed[row, step, ids[row, step, place]] = True
+    assert torch.equal(allowed, scores.isfinite())
+    assert (allowed.sum(dim=2) > 1).any()
+    probs = (logits / sampling.get("temperature", 1.0)).softmax(dim=2)
+    torch.testing.assert_close(kept[:, :steps], torch.where(allowed, probs, 0.0).sum(dim=2), rtol=1e-4, atol=1e-5)
+    assert (ids[:, steps:] == NOT_IN_SUPPORT).all()
+    assert (kept[:, steps:] == 1).all()
+
+
+@pytest.mark.parametrize("sampling", FILTERS, ids=str)
+def test_with_replay_the_ratios_of_one_model_are_one(
+    tmp_path: Path, problems: Dataset, sampling: dict[str, Any]
+) -> None:
+    few = {"per_device_train_batch_size": 32, "updates_per_rollout": 2, "max_steps": 2}
+    trainer = make_trainer(tmp_path, problems, replay_support=True, **few, **sampling)
+    trainer.token_log = TokenLog()
+    trainer.train()
+    assert trainer.audit is not None
+    assert trainer.audit.mean < 1e-5
+    assert trainer.audit.maximum < 1e-4
+    first, second = [row for row in trainer.state.log_history if "loss" in row]
+    assert 0.8 < first["rollout/kept_mass"] < 1
+    # After an update π has moved, over the support as well.
+    assert first["divergence/mean"] < 1e-5 < second["divergence/mean"]
+    assert max(max(row["behavior_logp"]) for row in trainer.token_log.take()) <= 1e-6
+
+
+def test_a_log_prob_over_the_support_and_its_gradient_are_those_of_the_filtered_distribution() -> None:
+    model, _ = load_model()
+    model.requires_grad_(False)
+    weight = model.lm_head.weight.requires_grad_()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    completion, support = ids[:, 2:], torch.tensor([[[7, 3, -1], [8, 4, 11], [-1, -1, -1]]])
+    scores = score_support(model, completion, support, 0.5, {"input_ids": ids})
+    logits = model(ids).logits[:, 1:-1].float() / 0.5
+    by_hand = torch.stack(
+        [
+            logits[0, 0, 7] - logits[0, 0, [7, 3]].logsumexp(dim=0),
+            logits[0, 1, 8] - logits[0, 1, [8, 4, 11]].logsumexp(dim=0),
+        ]
+    )
+    torch.testing.assert_close(scores.logp[0, :2], by_hand)
+    filtered = logits[0, 1, [8, 4, 11]].log_softmax(dim=0)
+    torch.testing.assert_close(scores.entropy[0, 1], -(filtered.exp() * filtered).sum())
+    # The last position is padding: it has no support, and its gradient is left out, not NaN.
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    gradient, expected = (
+        torch.autograd.grad(value, weight, retain_graph=True)[0]
+        for value in (torch.where(mask.bool(), scores.logp, 0.0).sum(), by_hand.sum())
+    )
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"top_p": 0.9},
+            "top_p=0.9 would have no effect in DRPOTrainer: changes the distribution that is sampled from",
+        ),
+        ({"top_k": 5}, "or set replay_support=True to score the tokens that it leaves"),
+        ({"min_p": 0.1}, "or set replay_support=True to score the tokens that it leaves"),
+        ({"repetition_penalty": 1.1, "replay_support": True}, "repetition_penalty=1.1 would have no effect"),
+        ({"top_p": 0.9, "replay_support": True, "use_vllm": True}, "which vLLM does not return"),
+        ({"top_p": 0.9, "replay_support": True, "objective": "ppo"}, "objective='ppo' needs π_old too"),
+        ({"replay_support": True, "objective": "drpo_topk"}, "objective='drpo_topk' needs the likeliest tokens too"),
+    ],
+)
+def test_a_filter_that_cannot_be_replayed_is_refused(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match="=") as error:
+        config(tmp_path, **settings)
+    assert expected in str(error.value)
+
+
+def test_a_filter_that_comes_in_by_the_back_door_stops_the_run(tmp_path: Path, problems: Dataset) -> None:
+    trainer = make_trainer(tmp_path, problems)
+    trainer.generation_config.top_p = 0.9
+    with pytest.raises(RuntimeError, match=r"sampling filters: top_p=0\.9 changes what is sampled from"):
+        trainer.train()
+
+
+def test_a_rollout_function_records_no_support(tmp_path: Path, problems: Dataset) -> None:
+    with pytest.raises(ValueError, match="replay_support=True needs the tokens that could be drawn"):
+        make_trainer(tmp_path, problems, replay_support=True, rollout_func=made_up_rollout)
+
+
+def test_the_fused_loss_gives_way_to_all_logits(tmp_path: Path, problems: Dataset) -> None:
+    trainer: DRPOTrainer = make_trainer(tmp_path, problems, replay_support=True)
+    assert trainer._why_not_fused == "log-probs over the sampler's support need all logits"

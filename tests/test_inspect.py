@@ -1,0 +1,263 @@
+"""drpo inspect: rollouts of any framework give the numbers that their run logged, and mistakes in them are one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from drpo.errors import UserError
+from drpo.inspect.analyse import Inspection, analyse
+from drpo.inspect.page import render
+from drpo.inspect.read import read_rollouts
+from drpo.objectives import OBJECTIVES, make_objective
+from drpo.run import append_jsonl, read_jsonl
+from support.browser import BROWSER, opened
+from test_cli import drpo, here, refusal  # noqa: F401
+from test_report import parse
+from test_train import sets
+
+
+def log(*probs: float) -> list[float]:
+    return [math.log(p) for p in probs]
+
+
+# |π − μ| 0.2, 0.1 and, moving back, 0.1; then 0.4
+ROWS: list[dict[str, Any]] = [
+    {"logp": log(0.6, 0.3, 0.2), "behavior_logp": log(0.4, 0.2, 0.3), "advantage": 2.0},
+    {"logp": log(0.4), "behavior_logp": log(0.8), "advantage": -1.0},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def inspected(path: Path, share: float = 0.25, **chosen: str) -> Inspection:
+    objectives = {name: make_objective(name) for name in OBJECTIVES} | {"drpo": make_objective("drpo", delta=0.2)}
+    return analyse(path.name, read_rollouts(path, chosen, "mean"), objectives, share)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_rollouts_are_measured_as_worked_by_hand(tmp_path: Path, ending: str) -> None:
+    found = inspected(write(tmp_path / f"rollouts.{ending}", ROWS), share=0.5)
+    assert (found.format, found.sequences, found.tokens, found.steered, found.away) == ("drpo", 2, 4, 1.0, 0.75)
+    assert found.measured["divergence/mean"] == pytest.approx((0.2 + 0.1 + 0.1 + 0.4) / 4, rel=1e-5)
+    assert found.measured["divergence/mean_negative"] == pytest.approx(0.4, rel=1e-5)
+    # 1 − 0.2/0.2, 1 − 0.1/0.2, 1 + 0.1/0.2 and 1 − 0.4/0.2
+    shares = {"unchanged": 0.0, "zeroed": 0.25, "attenuated": 0.25, "amplified": 0.25, "reversed": 0.25}
+    assert found.what_if["drpo"].effects == shares
+    assert found.what_if["drpo"].scalars["weight/mean"] == pytest.approx((0 + 0.5 + 1.5 - 1) / 4, abs=1e-5)
+    # Two of the four tokens have moved away by 0.2 or more, one by 0.4, three at all.
+    assert found.delta[0.5] == pytest.approx(0.2, rel=1e-5)
+    assert inspected(tmp_path / f"rollouts.{ending}", share=0.25).delta[0.25] == pytest.approx(0.4, rel=1e-5)
+    assert inspected(tmp_path / f"rollouts.{ending}", share=0.9).delta[0.9] is None
+
+
+def test_every_objective_is_there_or_it_says_why_not(tmp_path: Path) -> None:
+    rows = [{**row, "old_logp": row["behavior_logp"]} for row in ROWS]
+    with_old, without = inspected(write(tmp_path / "a.jsonl", rows)), inspected(write(tmp_path / "b.jsonl", ROWS))
+    for found in (with_old, without):
+        assert {*found.what_if, *found.not_computed} == set(OBJECTIVES)
+        assert len(found.what_if) + len(found.not_computed) == len(OBJECTIVES)
+    assert "likeliest tokens" in without.not_computed["drpo_topk"]
+    assert "no column for old_logp" in without.not_computed["icepop"]
+    assert "icepop" in with_old.what_if
+    assert (without.what_if["ppo"].ratio, with_old.what_if["ppo"].ratio) == ("π/μ", "π/π_old")
+    assert without.what_if["ppo"].note
+    assert not with_old.what_if["ppo"].note
+
+
+def test_an_objective_anchored_on_the_old_policy_takes_its_ratio_against_it(tmp_path: Path) -> None:
+    # π/μ = 2 would be clipped, π/π_old = 1.1 is not.
+    row = {"logp": log(0.22), "behavior_logp": log(0.11), "old_logp": log(0.2), "advantage": 1.0}
+    found = inspected(write(tmp_path / "rollouts.jsonl", [row]))
+    assert found.what_if["ppo"].effects["unchanged"] == 1
+    assert found.measured["ratio/mean"] == pytest.approx(2, rel=1e-5)
+
+
+HOSTS: dict[str, dict[str, Any]] = {
+    "verl": {
+        "old_log_probs": [*ROWS[0]["logp"], 0.0],
+        "rollout_log_probs": [*ROWS[0]["behavior_logp"], 0.0],
+        "response_mask": [1, 1, 1, 0],
+        "advantages": [2.0, 2.0, 2.0, 0.0],
+        "responses": [5, 6, 7, 0],
+    },
+    "TRL": {
+        "per_token_logps": [*ROWS[0]["logp"], 0.0],
+        "sampling_per_token_logps": [*ROWS[0]["behavior_logp"], 0.0],
+        "completion_mask": [1, 1, 1, 0],
+        "completion_ids": [5, 6, 7, 0],
+        "advantages": 2.0,
+    },
+    "drpo": {**ROWS[0], "length": 3},
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_the_names_of_a_host_are_recognised_and_its_padding_left_out(tmp_path: Path, host: str, ending: str) -> None:
+    found = inspected(write(tmp_path / f"dump.{ending}", [HOSTS[host]]))
+    assert (found.format, found.tokens) == (host, 3)
+    assert found.measured["divergence/mean"] == pytest.approx((0.2 + 0.1 + 0.1) / 3, rel=1e-5)
+    assert found.measured["divergence/mean_positive"] == pytest.approx((0.2 + 0.1 + 0.1) / 3, rel=1e-5)
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    row = {"pi": ROWS[0]["logp"], "mu": ROWS[0]["behavior_logp"], "a": 2.0, "n": 2}
+    path = write(tmp_path / "rollouts.jsonl", [row])
+    assert inspected(path, logp="pi", behavior_logp="mu", advantage="a", length="n").tokens == 2
+
+
+def test_rewards_become_advantages_within_their_group_and_step(tmp_path: Path) -> None:
+    rows = [
+        {"logp": log(0.5), "behavior_logp": log(0.4), "reward": reward, "group": group, "step": step}
+        for group, step, reward in (("a", 1, 1.0), ("b", 1, 3.0), ("a", 1, 0.0), ("b", 1, 3.0), ("a", 2, 5.0))
+    ]
+    rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", rows), {}, "mean")
+    assert rollouts.advantage.tolist() == [0.5, 0, -0.5, 0, 0]
+    assert rollouts.advantage_from == "reward"
+
+
+def test_steps_and_ages_are_measured_apart(tmp_path: Path) -> None:
+    rows = [{**row, "step": 3 + index, "age": index} for index, row in enumerate(ROWS)]
+    found = inspected(write(tmp_path / "rollouts.jsonl", rows))
+    for groups, keys in ((found.by_step, [3, 4]), (found.by_age, [0, 1])):
+        assert list(groups) == keys
+        assert [groups[key]["divergence/max"] for key in keys] == pytest.approx([0.2, 0.4], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["drpo", "gspo"])
+def test_the_rollouts_that_a_run_recorded_give_its_own_log(tmp_path: Path, drpo: Any, objective: str) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    small = {"rollouts": 2, "prompts_per_rollout": 8, "heldout_problems": 1, "learning_rate": 0.0002}
+    drpo("train", "--output", str(run), *sets(**small, objective=objective, record_rollouts="true"))
+    found = inspected(run / "rollouts.jsonl")
+    # An update that nothing had a gradient in left no tokens.
+    logged = [row for row in read_jsonl(run / "metrics.jsonl") if "divergence/mean" in row]
+    assert list(found.by_step) == [row["update"] for row in logged]
+    assert len(logged) > 5
+    for row in logged:
+        for name, value in found.by_step[row["update"]].items():
+            assert row[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    histograms = zip(*(row["weight_histogram"] for row in logged), strict=True)
+    own = analyse("", read_rollouts(run / "rollouts.jsonl", {}, "mean"), {objective: make_objective(objective)}, 0.1)
+    assert own.what_if[objective].weight_histogram == [sum(column) for column in histograms]
+    assert sum(own.what_if[objective].weight_histogram) > 0
+
+
+MISTAKES: list[tuple[Any, str]] = [
+    ({"logp": log(0.5)}, "has no column for behavior_logp"),
+    ({**ROWS[0], "logp": log(0.5)}, "row 1: behavior_logp has 3 log-probs; expected 1, as many as the other policy's"),
+    ({**ROWS[1], "logp": [0.7]}, "row 1: logp is 0.7 at token 0; expected a finite log-probability, at most 0"),
+    ({**ROWS[1], "logp": [None]}, "row 1: logp is [None]; expected a list of numbers"),
+    ({**ROWS[1], "logp": ["-1"]}, "row 1: logp is ['-1']; expected a list of numbers"),
+    ({**ROWS[1], "logp": -1.0}, "row 1: logp is -1.0; expected a list of numbers"),
+    ({**ROWS[0], "mask": [1, 1]}, "row 1: mask has 2 values; expected 3 of 0 and 1, one for each log-prob"),
+    ({**ROWS[0], "length": 4}, "row 1: length is 4; expected at most 3, as many as there are log-probs"),
+    ({**ROWS[0], "advantage": [1.0, 2.0]}, "row 1: advantage has 2 values; expected one, or 3, one for each log-prob"),
+    ({**ROWS[0], "advantage": math.inf}, "row 1: advantage is inf; expected finite numbers"),
+    ({**ROWS[0], "step": 1.5}, "row 1: step is 1.5; expected a whole number, at least 0"),
+    ({**ROWS[0], "length": 0}, "has no token that counts"),
+    ({k: v for k, v in ROWS[0].items() if k != "advantage"}, "has neither advantages nor rewards"),
+    ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1}, "nothing says which rows share a prompt"),
+    (
+        {"input": "1+1=", "output": "2", "score": 1.0, "step": 1},
+        "is verl's dump of completions, which has no log-probs",
+    ),
+    ({"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5}, "is TRL's dump of completions"),
+    ([1, 2], "row 1: is a list; expected an object"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), MISTAKES, ids=[expected for _, expected in MISTAKES])
+def test_a_row_that_cannot_be_used_is_one_line(here: Path, refusal: Any, row: Any, expected: str) -> None:  # noqa: F811
+    (here / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    line = refusal("inspect", "rollouts.jsonl", "--json", "found.json")
+    assert line.startswith("rollouts.jsonl")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["missing.jsonl"], "missing.jsonl: no such file"),
+        (["rollouts.txt"], "rollouts.txt: expected a file that ends in .jsonl or .parquet"),
+        (["rollouts.jsonl", "--column", "lopg=x"], "unknown field 'lopg'; did you mean 'logp'?"),
+        (["rollouts.jsonl", "--column", "logp=lopg"], "unknown column 'lopg'; did you mean 'logp'?"),
+        (["rollouts.jsonl", "--column", "logp"], "--column logp: expected FIELD=NAME"),
+        (["rollouts.jsonl", "--advantage", "median"], "unknown advantage 'median'"),
+        (["rollouts.jsonl", "--set", "drpo.delat=1"], "unknown hyperparameter 'delat'"),
+        (["rollouts.jsonl", "--output", "page.pdf"], "--output page.pdf: expected a name that ends in .html"),
+        (["rollouts.jsonl", "--json", "page.txt"], "--json page.txt: expected a name that ends in .json"),
+        (["rollouts.jsonl", "--json", "nowhere/found.json"], "--json nowhere/found.json: cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_mistake_in_the_command_is_one_line(
+    here: Path,  # noqa: F811
+    refusal: Any,  # noqa: F811
+    arguments: list[str],
+    expected: str,
+) -> None:
+    write(here / "rollouts.jsonl", ROWS)
+    assert expected in refusal("inspect", *arguments)
+
+
+def test_rows_that_are_wrong_are_all_named(tmp_path: Path) -> None:
+    append_jsonl(path := tmp_path / "rollouts.jsonl", ROWS[0], {**ROWS[1], "logp": []}, ROWS[1], {"logp": [-1.0]})
+    with pytest.raises(UserError) as error:
+        inspected(path)
+    assert [line.split(": ")[0] for line in error.value.lines] == [f"{path}, row 2", f"{path}, row 4"]
+
+
+def test_nothing_in_a_file_becomes_markup(tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    row = {name: ROWS[0]["logp"], "mu": ROWS[0]["behavior_logp"], "advantage": 1.0}
+    found = inspected(write(tmp_path / f"{name.replace('/', '')}.jsonl", [row]), logp=name, behavior_logp="mu")
+    page = parse(render(found))
+    assert name in page.cells
+    assert not [tag for tag, _ in page.elements if tag == "img"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH to open a page in")
+def test_a_browser_draws_the_figures(tmp_path: Path) -> None:
+    rows = [{**row, "step": index} for index, row in enumerate(ROWS)]
+    page = tmp_path / "page.html"
+    page.write_text(render(inspected(write(tmp_path / "rollouts.jsonl", rows))))
+    document, console = opened(page, tmp_path / "profile")
+    assert console == []
+    assert document.count('class="js-plotly-plot"') + document.count(" js-plotly-plot") == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(tmp_path: Path, ending: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for step in range(1000):
+        behavior_logp = np.log(rng.beta(2, 0.5, 1000)).clip(max=-1e-4)
+        logp, old_logp = ((behavior_logp + rng.normal(0, s, 1000)).clip(max=0) for s in (0.15, 0.02))
+        columns = {"logp": logp, "behavior_logp": behavior_logp, "old_logp": old_logp}
+        as_sampled = {name: values.astype(np.float32).tolist() for name, values in columns.items()}
+        rows.append({**as_sampled, "advantage": rng.normal(), "step": step // 64})
+    path = write(tmp_path / f"rollouts.{ending}", rows)
+    # A process of its own, so that its peak is its own.
+    run = f"import resource, sys; from drpo import cli; sys.argv = ['drpo', 'inspect', {str(path)!r}]; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    result = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    seconds, kilobytes = map(float, result.stdout.splitlines()[-1].split())
+    assert seconds < 30
+    assert kilobytes < 2e6
