@@ -214,7 +214,7 @@ def plot(rows: list[dict[str, str]]) -> Figure:
     names = [row["peer"] for row in first][::-1]
     bars = left.barh(names, [float(row["time_over_products"]) for row in first][::-1], color="#8fa8c8")
     left.bar_label(bars, fmt="%.2f", padding=3)
-    left.margins(x=0.15)
+    left.margins(x=0.25)
     left.set_title("Time over three bare products")
     for axis, by in ((middle, "tokens"), (right, "vocabulary")):
         line = growth(rows, by)

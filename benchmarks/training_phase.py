@@ -171,7 +171,8 @@ def run(command: str, rounds: int = 3) -> list[dict[str, Any]]:
 def plot(rows: list[dict[str, str]]) -> Figure:
     """How many times faster than TRL's trainer each is, by the share of groups without an advantage."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axis, lengths in zip(figure.subplots(1, 2, sharey=True), ("flat", "skewed"), strict=True):
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, lengths in zip(axes, ("flat", "skewed"), strict=True):
         for kind, style in zip(KINDS, ("k--", "o-", "s:", "^:"), strict=True):
             line = [row for row in rows if row["trainer"] == kind and row["lengths"] == lengths]
             axis.plot(
@@ -182,7 +183,7 @@ def plot(rows: list[dict[str, str]]) -> Figure:
             )
         axis.set_title(f"{lengths} lengths")
         axis.set_xlabel("groups without an advantage, %")
-        axis.set_ylim(bottom=0)
+    figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].set_ylabel("times faster than TRL")
     figure.axes[0].legend(fontsize=8)
     return figure
