@@ -14,8 +14,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## train the built-in model on the built-in task, anew each time
 	$(BIN)/drpo train --output runs/demo --overwrite
 
+# A process a core: the tests' models are too small for threads.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer
 	$(BIN)/python -m pytest -m long

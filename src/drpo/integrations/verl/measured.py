@@ -8,11 +8,14 @@ R_k, the value given out is k·R_k − (k − 1)·R_{k−1}: the mean of the fir
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES, TrustRegion, TrustRegionMetrics
+from drpo.breakdown import BUCKETS
+from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES, TrustRegionMetrics
 from drpo.tokens import TokenBatch
 
 HISTOGRAMS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
@@ -44,11 +47,10 @@ class UpdateMetrics:
             histograms: whether counts of the histograms are among them, as ``divergence_histogram/000``.
         """
         measured = self._measured.compute()
-        scalars = measured.scalars if measured else {}
-        so_far = {name: scalars.get(name, 0.0) for name in _names()}
+        so_far = {name: measured.scalars.get(name, 0.0) for name in _names()}
         if histograms:
-            for name, bins in HISTOGRAMS.items():
-                counts = getattr(measured, name) if measured else [0] * bins
+            for name in HISTOGRAMS:
+                counts = getattr(measured, name)
                 so_far |= {f"{name}/{index:03d}": float(count) for index, count in enumerate(counts)}
         given = {
             f"actor/{name}": value * (self._given + 1) - self._so_far.get(name, 0.0) * self._given
@@ -65,17 +67,10 @@ MEASURED = UpdateMetrics()
 register_optimizer_step_post_hook(lambda *_: MEASURED.reset())
 
 
+@cache
 def _names() -> tuple[str, ...]:
-    """Of every scalar that can be measured without the entropy."""
-    if not _NAMES:
-        half = torch.full((1, 2), 0.5).log()
-        tokens = TokenBatch(half, half, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
-        every = TrustRegionMetrics()
-        every.update(tokens, torch.ones(1, 2))
-        measured = every.compute()
-        assert isinstance(measured, TrustRegion)
-        _NAMES.extend(measured.scalars)
-    return tuple(_NAMES)
-
-
-_NAMES: list[str] = []
+    """Of the scalars that are measured of any tokens without their entropy; those by μ are not, which may have no tokens."""
+    half = torch.full((1, 2), 0.5).log()
+    every = TrustRegionMetrics()
+    every.update(TokenBatch(half, half, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)), torch.ones(1, 2))
+    return tuple(name for name in every.compute().scalars if not name.endswith(tuple(BUCKETS)))
