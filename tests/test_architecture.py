@@ -14,11 +14,10 @@ SOURCE = Path(drpo.__file__).parent
 # A module may import modules of earlier layers and of its own package only.
 LAYERS = [
     {"names", "errors"},
-    {"tokens", "histograms", "tasks"},
-    {"effects"},
-    {"objectives", "aggregation", "advantage", "breakdown", "rewards", "recipe"},
-    {"kernels", "metrics", "micro_batches", "precision"},
-    {"split"},
+    {"tokens", "tasks"},
+    {"objectives", "aggregation", "advantage", "rewards", "recipe"},
+    {"kernels", "micro_batches", "precision"},
+    {"metrics"},
     {"rollout"},
     {"config", "policy_head"},
     {"scoring"},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from builders import TIGHT, indexed, one_token, random_tensors, tokens
 from drpo import OBJECTIVES, TokenBatch, TrustRegion, TrustRegionMetrics, make_objective
-from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 
 
 def measured(batch: TokenBatch, weight: Tensor, entropy: Tensor | None = None) -> TrustRegion:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from drpo.errors import UserError
-from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.recipe import load_recipe
 from drpo.report import write_report
 from drpo.report.page import render

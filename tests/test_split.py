@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 
 from drpo import TokenBatch
+from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.rollout.token_log import TokenLog
-from drpo.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.tasks import builtin_problems
 from test_trainer import make_trainer
 

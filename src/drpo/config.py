@@ -132,7 +132,7 @@ class DRPOConfig(GRPOConfig):
             ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
             generation and an objective anchored on the sampler, and computes all logits.
         split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
-            (:class:`drpo.split.Split`), at the price of a forward pass more a rollout, two where
+            (:class:`drpo.metrics.split.Split`), at the price of a forward pass more a rollout, two where
             samples are of older weights.
     """
 

@@ -20,6 +20,7 @@ from drpo.advantage import group_advantage
 from drpo.aggregation import Counts, token_scale
 from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
+from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
 from drpo.objectives import Anchor, TopKObjective
 from drpo.policy_head import add_policy_loss, why_not_fused
@@ -29,7 +30,6 @@ from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
 from drpo.rollout.token_log import TokenLog
 from drpo.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
-from drpo.split import BEGUN_WITH, SAMPLED_WITH, Split
 
 logger = logging.getLogger(__name__)
 

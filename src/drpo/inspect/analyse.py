@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drpo import effects
 from drpo.inspect.read import Rollouts
-from drpo.metrics import TrustRegionMetrics
+from drpo.metrics import TrustRegionMetrics, effects
 from drpo.objectives import SYMBOLS, Objective, TopKObjective
 from drpo.tokens import TokenBatch
 
@@ -27,9 +26,9 @@ class WhatIf:
         hyperparameters: of the objective.
         ratio: what was taken for its ratio, such as ``π/μ``.
         note: where that is not what it is defined with; else empty.
-        scalars: those of :func:`drpo.effects.scalars`.
+        scalars: those of :func:`drpo.metrics.effects.scalars`.
         effects: of the tokens with A ≠ 0, the share unchanged and with each effect.
-        weight_histogram: between :data:`drpo.histograms.WEIGHT_EDGES`, of the tokens with A ≠ 0.
+        weight_histogram: between :data:`drpo.metrics.histograms.WEIGHT_EDGES`, of the tokens with A ≠ 0.
     """
 
     hyperparameters: dict[str, float]

@@ -6,10 +6,10 @@ from itertools import accumulate
 
 import plotly.graph_objects as go
 
-from drpo.breakdown import BUCKETS
-from drpo.effects import EFFECTS
-from drpo.histograms import DIVERGENCE_EDGES
 from drpo.inspect.analyse import Inspection
+from drpo.metrics.breakdown import BUCKETS
+from drpo.metrics.effects import EFFECTS
+from drpo.metrics.histograms import DIVERGENCE_EDGES
 from drpo.report.figures import COLORS, DASHES, style
 
 GROUPS = {

@@ -9,8 +9,8 @@ from html import escape
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from drpo.effects import EFFECTS, SIGNS
-from drpo.histograms import WEIGHT_EDGES
+from drpo.metrics.effects import EFFECTS, SIGNS
+from drpo.metrics.histograms import WEIGHT_EDGES
 from drpo.report.read import RunData
 
 # Okabe and Ito's colours; a dash for each series and a marker for each run, so that little depends on colour.

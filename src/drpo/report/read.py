@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.objectives import Objective
 from drpo.recipe import Recipe, load_recipe
 from drpo.run import RunFolder, read_jsonl

@@ -6,8 +6,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from drpo.metrics.split import BEGUN_WITH
 from drpo.micro_batches import loss_mask
-from drpo.split import BEGUN_WITH
 from drpo.tokens import TokenBatch
 
 

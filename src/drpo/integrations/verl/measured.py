@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from drpo.breakdown import BUCKETS
-from drpo.metrics import DIVERGENCE_EDGES, WEIGHT_EDGES, TrustRegionMetrics
+from drpo.metrics import TrustRegionMetrics
+from drpo.metrics.breakdown import BUCKETS
+from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.tokens import TokenBatch
 
 HISTOGRAMS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}

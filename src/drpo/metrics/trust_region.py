@@ -1,4 +1,4 @@
-"""What the trust region did, for any objective, from the tokens and their gradient weights alone."""
+"""Ratio, divergence and gradient weights of an update's tokens, in sums that add up over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from drpo import breakdown, effects
-from drpo.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES, divergence_bins, histogram, quantile
+from drpo.metrics import breakdown, effects
+from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES, divergence_bins, histogram, quantile
 from drpo.tokens import TokenBatch
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -23,7 +23,7 @@ class TrustRegion:
         scalars: by name. ``ratio/mean``, ``ratio/max``; ``divergence/mean`` | ``p50`` | ``p90`` |
             ``p99`` | ``max``, of |π − μ|; ``kl/k1``, ``kl/k3``, estimates of KL(μ‖π) in nats;
             ``effective_sample_size``, (Σr)² / (N·Σr²); ``entropy`` in nats; and those of
-            :func:`drpo.effects.scalars` and :func:`drpo.breakdown.scalars`. A measurement that does
+            :func:`drpo.metrics.effects.scalars` and :func:`drpo.metrics.breakdown.scalars`. A measurement that does
             not apply is absent; of no tokens, all are.
         divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
         weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drpo.metrics import TrustRegionMetrics
+from drpo.metrics.trust_region import TrustRegionMetrics
 from drpo.micro_batches import loss_mask
 from drpo.tokens import TokenBatch
 

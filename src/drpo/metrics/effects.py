@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drpo.histograms import WEIGHT_EDGES, histogram, weight_bins
+from drpo.metrics.histograms import WEIGHT_EDGES, histogram, weight_bins
 from drpo.tokens import TokenBatch
 
 UNCHANGED = 1e-3

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drpo.effects import SIGNS
-from drpo.histograms import DIVERGENCE_EDGES, LOG_RATIO_EDGES, divergence_bins, histogram, log_ratio_bins, quantile
+from drpo.metrics.effects import SIGNS
+from drpo.metrics.histograms import (
+    DIVERGENCE_EDGES,
+    LOG_RATIO_EDGES,
+    divergence_bins,
+    histogram,
+    log_ratio_bins,
+    quantile,
+)
 from drpo.tokens import TokenBatch
 
 BUCKETS = {"mu_to_0.01": 0.01, "mu_to_0.1": 0.1, "mu_to_0.5": 0.5, "mu_to_0.9": 0.9, "mu_to_1": 1.0}
