@@ -131,13 +131,11 @@ def test_metrics_do_not_depend_on_the_split_into_micro_batches(parts: list[int])
     given = [called(actor(loss), **rows)[2] for rows in _split(tensors, parts)]
     found = averaged(given)
 
-    whole = TrustRegionMetrics()
+    whole = TrustRegionMetrics(by_group=False)
     batch = TokenBatch(*(tensors[name] for name in ("log_prob", "old_log_prob", "advantages", "response_mask")))
     whole.update(batch, loss.make_objective().gradient_weight(batch))
     measured = whole.compute()
-    of_any_tokens = {name: value for name, value in measured.scalars.items() if "mu_to_" not in name}
-    assert len(of_any_tokens) > 20
-    for name, value in of_any_tokens.items():
+    for name, value in measured.scalars.items():
         assert found[f"actor/{name}"] == pytest.approx(value, rel=1e-9), name
     for name in ("divergence_histogram", "weight_histogram"):
         counts = [found[f"actor/{name}/{index:03d}"] for index in range(len(getattr(measured, name)))]

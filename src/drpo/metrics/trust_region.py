@@ -36,9 +36,15 @@ class TrustRegion:
 
 
 class TrustRegionMetrics:
-    """Accumulates sums, counts and maxima over batches, so that splits into micro-batches and ranks combine exactly."""
+    """Accumulates sums, counts and maxima over batches, so that splits into micro-batches and ranks combine exactly.
 
-    def __init__(self) -> None:
+    Args:
+        by_group: measure where the distance from μ sits too (:mod:`drpo.metrics.breakdown`), which on long batches
+            takes about as long as all else.
+    """
+
+    def __init__(self, by_group: bool = True) -> None:
+        self._by_group = by_group
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
@@ -70,7 +76,8 @@ class TrustRegionMetrics:
         bins = divergence_bins(divergence)
         sums["divergence_histogram"] = histogram(bins, len(DIVERGENCE_EDGES) + 1, counted, dtype)
         sums |= _within("effects", effects.sums(batch, weight, dtype))
-        sums |= _within("breakdown", breakdown.sums(batch, dtype))
+        if self._by_group:
+            sums |= _within("breakdown", breakdown.sums(batch, dtype))
         maxima = {
             "ratio": _largest(excess.masked_fill(~counted, -1.0), least=-1.0) + 1,
             "divergence": _largest(divergence, least=0.0),
@@ -102,7 +109,8 @@ class TrustRegionMetrics:
         weight_histogram = of_effects.pop("weight_histogram")
         scalars = _scalars({name: value.item() for name, value in totals.items()}, largest, divergence_histogram)
         scalars |= effects.scalars({name: value.item() for name, value in of_effects.items()})
-        scalars |= breakdown.scalars(of_groups)
+        if self._by_group:
+            scalars |= breakdown.scalars(of_groups)
         return TrustRegion(scalars, divergence_histogram.long().tolist(), weight_histogram.long().tolist())
 
     def reset(self) -> None:

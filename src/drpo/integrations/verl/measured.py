@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from drpo.metrics import TrustRegionMetrics
-from drpo.metrics.breakdown import BUCKETS
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.tokens import TokenBatch
 
@@ -26,7 +25,7 @@ class UpdateMetrics:
     """Measurements over the micro-batches of an update on this rank, from one optimizer step to the next."""
 
     def __init__(self) -> None:
-        self._measured = TrustRegionMetrics()
+        self._measured = TrustRegionMetrics(by_group=False)
         self.reset()
 
     def reset(self) -> None:
@@ -70,8 +69,8 @@ register_optimizer_step_post_hook(lambda *_: MEASURED.reset())
 
 @cache
 def _names() -> tuple[str, ...]:
-    """Of the scalars that are measured of any tokens without their entropy; those by μ are not, which may have no tokens."""
+    """Of every scalar that can be measured without the entropy."""
     half = torch.full((1, 2), 0.5).log()
-    every = TrustRegionMetrics()
+    every = TrustRegionMetrics(by_group=False)
     every.update(TokenBatch(half, half, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)), torch.ones(1, 2))
-    return tuple(name for name in every.compute().scalars if not name.endswith(tuple(BUCKETS)))
+    return tuple(every.compute().scalars)
