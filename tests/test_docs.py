@@ -153,7 +153,16 @@ class TestPerformance:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/objectives.md", "docs/math.md", "docs/performance.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/papers.md",
+        "docs/objectives.md",
+        "docs/math.md",
+        "docs/performance.md",
+        "docs/verl.md",
+        "docs/off-policy.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
