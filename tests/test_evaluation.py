@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 
+from drpo.errors import UserError
 from drpo.evaluation.engines import TransformersEngine, VLLMEngine, _SeededChoice
 from drpo.evaluation.folder import EvaluationFolder
 from drpo.evaluation.sampled import sample_and_score
@@ -95,6 +98,11 @@ class TestStatistics:
         assert found["majority"]["mean"] == 0.5
         assert (found["truncated"], found["no_answer"]) == (2 / 8, 1 / 8)
         assert found["statuses"] == {"correct": 3, "wrong": 3, "no_answer": 1, "timeout": 1, "error": 0}
+
+    def test_right_answers_vote_together_however_they_are_spelt(self):
+        stated = [("correct", "84/2"), ("correct", None), ("correct", "42"), ("wrong", "41"), ("wrong", "41")]
+        rows = [{"status": s, "stated": vote, "tokens": 1, "truncated": False} for s, vote in stated]
+        assert summarise(5, [("a", Problem("p", "42"))], rows)["majority"]["mean"] == 1.0
 
 
 class TestSampling:
@@ -202,6 +210,64 @@ class TestEvaluation:
         result = run(tmp_path / "out", settings)
         assert sum(result["statuses"].values()) == 4
         assert list(result["average_by_source"]) == ["sums"]
+
+    def test_believes_a_reward_of_the_user_s_whatever_the_completions_look_like(self, tmp_path, rewards):
+        result = run(tmp_path / "out", replace(ARITHMETIC, samples=2, problems=3, reward=f"{rewards}:right"))
+        assert result["average"]["mean"] == 1.0
+        assert result["statuses"]["correct"] == 6
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            ("raises", "raised ZeroDivisionError: division by zero"),
+            ("exits", "raised SystemExit: 3"),
+            ("short", "returned 1 scores for 6 completions"),
+            ("nan", "returned nan for "),
+            ("words", "returned 'yes' for "),
+            ("number", "returned a float for 6 completions"),
+        ],
+    )
+    def test_stops_at_a_reward_that_gives_no_scores(self, tmp_path, rewards, function, message):
+        settings = replace(ARITHMETIC, samples=2, problems=3, reward=f"{rewards}:{function}")
+        with pytest.raises(UserError, match=f"--reward {rewards}:{function}: {message}"):
+            run(tmp_path / "out", settings)
+
+    def test_is_written_by_one_process(self, tmp_path):
+        folder = EvaluationFolder(tmp_path / "out")
+        with (
+            folder.locked(),
+            pytest.raises(UserError, match="another process is writing this evaluation"),
+            EvaluationFolder(tmp_path / "out").locked(),
+        ):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("damage", ["a row lost", "a row garbled", "settings garbled"])
+    def test_that_is_damaged_is_not_resumed(self, whole, tmp_path, damage):
+        path, _ = whole
+        shutil.copytree(path, tmp_path / "out")
+        file = tmp_path / "out" / ("settings.json" if damage == "settings garbled" else "samples.jsonl")
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:4] + lines[5:]) if damage == "a row lost" else "[]\n" + "".join(lines[1:]))
+        with pytest.raises(UserError, match=r"--resume: .*out is damaged"):
+            run(tmp_path / "out", resume=True)
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch) -> str:
+    """A module of reward functions, of which one is fit for use."""
+    name = f"rewards_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "def right(completions, **_): return [1.0 for _ in completions]\n"
+        "def raises(**_): 1 / 0\n"
+        "def exits(**_): raise SystemExit(3)\n"
+        "def short(**_): return [1.0]\n"
+        "def nan(completions, **_): return [float('nan') for _ in completions]\n"
+        "def words(completions, **_): return ['yes' for _ in completions]\n"
+        "def number(**_): return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,27 @@ class TestScores:
             MathGrader(**setting)
 
 
+class TestTexts:
+    @pytest.mark.parametrize("number", [r"\boxed{-42}", r"so \boxed{142}", "The answer is -42."])
+    @pytest.mark.parametrize("after", [" " * 4093, "\n" * 4093, " x" * 2047])
+    def test_that_are_cut_are_not_cut_within_a_number(self, grader, number, after):
+        for missing in range(6):
+            assert statuses(grader, number + after[missing:])[0] in ("wrong", "no_answer")
+
+    def test_without_content_have_no_answer(self, grader):
+        message = {"role": "assistant"}
+        for empty in (None, [], [message], [{**message, "content": None}], [{**message, "content": []}]):
+            assert statuses(grader, empty) == ["no_answer"]
+        parts = [{"type": "text", "text": "\\boxed{"}, {"type": "text", "text": "42}"}]
+        assert statuses(grader, [{**message, "content": parts}]) == ["correct"]
+
+    @pytest.mark.parametrize("setting", ["no_answer", "timeout", "error"])
+    @pytest.mark.parametrize("score", [float("nan"), float("inf"), "0"])
+    def test_get_no_score_that_is_none(self, setting, score):
+        with pytest.raises(ValueError, match=f"{setting}: got {score!r}; expected a finite number"):
+            MathGrader(**{setting: score})
+
+
 class TestAdversarial:
     @pytest.mark.parametrize("threads", [0, 4], ids=["main thread", "four threads"])
     def test_completions_are_answered_in_time_and_the_next_one_is_right(self, threads, tmp_path, monkeypatch):
@@ -327,12 +348,13 @@ class TestChildren:
         grader = MathGrader(workers=1)
         with ThreadPoolExecutor(1) as threads:
             work = threads.submit(statuses, grader, RIGHT)
-            for _ in range(3):
-                before = grader.pids
-                while not (now := [pid for pid in grader.pids if pid not in before]):
-                    assert not work.done()
-                    time.sleep(0.01)
-                os.kill(now[0], signal.SIGKILL)
+            killed: list[int] = []
+            while len(killed) < 3:
+                assert not work.done()
+                for pid in set(grader.pids) - set(killed):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                time.sleep(0.01)
             assert work.result() == ["correct"]
         assert grader.restarts == {"died": 3}
         grader.close()
@@ -482,6 +504,8 @@ class TestTrainers:
 
         def reward(completions, log_metric=None, **_):
             kill_all()
+            while impatient.pids:
+                time.sleep(0.01)
             at_work = threading.Timer(0.3, kill_all)
             at_work.start()
             try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from drpo.errors import UserError
 from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
@@ -21,8 +24,33 @@ class EvaluationFolder:
         self.samples = path / "samples.jsonl"
         self.result = path / "evaluation.json"
 
-    def open(self, fixed: dict[str, Any], *, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here, of which one at a time may; the lock lies beside the folder."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_name(self.path.name + ".lock"), timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"--out {self.path}: another process is writing this evaluation") from error
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+    def open(
+        self, fixed: dict[str, Any], asked: Sequence[tuple[int, int]], *, resume: bool, overwrite: bool
+    ) -> list[dict[str, Any]]:
         """Begin, or go on with, an evaluation that is made of this; the samples that are there already.
+
+        Args:
+            fixed: the settings.
+            asked: the problem and number of each sample, in the order of the file.
+            resume: go on.
+            overwrite: begin, in place of the evaluation that is there.
 
         Raises:
             UserError: a folder that holds something else.
@@ -34,11 +62,11 @@ class EvaluationFolder:
         if is_there and not self.settings.is_file():
             raise UserError(f"{where}: is not an evaluation (it has no settings.json)")
         if is_there and resume:
-            before = json.loads(self.settings.read_text(encoding="utf-8"))
+            before, rows = self._read(asked)
             for field in fixed:
                 if before.get(field) != fixed[field]:
                     raise UserError(f"--resume: {field} is {fixed[field]!r}, but {self.path} has {before.get(field)!r}")
-            return read_jsonl(self.samples)
+            return rows
         if resume:
             raise UserError(f"{where}: holds no evaluation to resume")
         if is_there and not overwrite:
@@ -51,6 +79,19 @@ class EvaluationFolder:
         except OSError as error:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from error
         return []
+
+    def _read(self, asked: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        try:
+            before = json.loads(self.settings.read_text(encoding="utf-8"))
+            rows = read_jsonl(self.samples)
+            for number, (row, which) in enumerate(zip(rows, asked, strict=False), 1):
+                if (row["problem"], row["sample"]) != which:
+                    raise ValueError(f"row {number} of samples.jsonl is of another sample than the {number}th")
+            if not isinstance(before, dict):
+                raise ValueError("settings.json holds no object")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: {self.path} is damaged ({type(error).__name__}: {error})") from error
+        return before, rows
 
     def rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep these samples alone."""
@@ -69,10 +110,12 @@ def read_result(path: Path) -> dict[str, Any]:
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        [row["correct"] / row["samples"] for row in result["problems_table"]]
+        rates = [row["correct"] / row["samples"] for row in result["problems_table"] if (row["prompt"], row["answer"])]
+        if not all(0 <= rate <= 1 for rate in (*rates, result["average"]["mean"])):
+            raise ValueError("a share of correct samples is not between 0 and 1")
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: is not an evaluation ({type(error).__name__}: {error})") from error
     return result
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from drpo.errors import UserError
 from drpo.evaluation.engines import ENGINES, Engine
 from drpo.evaluation.folder import EvaluationFolder
 from drpo.evaluation.settings import Settings
@@ -63,14 +66,29 @@ def sample_and_score(
         _model_path(settings.model), settings.max_tokens, settings.temperature, settings.precision
     )
     fixed["engine_description"] = engine.description
-    rows = folder.open(fixed, resume=resume, overwrite=overwrite)
+    with folder.locked():
+        rows = folder.open(fixed, asked, resume=resume, overwrite=overwrite)
+        return _sample(settings, folder, engine, reward, problems, batches, rows, fixed)
+
+
+def _sample(
+    settings: Settings,
+    folder: EvaluationFolder,
+    engine: Engine,
+    reward: Reward,
+    problems: Sequence[tuple[str, Problem]],
+    batches: Sequence[Sequence[tuple[int, int]]],
+    rows: list[dict[str, Any]],
+    fixed: dict[str, Any],
+) -> dict[str, Any]:
+    """What is missing of the samples, and the result of all."""
     # A batch cut short by an interruption is drawn again as a whole: its shape is part of its arithmetic.
     done = 0
     while done < len(batches) and len(rows) >= sum(map(len, batches[: done + 1])):
         done += 1
     rows = rows[: sum(map(len, batches[:done]))]
     folder.rewrite(rows)
-    with counting("evaluating", "completions", total=len(asked), done=len(rows)) as advance:
+    with counting("evaluating", "completions", total=sum(map(len, batches)), done=len(rows)) as advance:
         for batch in batches[done:]:
             made = _batch(settings, engine, reward, problems, batch)
             append_jsonl(folder.samples, *made)
@@ -93,6 +111,30 @@ def _seed(settings: Settings, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+def _scores(
+    name: str, reward: Reward, texts: list[str], answers: list[str], prompts: list[str]
+) -> Sequence[float | None]:
+    """What a reward function gives, which may be the user's.
+
+    Raises:
+        UserError: it fails, or gives something else than a number or None for each completion.
+    """
+    try:
+        scores = reward(completions=texts, answer=answers, prompts=prompts)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {name}: raised {type(error).__name__}: {error}") from error
+    if not isinstance(scores, list) or len(scores) != len(texts):
+        given = f"{len(scores)} scores" if isinstance(scores, list) else f"a {type(scores).__name__}"
+        raise UserError(f"--reward {name}: returned {given} for {len(texts)} completions; expected a list of as many")
+    for text, score in zip(texts, scores, strict=True):
+        is_number = isinstance(score, (int, float)) and math.isfinite(score)
+        if score is not None and not is_number:
+            raise UserError(
+                f"--reward {name}: returned {score!r} for {reprlib.repr(text)}; expected a finite number or None"
+            )
+    return scores
+
+
 def _batch(
     settings: Settings,
     engine: Engine,
@@ -108,9 +150,11 @@ def _batch(
     if isinstance(reward, MathGrader):
         statuses = [grade.status for grade in reward.grade(texts, answers)]
     else:
-        scores = reward(completions=texts, answer=answers, prompts=[problem.prompt for problem in asked])
-        statuses = ["correct" if (score or 0) >= 1 else "wrong" for score in scores]
-        statuses = ["no_answer" if vote is None else status for vote, status in zip(stated, statuses, strict=True)]
+        scores = _scores(settings.reward, reward, texts, answers, [problem.prompt for problem in asked])
+        statuses = [
+            "correct" if (score or 0) >= 1 else "no_answer" if score is None or vote is None else "wrong"
+            for score, vote in zip(scores, stated, strict=True)
+        ]
     return [
         {
             "problem": index,

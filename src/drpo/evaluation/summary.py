@@ -26,7 +26,10 @@ def summarise(k: int, problems: Sequence[tuple[str, Problem]], rows: Sequence[di
                 "answer": problem.answer,
                 "correct": sum(right),
                 "samples": k,
-                "majority": majority([row["stated"] for row in mine], right),
+                # However it is spelt, a right answer is the reference.
+                "majority": majority(
+                    [problem.answer if ok else row["stated"] for row, ok in zip(mine, right, strict=True)], right
+                ),
                 "truncated": sum(row["truncated"] for row in mine),
                 "no_answer": sum(row["status"] == "no_answer" for row in mine),
             }
@@ -52,6 +55,9 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         UserError: evaluations of other problems.
     """
     results = [read_result(path) for path in (first, second)]
+    graded = [result.get("reward") for result in results]
+    if graded[0] != graded[1]:
+        raise UserError(f"{first} and {second}: graded by {graded[0]} and by {graded[1]}; expected the same reward")
     tables = [result["problems_table"] for result in results]
     same = [[(row["prompt"], row["answer"]) for row in table] for table in tables]
     if same[0] != same[1]:

@@ -87,6 +87,8 @@ def load_reward(name: str, **options: Any) -> Reward:
         UserError: an unknown name or option, or a function that cannot be loaded.
     """
     if name not in REWARDS:
+        if options and ":" in name:
+            raise UserError(f"reward: {name} is a function, which takes no options; got {', '.join(options)}")
         return _load_function(name)
     try:
         return make_reward(name, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import threading
@@ -79,6 +80,10 @@ class MathGrader:
     def __post_init__(self) -> None:
         if not 0 < self.time_limit <= 3600:
             raise ValueError(f"time_limit: got {self.time_limit!r}; expected seconds, more than 0 and at most 3600")
+        for name in ("no_answer", "timeout", "error"):
+            score = getattr(self, name)
+            if score is not None and (not isinstance(score, (int, float)) or not math.isfinite(score)):
+                raise ValueError(f"{name}: got {score!r}; expected a finite number, or None")
         for name, least in (("memory_mb", 128), ("max_chars", 1), ("workers", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -123,7 +128,7 @@ class MathGrader:
             if not isinstance(answer, str) or not answer.strip():
                 raise ValueError(f"answer {row} is {answer!r}; expected text")
             reference = answer.rpartition("####")[2].strip() or answer
-            decided = self._decide(text_of(completion)[-self.max_chars :], reference)
+            decided = self._decide(_end(text_of(completion), self.max_chars), reference)
             if isinstance(decided, tuple):
                 requests[row] = decided
             else:
@@ -202,6 +207,16 @@ class MathGrader:
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _end(text: str, size: int) -> str:
+    """The last so many characters, less the rest of a word that is cut, or of a number: of −42 the 42 is another one."""
+    text = text.rstrip()
+    if len(text) <= size:
+        return text
+    end = text[-size:]
+    word = re.match(r"\S*(?=\s)", end) or re.match(r"[-−+0-9.,/]*", end)
+    return end[word.end() :] if word else end
 
 
 def _same_plain_integer(text: str, reference: str) -> Status | None:

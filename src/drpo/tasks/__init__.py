@@ -72,7 +72,7 @@ def _read_row(line: bytes, where: str, prompt: str, answer: str, template: str) 
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: {prompt} is {reprlib.repr(question)}; expected text")
     is_number = isinstance(reference, (int, float)) and not isinstance(reference, bool) and math.isfinite(reference)
-    if not (is_number or isinstance(reference, str)):
+    if not (is_number or (isinstance(reference, str) and reference.strip())):
         raise UserError(f"{where}: {answer} is {reprlib.repr(reference)}; expected text or a finite number")
     for field, value in ((prompt, question), (answer, str(reference))):
         # A lone surrogate is valid in JSON and in nothing that is written later.
