@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from typer.testing import CliRunner
 
 from drpo.cli import app, main
 from drpo.errors import UserError
+from drpo.integrations.verl.compose import of_main_ppo
 from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.objectives import PPO, SPO
 from drpo.recipe import load_recipe
+from drpo.run import RunFolder
 
 FOLDER = Path("/runs, of (mine)/it's=1")
 
@@ -24,8 +25,7 @@ FOLDER = Path("/runs, of (mine)/it's=1")
 def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
     """What verl's trainer would start with."""
     told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", [o for o in as_arguments(told, more) if not o.startswith("hydra.")])
+    return of_main_ppo(as_arguments(told, more), more)
 
 
 def test_a_recipe_means_the_same_in_verl() -> None:
@@ -86,6 +86,9 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
         (["--verl", "trainer.nnodes=2"], "--verl trainer.nnodes=2: expected with --engine verl"),
         (["--engine", "verl", "--resume"], "--resume: a run in verl goes on by verl's own"),
         (["--engine", "verl", "--set", "objective=pdm"], "--engine verl: .*loss_mode=pdm needs log-probs"),
+        (["--engine", "verl", "--verl", "trainer.nonodes=2"], "--verl: does not compose .*'trainer.nonodes'"),
+        (["--engine", "verl", "--verl", "trainer.nnodes"], "--verl trainer.nnodes: expected KEY=VALUE"),
+        (["--engine", "verl", "--verl", "trainer.nnodes=[2"], r"--verl trainer.nnodes=\[2: expected KEY=VALUE"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
@@ -102,6 +105,22 @@ def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_outlives_a_mistake_in_what_should_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(load_recipe(None, []))
+    folder.summary.write_text("{}")
+    monkeypatch.setattr(
+        "sys.argv",
+        ["drpo", "train", "--output", str(folder), "--overwrite", "--engine=verl", "--verl=trainer.nonodes=2"],
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert folder.summary.is_file()
 
 
 def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:

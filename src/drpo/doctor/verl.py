@@ -34,7 +34,9 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
         import drpo.integrations.verl  # noqa: F401
     except ImportError as error:
         raise UserError(f"--verl {path}: {error}") from error
-    config = compose(path, overrides)
+    from drpo.integrations.verl.compose import from_file
+
+    config = from_file(path, overrides)
     if not is_of_verl(config):
         raise UserError(f"--verl {path}: has no {LOSS}; expected a configuration of verl's PPO trainer")
     findings = [*_loss(config), *_anchor(config), *_sampling(config), *_update(config), *_data(config)]
@@ -42,28 +44,6 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
     if workers and _is_ours(config):
         findings += in_a_worker(_mode(config), _get(config, "actor_rollout_ref.model.external_lib"))
     return findings
-
-
-def compose(path: Path, overrides: Sequence[str] = ()) -> Any:
-    """The configuration that verl would start with."""
-    from hydra import compose as composed
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not path.is_file():
-        raise UserError(f"--verl {path}: no such file")
-    if path.suffix != ".yaml":
-        raise UserError(f"--verl {path}: expected a name that ends in .yaml")
-    try:
-        with initialize_config_dir(config_dir=str(path.parent.absolute()), version_base=None):
-            return composed(config_name=path.stem, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        cause = error.__cause__ or error
-        raise UserError(
-            f"--verl {path}: does not compose ({error if error is cause else f'{error} {cause}'})"
-        ) from error
 
 
 def is_of_verl(config: Any) -> bool:

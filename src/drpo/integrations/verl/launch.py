@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from drpo.errors import UserError
+from drpo.integrations.verl.compose import of_main_ppo
 from drpo.integrations.verl.data import write_rows
 from drpo.integrations.verl.measured import HISTOGRAMS
 from drpo.integrations.verl.translate import as_arguments, overrides
@@ -63,6 +64,8 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
     # A chat template adds some tokens of its own.
     plain = not tokenizer.chat_template
     settings = overrides(recipe, root, len(problems), longest if plain else longest + 64, plain)
+    arguments = as_arguments(settings, more)
+    of_main_ppo(arguments, more)
 
     with folder.locked():
         folder.create(recipe, overwrite)
@@ -71,7 +74,6 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
             shutil.rmtree(own)
         write_rows(problems, own / "train.jsonl", "train")
         write_rows(heldout, own / "heldout.jsonl", "heldout")
-        arguments = as_arguments(settings, more)
         (own / "overrides.txt").write_text("\n".join(arguments) + "\n", encoding="utf-8")
         with (own / "output.log").open("wb") as output:
             done = subprocess.run(
