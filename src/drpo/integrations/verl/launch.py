@@ -51,6 +51,8 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
         VerlError: verl stopped before the end.
     """
     root = folder.path.absolute()
+    # verl's workers load it again, long after the folder is there.
+    recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     if not heldout:
