@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from drpo.cli import app, main
 from drpo.errors import UserError
 from drpo.integrations.verl.compose import of_main_ppo
+from drpo.integrations.verl.launch import train
 from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.objectives import PPO, SPO
 from drpo.recipe import load_recipe
@@ -125,6 +127,16 @@ def test_a_finished_run_outlives_a_mistake_in_what_should_replace_it(
         main()
     assert stopped.value.code == 2
     assert folder.summary.is_file()
+
+
+def test_the_longest_prompt_may_be_a_held_out_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text(json.dumps({"prompt": "1+1+1+1+1+1+1+1+1+1+1+1+1+1+1=", "answer": "15"}) + "\n")
+    # No other program is run, verl's trainer least of all.
+    monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 0, ""))
+    folder = RunFolder(tmp_path / "run")
+    train(load_recipe(None, [f"task.heldout={held_out}"]), folder)
+    assert "data.max_prompt_length=30" in (folder.path / "verl" / "overrides.txt").read_text().splitlines()
 
 
 def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
-    longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in problems])["input_ids"])
+    # verl cuts what is longer, held-out prompts too.
+    longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in (*problems, *heldout)])["input_ids"])
     # A chat template adds some tokens of its own.
     plain = not tokenizer.chat_template
     settings = overrides(recipe, root, len(problems), longest if plain else longest + 64, plain)
