@@ -27,7 +27,7 @@ def from_file(path: Path, overrides: Sequence[str] = ()) -> Any:
     if path.suffix != ".yaml":
         raise UserError(f"--verl {path}: expected a name that ends in .yaml")
     folder = initialize_config_dir(config_dir=str(path.parent.absolute()), version_base=None)
-    return _composed(folder, path.stem, overrides, f"--verl {path}")
+    return _composed(folder, path.stem, overrides, " ".join(("--verl", str(path), *overrides)))
 
 
 def of_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
@@ -46,14 +46,15 @@ def of_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
         except HydraException as error:
             raise UserError(f"--verl {override}: expected KEY=VALUE, as Hydra reads it") from error
     module = initialize_config_module("verl.trainer.config", version_base=None)
-    return _composed(module, "ppo_trainer", arguments, "--verl")
+    return _composed(module, "ppo_trainer", arguments, " ".join(("--verl", *given)))
 
 
 def _composed(where: AbstractContextManager[Any], name: str, overrides: Sequence[str], what: str) -> Any:
     try:
         with where:
             return compose(name, list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    # Hydra lets through what it meets in a file or an override that is no mapping.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
         cause = error.__cause__ or error
         said = f"{error}" if error is cause else f"{error} {cause}"
         raise UserError(f"{what}: does not compose ({' '.join(said.split())})") from error
