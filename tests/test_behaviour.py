@@ -214,6 +214,25 @@ def test_a_resumed_run_samples_from_the_same_past_weights(
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_a_resumed_run_is_not_audited_on_samples_of_older_weights(
+    tmp_path: Path, problems: Dataset, capsys: pytest.CaptureFixture[str], precision: str | None
+) -> None:
+    given = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 8, "rollout_precision": precision}
+    whole, resumed = (make_trainer(tmp_path, problems, max_steps=12, rollout_lag=2, **given) for _ in range(2))
+    whole.train()
+    assert whole.audit is not None
+    capsys.readouterr()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert resumed.audit is None
+    assert "Audit" not in capsys.readouterr().out
+    logged = [row for row in resumed.state.log_history if row["step"] > 8]
+    assert logged
+    assert not any(name.startswith("audit/") for row in logged for name in row)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
 def test_a_checkpoint_without_past_weights_is_not_resumed_with_a_lag(tmp_path: Path, problems: Dataset) -> None:
     given = {"updates_per_rollout": 1, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, problems, max_steps=1, **given).train()

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from drpo.cli import app
 from drpo.doctor import Finding
-from drpo.doctor.verl import compose, examine
+from drpo.doctor.verl import examine
 from drpo.errors import UserError
 from drpo.integrations.verl import PolicyLoss
+from drpo.integrations.verl.compose import from_file
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
 SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "paper")
@@ -56,7 +57,7 @@ def test_the_recipes_have_the_paper_s_hyperparameters(objective: str, expected: 
     from hydra.utils import instantiate
 
     loss = instantiate(
-        compose(RECIPES / "qwen3-4b-base.yaml", [f"objective={objective}"]).actor_rollout_ref.actor.policy_loss
+        from_file(RECIPES / "qwen3-4b-base.yaml", [f"objective={objective}"]).actor_rollout_ref.actor.policy_loss
     )
     assert isinstance(loss, PolicyLoss)
     assert repr(loss.make_objective()) == expected
@@ -131,6 +132,46 @@ def test_a_wrong_configuration_is_found_with_its_fix(
         assert any(fix in (finding.fix or "") for finding in matching)
 
 
+A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        *((f"{key}={value}", f"{key} is {value}; expected a whole number, at least 1")
+          for key in (f"{A}.ppo_mini_batch_size", f"{A}.ppo_epochs", "data.train_batch_size", f"{R}.n", "trainer.n_gpus_per_node")
+          for value in ("0", "null", "abc", "-4", "64.5")),
+        (f"{LOSS}.hyperparameters=3", f"{LOSS}.hyperparameters is 3; expected a mapping"),
+        (f"{LOSS}.hyperparameters=null", f"{LOSS}.hyperparameters is null; expected a mapping"),
+        (f"{LOSS}=3", f"{LOSS} is 3; expected a mapping"),
+        (f"{R}=null", f"{R} is null; expected a mapping"),
+        ("algorithm.rollout_correction=3", "algorithm.rollout_correction is 3; expected a mapping"),
+        ("data.train_files=5", "data.train_files is 5; expected a file or a list of files"),
+        ("data.train_files=[null]", "data.train_files is [None]; expected a file or a list of files"),
+        (f"{A}.optim.lr=abc", f"{A}.optim.lr is abc; expected a number > 0"),
+        (f"{R}.temperature=null", f"{R}.temperature is null; expected a number > 0"),
+        ("algorithm.rollout_correction.bypass_mode=maybe", "bypass_mode is maybe; expected true or false"),
+        ("data.max_response_length=${nothing}", "data.max_response_length: Interpolation key 'nothing' not found"),
+        ("trainer.project_name=${nothing}", "Interpolation key 'nothing' not found"),
+        (f"{R}.logprobs_mode=raw_logits", "logprobs_mode=raw_logits: the ratio needs log-probs"),
+        (f"{R}.do_sample=False", "do_sample=False: greedy samples"),
+        (f"+{R}.min_p=0.1", "min_p=0.1: verl's rollout has no such setting"),
+        (f"+{R}.repetition_penalty=1.1", "repetition_penalty=1.1: samples come from a filtered distribution"),
+    ],
+)  # fmt: skip
+def test_a_value_that_verl_cannot_compute_with_is_a_stop(override: str, expected: str) -> None:
+    stops = [finding.what for finding in found("qwen3-4b-base", override) if finding.verdict == "stop"]
+    assert any(expected in what for what in stops), stops
+
+
+def test_of_a_partial_file_it_says_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("actor_rollout_ref: {actor: {policy_loss: {loss_mode: drpo}}}")
+    findings = examine(path, workers=False)
+    assert {finding.verdict for finding in findings} == {"stop"}
+    assert "data is missing; expected a mapping" in [finding.what for finding in findings]
+
+
 def test_the_command_prints_json_and_exits_with_1_where_something_stops() -> None:
     arguments = ["doctor", "--verl", str(RECIPES / "qwen3-4b-base.yaml"), "--no-workers", "--json"]
     right = CliRunner().invoke(app, arguments)
@@ -148,6 +189,9 @@ def test_the_command_prints_json_and_exits_with_1_where_something_stops() -> Non
         ("a: [", [], "does not compose"),
         ("a: 1\n", [], "expected a configuration of verl's PPO trainer"),
         ("a: 1\n", ["b=2"], "does not compose"),
+        ("a: \udcff\n", [], "does not compose .*utf-8"),
+        ("3\n", [], "does not compose"),
+        ("defaults: [a]\n", ["a=null"], "a=null: does not compose"),
     ],
 )
 def test_what_cannot_be_examined_is_said_in_one_line(
@@ -155,7 +199,7 @@ def test_what_cannot_be_examined_is_said_in_one_line(
 ) -> None:
     path = tmp_path / "config.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         examine(path, overrides, workers=False)
 
@@ -164,5 +208,5 @@ def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> N
     from omegaconf import OmegaConf
 
     path = tmp_path / "config.yaml"
-    OmegaConf.save(compose(RECIPES / "qwen3-4b-base.yaml"), path)
+    OmegaConf.save(from_file(RECIPES / "qwen3-4b-base.yaml"), path)
     assert not [finding for finding in examine(path, workers=False) if finding.verdict == "stop"]

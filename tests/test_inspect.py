@@ -171,6 +171,10 @@ MISTAKES: list[tuple[Any, str]] = [
     ({**ROWS[0], "advantage": [1.0, 2.0]}, "row 1: advantage has 2 values; expected one, or 3, one for each log-prob"),
     ({**ROWS[0], "advantage": math.inf}, "row 1: advantage is inf; expected finite numbers"),
     ({**ROWS[0], "step": 1.5}, "row 1: step is 1.5; expected a whole number, at least 0"),
+    ({**ROWS[0], "step": 10**400}, "row 1: step is 1000"),
+    ({**ROWS[0], "step": math.nan}, "row 1: step is nan; expected a whole number, at least 0"),
+    ({**ROWS[0], "length": [1, 2]}, "row 1: length is [1, 2]; expected a whole number, at least 0"),
+    ({**ROWS[0], "tokens": 2.0}, "row 1: tokens is 2.0; expected a list of token ids"),
     ({**ROWS[0], "length": 0}, "has no token that counts"),
     ({k: v for k, v in ROWS[0].items() if k != "advantage"}, "has neither advantages nor rewards"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1}, "nothing says which rows share a prompt"),
@@ -203,6 +207,7 @@ def test_a_row_that_cannot_be_used_is_one_line(here: Path, refusal: Any, row: An
         (["rollouts.jsonl", "--set", "drpo.delat=1"], "unknown hyperparameter 'delat'"),
         (["rollouts.jsonl", "--output", "page.pdf"], "--output page.pdf: expected a name that ends in .html"),
         (["rollouts.jsonl", "--json", "page.txt"], "--json page.txt: expected a name that ends in .json"),
+        (["rollouts.jsonl", "--json", "folder.json"], "--json folder.json: cannot be written (it is a folder)"),
         (["rollouts.jsonl", "--json", "nowhere/found.json"], "--json nowhere/found.json: cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -214,7 +219,12 @@ def test_a_mistake_in_the_command_is_one_line(
     expected: str,
 ) -> None:
     write(here / "rollouts.jsonl", ROWS)
+    (here / "folder.json").mkdir()
     assert expected in refusal("inspect", *arguments)
+
+
+def test_a_length_may_be_a_float_as_pandas_writes_it(tmp_path: Path) -> None:
+    assert inspected(write(tmp_path / "rollouts.jsonl", [{**ROWS[0], "length": 2.0}])).tokens == 2
 
 
 def test_rows_that_are_wrong_are_all_named(tmp_path: Path) -> None:

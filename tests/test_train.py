@@ -113,6 +113,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, drpo: Any) -> No
     assert summaries[0]["audit"] == summaries[1]["audit"]
 
 
+def test_a_run_with_a_lag_is_resumed_and_keeps_its_audit(tmp_path: Path, drpo: Any) -> None:
+    run = tmp_path / "run"
+    drpo("train", "--output", run, *sets(**SMALL, rollout_lag=2, learning_rate=0.001))
+    audit = json.loads((run / "summary.json").read_text())["audit"]
+    shutil.rmtree(run / "checkpoints/checkpoint-16")
+    (run / "summary.json").unlink()
+    drpo("train", "--resume", "--output", run)
+    assert [row["update"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 17))
+    assert json.loads((run / "summary.json").read_text())["audit"] == audit
+
+
+def test_a_run_in_which_no_token_counts_has_no_audit(tmp_path: Path, drpo: Any) -> None:
+    run = tmp_path / "run"
+    nothing = {**SMALL, "rollouts": 2, "max_completion_length": 1, "trainer.mask_truncated_completions": "true"}
+    drpo("train", "--output", run, *sets(**nothing))
+    assert json.loads((run / "summary.json").read_text())["audit"] is None
+    assert (run / "report.html").is_file()
+
+
 def test_two_runs_of_a_recipe_are_one_run(tmp_path: Path, drpo: Any) -> None:
     for name in ("first", "second"):
         drpo("train", "--output", tmp_path / name, *sets(**SMALL))

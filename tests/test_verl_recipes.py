@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from typer.testing import CliRunner
 
 from drpo.cli import app, main
 from drpo.errors import UserError
+from drpo.integrations.verl.compose import of_main_ppo
+from drpo.integrations.verl.launch import train
 from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.objectives import PPO, SPO
 from drpo.recipe import load_recipe
+from drpo.run import RunFolder
 
 FOLDER = Path("/runs, of (mine)/it's=1")
 
@@ -24,8 +27,7 @@ FOLDER = Path("/runs, of (mine)/it's=1")
 def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
     """What verl's trainer would start with."""
     told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", [o for o in as_arguments(told, more) if not o.startswith("hydra.")])
+    return of_main_ppo(as_arguments(told, more), more)
 
 
 def test_a_recipe_means_the_same_in_verl() -> None:
@@ -67,6 +69,9 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["rollout_lag=2"], "rollout_lag: is DRPOTrainer's own"),
         (["rollout_precision=int8"], "rollout_precision: is DRPOTrainer's own"),
         (["record_rollouts=true"], "record_rollouts: is DRPOTrainer's own"),
+        (["trainer.weight_decay=abc"], "trainer.weight_decay: got 'abc'; expected a valid number"),
+        (["trainer.max_grad_norm=null"], "trainer.max_grad_norm: got None; expected a valid number"),
+        (["trainer.wieght_decay=0.1"], "unknown option 'wieght_decay'; did you mean 'weight_decay'"),
         (["trainer.use_vllm=true"], "trainer.use_vllm: is an option of TRL's"),
         (["objective=drpo_topk"], "needs log-probs of the sampler's likeliest tokens"),
         (["objective=icepop"], "expected loss_mode ppo with"),
@@ -86,6 +91,10 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
         (["--verl", "trainer.nnodes=2"], "--verl trainer.nnodes=2: expected with --engine verl"),
         (["--engine", "verl", "--resume"], "--resume: a run in verl goes on by verl's own"),
         (["--engine", "verl", "--set", "objective=pdm"], "--engine verl: .*loss_mode=pdm needs log-probs"),
+        (["--engine", "verl", "--set", "reward=no_such_module:reward"], "reward: cannot load 'no_such_module:reward'"),
+        (["--engine", "verl", "--verl", "trainer.nonodes=2"], "--verl trainer.nonodes=2: does not compose"),
+        (["--engine", "verl", "--verl", "trainer.nnodes"], "--verl trainer.nnodes: expected KEY=VALUE"),
+        (["--engine", "verl", "--verl", "trainer.nnodes=[2"], r"--verl trainer.nnodes=\[2: expected KEY=VALUE"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
@@ -102,6 +111,32 @@ def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_outlives_a_mistake_in_what_should_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(load_recipe(None, []))
+    folder.summary.write_text("{}")
+    monkeypatch.setattr(
+        "sys.argv",
+        ["drpo", "train", "--output", str(folder), "--overwrite", "--engine=verl", "--verl=trainer.nonodes=2"],
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert folder.summary.is_file()
+
+
+def test_the_longest_prompt_may_be_a_held_out_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text(json.dumps({"prompt": "1+1+1+1+1+1+1+1+1+1+1+1+1+1+1=", "answer": "15"}) + "\n")
+    # No other program is run, verl's trainer least of all.
+    monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 0, ""))
+    folder = RunFolder(tmp_path / "run")
+    train(load_recipe(None, [f"task.heldout={held_out}"]), folder)
+    assert "data.max_prompt_length=30" in (folder.path / "verl" / "overrides.txt").read_text().splitlines()
 
 
 def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:

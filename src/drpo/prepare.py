@@ -119,30 +119,33 @@ def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         # Without a GPU, Transformers lets bf16 pass only where the CPU is asked for.
         "use_cpu": not torch.accelerator.is_available(),
     }
-    known = {field.name for field in dataclasses.fields(DRPOConfig)}
-    types = get_type_hints(DRPOConfig)
-    for name in recipe.trainer:
-        if name not in known:
-            raise UserError(
-                f"trainer: {unknown_name('option', name, sorted(known)).split(' Known:')[0]} (the options are those of DRPOConfig)"
-            )
+    for name, value in recipe.trainer.items():
+        check_option(name, value)
         if name in settings:
             raise UserError(f"trainer: {name} follows from the recipe and its run folder; leave it out")
-        try:
-            TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
-                recipe.trainer[name]
-            )
-        except ValidationError as error:
-            expected = " or ".join(
-                dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
-            )
-            raise UserError(f"trainer.{name}: got {recipe.trainer[name]!r}; expected {expected}") from error
     try:
         config = DRPOConfig(**{**defaults, **settings, **recipe.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {error}") from error
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
     return config
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse an option of ``trainer`` that DRPOConfig does not have, or a value of another type than its own."""
+    types = get_type_hints(DRPOConfig)
+    known = sorted(field.name for field in dataclasses.fields(DRPOConfig))
+    if name not in known:
+        raise UserError(
+            f"trainer: {unknown_name('option', name, known).split(' Known:')[0]} (the options are those of DRPOConfig)"
+        )
+    try:
+        TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        expected = " or ".join(
+            dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
+        )
+        raise UserError(f"trainer.{name}: got {value!r}; expected {expected}") from error
 
 
 def _load_model(recipe: Recipe) -> tuple[Any, Any]:

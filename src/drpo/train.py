@@ -98,7 +98,9 @@ def _run(
 def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """What became of a run, from what it wrote, before an interruption too."""
     metrics, accuracies = read_jsonl(folder.metrics), [row["accuracy"] for row in read_jsonl(folder.evaluations)]
-    first, last = metrics[0], metrics[-1]
+    last = metrics[-1]
+    # Of the first update that has tokens; a resumed run may have made another.
+    audited = next((row for row in metrics if "audit/logp_difference_mean" in row), None)
     return {
         "objective": recipe.objective.name,
         "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
@@ -108,7 +110,8 @@ def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "updates": last["update"],
         "train_seconds": round(last["seconds"], 1),
         "seed": recipe.seed,
-        "audit": {"mean": first["audit/logp_difference_mean"], "maximum": first["audit/logp_difference_max"]},
+        "audit": audited
+        and {"mean": audited["audit/logp_difference_mean"], "maximum": audited["audit/logp_difference_max"]},
     }
 
 

@@ -54,14 +54,15 @@ class DRPOTrainer(GRPOTrainer):
     generates. An objective anchored on μ takes its ratio against them; for one anchored on the
     trainer's old policy every rollout is scored once more before it is trained on. Before the first
     update the sampler's log-probs are compared with the trainer's
-    (:class:`~drpo.rollout.audit.Audit`); a run whose sampler and trainer disagree stops there.
+    (:class:`~drpo.rollout.audit.Audit`); a run whose sampler and trainer disagree stops there. A run
+    that is resumed makes the comparison again, unless it samples by older weights (``rollout_lag``).
 
     Arguments as for ``trl.GRPOTrainer``.
 
     Attributes:
         objective: the objective being optimised.
         anchor: what its ratio is taken against, ``sampler`` or ``old``.
-        audit: the comparison made before the first update; None until then.
+        audit: the comparison made before the first update that has tokens; None until then.
         trust_region: what was measured over the updates last logged, on every rank: of the tokens trained on,
             which those of dropped sequences are not.
         token_log: where the tokens trained on are collected; None unless somebody wants them.
@@ -292,7 +293,7 @@ class DRPOTrainer(GRPOTrainer):
                     self.accelerator.backward(loss)
             total += loss.detach()
         loss = self._loss(model, last, mode)
-        if mode == "train" and self.audit is None and self.accelerator.sync_gradients:
+        if self._differences and self.accelerator.sync_gradients:
             self._audit()
         return loss + total
 
@@ -342,7 +343,7 @@ class DRPOTrainer(GRPOTrainer):
             self.token_log.add(inputs, sampled)
         if self._split is not None and mode == "train":
             self._split.update(inputs, sampled)
-        if self.audit is None and mode == "train":
+        if self.audit is None and mode == "train" and self._is_sampled_by_now(inputs):
             difference = (sampled.logp.detach() - sampled.behavior_logp).abs()
             largest = torch.nn.functional.pad(difference.flatten(), (0, 1)).amax()
             self._differences.append(torch.stack([difference.sum(), largest, sampled.mask.sum().to(difference)]))
@@ -382,6 +383,11 @@ class DRPOTrainer(GRPOTrainer):
                 )
             )
         return score_plain(scores, inputs, scale, self.objective, self.anchor)
+
+    def _is_sampled_by_now(self, inputs: dict[str, Any]) -> bool:
+        """Whether π is still what sampled: no update since, and no lag, as there is in a run that is resumed with one."""
+        steps = self.args.updates_per_rollout * self.args.gradient_accumulation_steps
+        return self._step % steps < self.args.gradient_accumulation_steps and not inputs["age"].any()
 
     def _audit(self) -> None:
         # Every rank sees the same numbers, so all of them stop or none does.

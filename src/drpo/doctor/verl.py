@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.verl_values import ACTOR, ROLLOUT, wrong_values
 from drpo.doctor.verl_worker import in_a_worker
 from drpo.errors import UserError
 
-ACTOR = "actor_rollout_ref.actor"
 LOSS = f"{ACTOR}.policy_loss"
 CORRECTION = "algorithm.rollout_correction"
 
@@ -34,9 +34,13 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
         import drpo.integrations.verl  # noqa: F401
     except ImportError as error:
         raise UserError(f"--verl {path}: {error}") from error
-    config = compose(path, overrides)
+    from drpo.integrations.verl.compose import from_file
+
+    config = from_file(path, overrides)
     if not is_of_verl(config):
         raise UserError(f"--verl {path}: has no {LOSS}; expected a configuration of verl's PPO trainer")
+    if wrong := list(wrong_values(config)):
+        return wrong
     findings = [*_loss(config), *_anchor(config), *_sampling(config), *_update(config), *_data(config)]
     findings += _as_verl_checks(config, findings)
     if workers and _is_ours(config):
@@ -44,30 +48,14 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
     return findings
 
 
-def compose(path: Path, overrides: Sequence[str] = ()) -> Any:
-    """The configuration that verl would start with."""
-    from hydra import compose as composed
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not path.is_file():
-        raise UserError(f"--verl {path}: no such file")
-    if path.suffix != ".yaml":
-        raise UserError(f"--verl {path}: expected a name that ends in .yaml")
-    try:
-        with initialize_config_dir(config_dir=str(path.parent.absolute()), version_base=None):
-            return composed(config_name=path.stem, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        cause = error.__cause__ or error
-        raise UserError(
-            f"--verl {path}: does not compose ({error if error is cause else f'{error} {cause}'})"
-        ) from error
-
-
 def is_of_verl(config: Any) -> bool:
-    return _get(config, LOSS) is not None
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return isinstance(config, DictConfig) and _get(config, LOSS) is not None
+    except OmegaConfBaseException:  # an interpolation that leads nowhere
+        return False
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:
@@ -182,36 +170,53 @@ def _anchor(config: Any) -> Iterator[Finding]:
     if not bypass:
         yield Finding("ok", "anchor: the trainer's old policy, π_old, scored before the first update of each rollout")
         return
-    if not _get(config, "actor_rollout_ref.rollout.calculate_log_probs"):
+    if not _get(config, f"{ROLLOUT}.calculate_log_probs"):
         yield Finding(
             "stop",
             "bypass_mode takes the sampler's log-probs for the old policy's, and the sampler returns none",
-            "actor_rollout_ref.rollout.calculate_log_probs=True",
+            f"{ROLLOUT}.calculate_log_probs=True",
         )
     yield Finding("ok", "anchor: the sampler, μ (its log-probs stand in for the old policy's)")
 
 
 def _sampling(config: Any) -> Iterator[Finding]:
-    rollout = "actor_rollout_ref.rollout"
-    for name, off in (("top_p", 1), ("top_k", -1)):
-        value = _get(config, f"{rollout}.{name}")
+    for name, off in (("top_p", 1), ("top_k", -1), ("repetition_penalty", 1)):
+        value = _get(config, f"{ROLLOUT}.{name}", off)
         if value not in (off, 0 if name == "top_k" else off):
             yield Finding(
                 "stop",
-                f"{rollout}.{name}={value}: samples come from a filtered distribution, the trainer's log-probs from the whole",
-                f"{rollout}.{name}={off}",
+                f"{ROLLOUT}.{name}={value}: samples come from a filtered distribution, the trainer's log-probs from the whole",
+                f"{ROLLOUT}.{name}={off}",
             )
-    mode, temperature = _get(config, f"{rollout}.logprobs_mode"), _get(config, f"{rollout}.temperature")
-    if temperature != 1 and mode not in (None, "processed_logprobs"):
+    if (value := _get(config, f"{ROLLOUT}.min_p")) not in (None, 0):
         yield Finding(
             "stop",
-            f"{rollout}.logprobs_mode={mode} are log-probs at temperature 1, and tokens are drawn at {temperature:g}",
-            f"{rollout}.logprobs_mode=processed_logprobs",
+            f"{ROLLOUT}.min_p={value}: verl's rollout has no such setting, and it would filter what is sampled from",
+            f"~{ROLLOUT}.min_p",
+        )
+    if not _get(config, f"{ROLLOUT}.do_sample", True):
+        yield Finding(
+            "stop",
+            f"{ROLLOUT}.do_sample=False: greedy samples are not of the distribution that the trainer scores",
+            f"{ROLLOUT}.do_sample=True",
+        )
+    mode, temperature = _get(config, f"{ROLLOUT}.logprobs_mode"), _get(config, f"{ROLLOUT}.temperature")
+    if mode not in (None, "processed_logprobs", "raw_logprobs"):
+        yield Finding(
+            "stop",
+            f"{ROLLOUT}.logprobs_mode={mode}: the ratio needs log-probs of the sampled tokens",
+            f"{ROLLOUT}.logprobs_mode=processed_logprobs",
+        )
+    elif temperature != 1 and mode == "raw_logprobs":
+        yield Finding(
+            "stop",
+            f"{ROLLOUT}.logprobs_mode={mode} are log-probs at temperature 1, and tokens are drawn at {temperature:g}",
+            f"{ROLLOUT}.logprobs_mode=processed_logprobs",
         )
 
 
 def _update(config: Any) -> Iterator[Finding]:
-    prompts, samples = _get(config, "data.train_batch_size"), _get(config, "actor_rollout_ref.rollout.n")
+    prompts, samples = _get(config, "data.train_batch_size"), _get(config, f"{ROLLOUT}.n")
     batch, epochs = _get(config, f"{ACTOR}.ppo_mini_batch_size"), _get(config, f"{ACTOR}.ppo_epochs")
     if prompts % batch:
         yield Finding(
@@ -236,7 +241,7 @@ def _update(config: Any) -> Iterator[Finding]:
     if estimator == "gae":
         yield Finding("warning", "algorithm.adv_estimator=gae trains a critic", "algorithm.adv_estimator=grpo")
     if samples == 1 and estimator == "grpo":
-        yield Finding("stop", "one sample a prompt: every advantage is 0", "actor_rollout_ref.rollout.n=8")
+        yield Finding("stop", "one sample a prompt: every advantage is 0", f"{ROLLOUT}.n=8")
     if estimator == "grpo" and _get(config, "algorithm.norm_adv_by_std_in_grpo"):
         yield Finding(
             "warning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -57,10 +58,12 @@ def inspect(
     objectives = chosen_objectives(list(OBJECTIVES), overrides or [])
     page = output or rollouts.with_suffix(".html")
     for option, path, ending in (("--output", page, ".html"), ("--json", json, ".json")):
-        if path is not None and path.suffix != ending:
+        if path is None:
+            continue
+        if path.suffix != ending:
             raise UserError(f"{option} {path}: expected a name that ends in {ending}")
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{option} {path}: cannot be written (there is no folder {path.parent})")
+        if reason := _why_not_writable(path):
+            raise UserError(f"{option} {path}: cannot be written ({reason})")
     chosen = {}
     for column in columns or []:
         field, separator, name = column.partition("=")
@@ -89,3 +92,14 @@ def inspect(
         f"max {found.measured['divergence/max']:.3g}; {reached} {100 * share:g} % of tokens"
     )
     typer.echo(str(page))
+
+
+def _why_not_writable(path: Path) -> str | None:
+    """Known before either file is written, so that both are or none is."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if path.is_dir():
+        return "it is a folder"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return "permission denied"
+    return None

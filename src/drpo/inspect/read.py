@@ -170,13 +170,20 @@ def _counted(found: Mapping[str, tuple[str, Any]], size: int) -> np.ndarray:
         if len(values) != size or not np.isin(values, (0, 1)).all():
             raise ValueError(f"{name} has {len(values):,} values; expected {size:,} of 0 and 1, one for each log-prob")
         return values.astype(bool)
-    name, length = found.get("length") or found.get("tokens") or ("", size)
-    if isinstance(length, list):
-        if len(length) > size:
-            raise ValueError(f"{name} has {len(length):,} tokens; expected at most {size:,}, one for each log-prob")
-        length = len(length)
-    elif _whole(name, length) > size:
-        raise ValueError(f"{name} is {length:,}; expected at most {size:,}, as many as there are log-probs")
+    if "length" in found:
+        name, value = found["length"]
+        length = _whole(name, value)
+        if length > size:
+            raise ValueError(f"{name} is {length:,}; expected at most {size:,}, as many as there are log-probs")
+    elif "tokens" in found:
+        name, tokens = found["tokens"]
+        if not isinstance(tokens, list):
+            raise ValueError(f"{name} is {reprlib.repr(tokens)}; expected a list of token ids")
+        length = len(tokens)
+        if length > size:
+            raise ValueError(f"{name} has {length:,} tokens; expected at most {size:,}, one for each log-prob")
+    else:
+        length = size
     counted[length:] = False
     return counted
 
@@ -223,8 +230,9 @@ def _numbers(name: str, value: Any) -> np.ndarray:
 
 
 def _whole(name: str, value: Any) -> int:
-    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
-    if not is_whole or not 0 <= value < 2**53:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # In this order: a number that is too large has no float.
+    if not is_number or not 0 <= value < 2**53 or not float(value).is_integer():
         raise ValueError(f"{name} is {reprlib.repr(value)}; expected a whole number, at least 0")
     return int(value)
 

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from drpo.errors import UserError
+from drpo.integrations.verl.compose import of_main_ppo
 from drpo.integrations.verl.data import write_rows
 from drpo.integrations.verl.measured import HISTOGRAMS
 from drpo.integrations.verl.translate import as_arguments, overrides
@@ -50,6 +51,8 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
         VerlError: verl stopped before the end.
     """
     root = folder.path.absolute()
+    # verl's workers load it again, long after the folder is there.
+    recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     if not heldout:
@@ -59,10 +62,13 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
-    longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in problems])["input_ids"])
+    # verl cuts what is longer, held-out prompts too.
+    longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in (*problems, *heldout)])["input_ids"])
     # A chat template adds some tokens of its own.
     plain = not tokenizer.chat_template
     settings = overrides(recipe, root, len(problems), longest if plain else longest + 64, plain)
+    arguments = as_arguments(settings, more)
+    of_main_ppo(arguments, more)
 
     with folder.locked():
         folder.create(recipe, overwrite)
@@ -71,7 +77,6 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
             shutil.rmtree(own)
         write_rows(problems, own / "train.jsonl", "train")
         write_rows(heldout, own / "heldout.jsonl", "heldout")
-        arguments = as_arguments(settings, more)
         (own / "overrides.txt").write_text("\n".join(arguments) + "\n", encoding="utf-8")
         with (own / "output.log").open("wb") as output:
             done = subprocess.run(

@@ -13,6 +13,7 @@ from verl.trainer.config import RolloutCorrectionConfig
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
 from drpo.integrations.verl.config import LOSS_MODES, TARGET, PolicyLoss
+from drpo.prepare import check_option
 from drpo.recipe import Recipe
 from drpo.tasks import BUILTIN_MODELS
 
@@ -117,13 +118,15 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
             "actor_rollout_ref.model.lora_alpha": recipe.lora.alpha,
             "actor_rollout_ref.model.target_modules": modules if isinstance(modules, str) else f"[{','.join(modules)}]",
         }
+    for option, value in recipe.trainer.items():
+        check_option(option, value)
+        if option not in _TRAINER:
+            raise UserError(
+                f"trainer.{option}: is an option of TRL's, which --engine verl has no word for; leave it out, or say what "
+                "is meant with --verl KEY=VALUE"
+            )
     for option, key in _TRAINER.items():
         settings[key] = recipe.trainer.get(option, default[option])
-    if other := sorted(set(recipe.trainer) - set(_TRAINER)):
-        raise UserError(
-            f"trainer.{other[0]}: is an option of TRL's, which --engine verl has no word for; leave it out, or say what "
-            "is meant with --verl KEY=VALUE"
-        )
     return settings
 
 

@@ -1,0 +1,60 @@
+"""The configuration that verl would start with, composed by Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from drpo.errors import UserError
+
+
+def from_file(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The configuration in a file, with overrides.
+
+    Raises:
+        UserError: there is none, or it does not compose.
+    """
+    if not path.is_file():
+        raise UserError(f"--verl {path}: no such file")
+    if path.suffix != ".yaml":
+        raise UserError(f"--verl {path}: expected a name that ends in .yaml")
+    folder = initialize_config_dir(config_dir=str(path.parent.absolute()), version_base=None)
+    return _composed(folder, path.stem, overrides, " ".join(("--verl", str(path), *overrides)))
+
+
+def of_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
+    """The configuration of ``python -m verl.trainer.main_ppo`` with these arguments.
+
+    Args:
+        arguments: all of them.
+        given: those that the user gave.
+
+    Raises:
+        UserError: it does not compose.
+    """
+    for override in given:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise UserError(f"--verl {override}: expected KEY=VALUE, as Hydra reads it") from error
+    module = initialize_config_module("verl.trainer.config", version_base=None)
+    return _composed(module, "ppo_trainer", arguments, " ".join(("--verl", *given)))
+
+
+def _composed(where: AbstractContextManager[Any], name: str, overrides: Sequence[str], what: str) -> Any:
+    try:
+        with where:
+            return compose(name, list(overrides))
+    # Hydra lets through what it meets in a file or an override that is no mapping.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
+        cause = error.__cause__ or error
+        said = f"{error}" if error is cause else f"{error} {cause}"
+        raise UserError(f"{what}: does not compose ({' '.join(said.split())})") from error
