@@ -39,6 +39,7 @@ WHOLE = Kind(
 )
 NUMBER = Kind("a number", _is_number)
 POSITIVE = Kind("a number > 0", lambda value: _is_number(value) and value > 0)
+RATE = Kind("a number, at least 0", lambda value: _is_number(value) and value >= 0)
 BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
 FILES = Kind("a file or a list of files", _is_files)
 
@@ -55,7 +56,7 @@ NEEDED = {
     "data.max_response_length": WHOLE,
     f"{ACTOR}.ppo_mini_batch_size": WHOLE,
     f"{ACTOR}.ppo_epochs": WHOLE,
-    f"{ACTOR}.optim.lr": POSITIVE,
+    f"{ACTOR}.optim.lr": RATE,
     f"{ROLLOUT}.n": WHOLE,
     f"{ROLLOUT}.temperature": POSITIVE,
     "trainer.n_gpus_per_node": WHOLE,
