@@ -108,6 +108,11 @@ def test_a_log_prob_over_the_support_and_its_gradient_are_those_of_the_filtered_
         ({"repetition_penalty": 1.1, "replay_support": True}, "repetition_penalty=1.1 would have no effect"),
         ({"top_p": 0.9, "replay_support": True, "use_vllm": True}, "which vLLM does not return"),
         ({"top_p": 0.9, "replay_support": True, "objective": "ppo"}, "objective='ppo' needs π_old too"),
+        ({"top_p": 2.0, "replay_support": True}, "top_p is 2.0; expected a number between 0 and 1"),
+        ({"top_p": 0.0, "replay_support": True}, "top_p is 0.0; expected a number between 0 and 1"),
+        ({"top_k": -5, "replay_support": True}, "top_k is -5; expected a whole number, at least 2"),
+        ({"top_k": 1, "replay_support": True}, "top_k is 1; expected a whole number, at least 2"),
+        ({"min_p": 1.0, "replay_support": True}, "min_p is 1.0; expected a number between 0 and 1"),
         ({"replay_support": True, "objective": "drpo_topk"}, "objective='drpo_topk' needs the likeliest tokens too"),
     ],
 )

@@ -167,10 +167,15 @@ class DRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.top_k == -1:
+            # vLLM's word for no filter; TRL's is 0 for both.
+            self.top_k = 0
         for name, instead in REFUSED.items():
-            if self.replay_support and name in FILTERS:
+            if getattr(self, name) in (defaults[name], *NEUTRAL.get(name, ())):
                 continue
-            if getattr(self, name) not in (defaults[name], *NEUTRAL.get(name, ())):
+            if self.replay_support and name in FILTERS:
+                self._check_filter(name)
+            else:
                 raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
         if not isinstance(self.updates_per_rollout, int) or self.updates_per_rollout < 1:
             raise ValueError(f"updates_per_rollout is {self.updates_per_rollout}; expected a whole number, at least 1")
@@ -223,6 +228,14 @@ class DRPOConfig(GRPOConfig):
                     f"train_precision={self.train_precision!r} contradicts bf16={self.bf16}, fp16={self.fp16}"
                 )
             self.bf16 = wanted
+
+    def _check_filter(self, name: str) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "top_k" and not (isinstance(value, int) and value >= 2):
+            raise ValueError(f"top_k is {value!r}; expected a whole number, at least 2, or 0 for none")
+        if name != "top_k" and not (is_number and 0 < value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a number between 0 and 1")
 
     def make_objective(self) -> Objective:
         """The objective with its hyperparameters, under the correction if there is one.
