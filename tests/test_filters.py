@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,8 @@ def test_a_log_prob_over_the_support_and_its_gradient_are_those_of_the_filtered_
     ],
 )
 def test_a_filter_that_cannot_be_replayed_is_refused(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match="=") as error:
+    with pytest.raises(ValueError, match=re.escape(expected)):
         config(tmp_path, **settings)
-    assert expected in str(error.value)
 
 
 def test_a_filter_that_comes_in_by_the_back_door_stops_the_run(tmp_path: Path, problems: Dataset) -> None:
