@@ -681,6 +681,7 @@ class TestTRL:
             ("_generate_and_score_completions", ["inputs"]),
             ("_prepare_inputs", ["generation_batch"]),
             ("_compute_loss", ["model", "inputs"]),
+            ("training_step", ["model", "inputs", "num_items_in_batch"]),
             ("log", ["logs", "start_time"]),
             ("_save_optimizer_and_scheduler", ["output_dir"]),
             ("_load_optimizer_and_scheduler", ["checkpoint"]),
