@@ -26,7 +26,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(VENV)/installed  ## all benchmarks, into docs/results and docs/images: an hour on two otherwise idle cores
+bench: $(VENV)/installed  ## all benchmarks, into docs/results and docs/images; long, and only fair on an idle machine
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks all
 

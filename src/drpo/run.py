@@ -112,15 +112,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from writing here; the folder is created if need be."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "run.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"--output {self}: another process is writing this run") from error
-        try:
+        with locked(self.path / "run.lock", f"--output {self}: another process is writing this run"):
             yield
-        finally:
-            lock.release()
 
     def create(self, recipe: Recipe, overwrite: bool = False) -> None:
         """Begin a run in the folder, in place of the one that was there if ``overwrite``."""
@@ -178,6 +171,26 @@ def _line(row: dict[str, Any]) -> str:
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(map(_line, rows))
+
+
+@contextmanager
+def locked(path: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards.
+
+    Raises:
+        UserError: another process holds it; the message is ``otherwise``.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(otherwise) from error
+    try:
+        yield
+    finally:
+        # While it is held: who opened it meanwhile finds it without a name, and makes another.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from drpo.errors import UserError
-from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+from drpo.run import RunFolder, append_jsonl, locked, read_jsonl, write_json
 
 
 class EvaluationFolder:
@@ -27,19 +25,14 @@ class EvaluationFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from writing here, of which one at a time may; the lock lies beside the folder."""
+        where = f"--out {self.path}"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(self.path.name + ".lock"), timeout=0)
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"--out {self.path}: another process is writing this evaluation") from error
         except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from error
-        try:
+            raise UserError(f"{where}: cannot be written ({error.strerror})") from error
+        beside = self.path.with_name(self.path.name + ".lock")
+        with locked(beside, f"{where}: another process is writing this evaluation"):
             yield
-        finally:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
 
     def open(
         self, fixed: dict[str, Any], asked: Sequence[tuple[int, int]], *, resume: bool, overwrite: bool
