@@ -123,7 +123,7 @@ def _loss(config: Any) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"delta = {objective.delta:g} confines the gradient weight to [{low:.3g}, {high:.3g}]: it never turns corrective",
-                f"+{LOSS}.hyperparameters.delta=0.2, if the edge of the trust region is to be reached",
+                f"++{LOSS}.hyperparameters.delta=0.2, if the edge of the trust region is to be reached",
             )
     for name in NOT_READ:
         default, value = ActorConfig.__dataclass_fields__[name].default, _get(config, f"{ACTOR}.{name}")
