@@ -10,7 +10,14 @@ from torch import Tensor
 
 from builders import TIGHT, indexed, one_token, random_tensors, tokens
 from drpo import OBJECTIVES, TokenBatch, TrustRegion, TrustRegionMetrics, make_objective
-from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.metrics.histograms import (
+    DIVERGENCE_EDGES,
+    LOG_RATIO_EDGES,
+    WEIGHT_EDGES,
+    divergence_bins,
+    log_ratio_bins,
+    weight_bins,
+)
 
 
 def measured(batch: TokenBatch, weight: Tensor, entropy: Tensor | None = None) -> TrustRegion:
@@ -98,9 +105,31 @@ def test_the_histograms_count_each_token_between_its_edges() -> None:
     # A token of no advantage is in the first alone.
     assert (sum(region.divergence_histogram), sum(region.weight_histogram)) == (7, 6)
     for value, count in ((0.0, 1), (0.1, 3), (0.2, 2), (0.4, 1)):
-        assert region.divergence_histogram[sum(edge.item() < value * 0.999 for edge in DIVERGENCE_EDGES)] == count
+        assert region.divergence_histogram[sum(edge.item() < value for edge in DIVERGENCE_EDGES)] == count
     for weight in (-1.0, 0.0, 0.25, 0.5, 1.0, 1.5):
         assert region.weight_histogram[sum(edge.item() < weight for edge in WEIGHT_EDGES)] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("bins", "edges", "least"),
+    [
+        (divergence_bins, DIVERGENCE_EDGES, 0.0),
+        (log_ratio_bins, LOG_RATIO_EDGES, -torch.inf),
+        (weight_bins, WEIGHT_EDGES, -torch.inf),
+    ],
+)
+def test_a_bin_lies_between_its_edges(
+    bins: Callable[[Tensor], Tensor], edges: Tensor, least: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(100_000, generator=generator, dtype=dtype).mul(6).exp()
+    values = torch.cat(
+        [spread, -spread, 1 + spread, 1 - spread, torch.tensor([0.0, -0.0, 1.0, torch.inf], dtype=dtype)]
+    )
+    values = values[values >= least]
+    assert bins(values).equal(torch.bucketize(values.double(), edges, right=True, out_int32=True))
+    assert 0 <= bins(torch.tensor([torch.nan], dtype=dtype)).item() <= len(edges)
 
 
 def test_a_weight_beyond_the_outermost_edges_is_counted_at_the_end() -> None:

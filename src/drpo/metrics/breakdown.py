@@ -31,11 +31,11 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
     bins = divergence_bins(divergence)
     # The last bucket takes a μ that rounding puts above 1.
     edges = batch.behavior_prob.new_tensor([*BUCKETS.values()][:-1])
-    bucket = torch.bucketize(batch.behavior_prob.flatten(), edges)
+    bucket = torch.bucketize(batch.behavior_prob.flatten(), edges, out_int32=True)
     found = {
         "histogram_bucket": histogram(bucket * _BINS + bins, len(BUCKETS) * _BINS, counted, dtype),
         "divergence_bucket": torch.zeros(len(BUCKETS), dtype=dtype, device=bins.device).scatter_add_(
-            0, bucket, divergence.flatten()
+            0, bucket.long(), divergence.flatten()
         ),
         "log_ratio_histogram": histogram(log_ratio_bins(batch.log_ratio), len(LOG_RATIO_EDGES) + 1, counted, dtype),
     }

@@ -5,50 +5,75 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DIVERGENCE_EDGES = torch.logspace(-8, 0, 161, dtype=torch.float64)
-"""Edges of the |π − μ| histogram, twenty bins a decade: its quantiles are exact to 12 %."""
 
-_DISTANCES = torch.logspace(-8, 1.35, 188, dtype=torch.float64)
-LOG_RATIO_EDGES = torch.cat([-_DISTANCES.flip(0), _DISTANCES])
-"""Edges of the log-ratio histogram, twenty bins a decade on each side of the one that holds 0."""
-
-_STEPS = torch.logspace(-4.1, 1.1, 27, dtype=torch.float64)
-WEIGHT_EDGES = 1 + torch.cat([-_STEPS.flip(0), _STEPS])
-"""Edges of the gradient-weight histogram, five bins a decade of |w − 1| on each side; w = 0 lies inside a bin."""
+def _edges(first: int, last: int, per_octave: int) -> Tensor:
+    """From 2^first to 2^last, so many evenly spaced in every doubling."""
+    octaves = torch.arange(first, last, dtype=torch.float64).exp2().unsqueeze(1)
+    steps = 1 + torch.arange(per_octave, dtype=torch.float64) / per_octave
+    return torch.cat([(octaves * steps).flatten(), torch.tensor([2.0**last], dtype=torch.float64)])
 
 
-# The bin of each value, from 0 (up to the first edge) to len(edges) (beyond the last). The edges are evenly spaced on a
-# logarithmic scale and a search among them takes longer than all other measurements together; a value within rounding of
-# an edge may be on its other side.
+def _both_sides(distances: Tensor) -> Tensor:
+    return torch.cat([-distances.flip(0), distances])
+
+
+_FINE, _COARSE = 8, 2
+
+DIVERGENCE_EDGES = _edges(-27, 0, _FINE)
+"""Edges of the |π − μ| histogram, eight bins a doubling from 7e-9 on: its quantiles are exact to 13 %."""
+
+_DISTANCES = _edges(-27, 5, _FINE)
+LOG_RATIO_EDGES = _both_sides(_DISTANCES)
+"""Edges of the log-ratio histogram, eight bins a doubling on each side of the one that holds 0."""
+
+_WEIGHT_UNIT = 0.8
+_STEPS = _edges(-13, 4, _COARSE)
+WEIGHT_EDGES = 1 + _WEIGHT_UNIT * _both_sides(_STEPS)
+"""Edges of the gradient-weight histogram, two bins a doubling of |w − 1| from 1e-4 on; w = 0 is the middle of a bin."""
+
+
+# The bin of each value, from 0 (below the first edge) to len(edges) (from the last on), as int32 in one dimension. Evenly
+# spaced within doublings, the bins are the leading bits of the numbers: a search among the edges, and even a logarithm,
+# takes longer than all other measurements together.
 
 
 def divergence_bins(divergence: Tensor) -> Tensor:
-    """Among :data:`DIVERGENCE_EDGES`, of |π − μ|; as many as values, in one dimension."""
-    return _steps(divergence, -8, 20, len(DIVERGENCE_EDGES)).long()
+    """Among :data:`DIVERGENCE_EDGES`, of |π − μ|."""
+    return _steps(divergence, DIVERGENCE_EDGES, _FINE)
 
 
 def log_ratio_bins(log_ratio: Tensor) -> Tensor:
     """Among :data:`LOG_RATIO_EDGES`."""
-    return _signed(log_ratio, -8, 20, len(_DISTANCES))
+    return _signed(log_ratio, _DISTANCES, _FINE)
 
 
 def weight_bins(weight: Tensor) -> Tensor:
     """Among :data:`WEIGHT_EDGES`."""
-    return _signed(weight - 1, -4.1, 5, len(_STEPS))
+    return _signed((weight - 1) / _WEIGHT_UNIT, _STEPS, _COARSE)
 
 
-def _signed(value: Tensor, first: float, per_decade: int, edges: int) -> Tensor:
-    return (edges + value.flatten().sign() * _steps(value.abs(), first, per_decade, edges)).long()
+def _signed(value: Tensor, edges: Tensor, per_octave: int) -> Tensor:
+    return len(edges) + value.flatten().sign().int() * _steps(value.abs(), edges, per_octave)
 
 
-def _steps(distance: Tensor, first: float, per_decade: int, edges: int) -> Tensor:
-    """How many of so many edges, the first at 10^first, lie below each distance."""
-    return ((distance.flatten().log10() - first) * per_decade).ceil().clamp(0, edges).nan_to_num(edges)
+def _steps(distance: Tensor, edges: Tensor, per_octave: int) -> Tensor:
+    """How many of the edges, made by :func:`_edges`, each distance reaches."""
+    # An IEEE number ≥ 0, read as an integer, grows with the number; a doubling adds 1 to its exponent.
+    integer, mantissa = (torch.int64, 52) if distance.dtype == torch.float64 else (torch.int32, 23)
+    shift = mantissa - (per_octave.bit_length() - 1)
+    first = int(edges[:1].to(distance.dtype).view(integer)) >> shift
+    return ((distance.flatten().view(integer) >> shift) - (first - 1)).clamp_(0, len(edges)).int()
 
 
 def histogram(bins: Tensor, size: int, counted: Tensor, dtype: torch.dtype) -> Tensor:
     """How many of the counted values are in each of ``size`` bins, [size]."""
-    return torch.zeros(size, dtype=dtype, device=bins.device).scatter_add_(0, bins, counted.flatten().to(dtype))
+    counted = counted.flatten()
+    if bins.device.type == "cpu":
+        found = torch.bincount(bins * counted, minlength=size)
+        found[0] -= counted.numel() - counted.sum()
+        return found.to(dtype)
+    # bincount waits for a GPU.
+    return torch.zeros(size, dtype=dtype, device=bins.device).scatter_add_(0, bins.long(), counted.to(dtype))
 
 
 def quantile(counts: Tensor, edges: Tensor, share: float) -> float:

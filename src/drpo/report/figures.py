@@ -112,10 +112,8 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
 
 
 def _weight_labels() -> list[str]:
-    """A label for each bin of the weight histogram: its middle on the scale of |w − 1|, which is logarithmic."""
-    distance = WEIGHT_EDGES - 1
-    middle = 1 + distance.sign()[1:] * (distance[:-1] * distance[1:]).abs().sqrt()
-    middle[len(middle) // 2] = 1.0
+    """A label for each bin of the weight histogram: its middle."""
+    middle = (WEIGHT_EDGES[:-1] + WEIGHT_EDGES[1:]) / 2
     labels = []
     for weight in (middle.round(decimals=9) + 0.0).tolist():  # + 0.0: no label "-0"
         decimals = 1 if weight == 1 else max(1, 1 - math.floor(math.log10(abs(weight - 1))))
