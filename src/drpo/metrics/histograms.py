@@ -20,7 +20,7 @@ def _both_sides(distances: Tensor) -> Tensor:
 _FINE, _COARSE = 8, 2
 
 DIVERGENCE_EDGES = _edges(-27, 0, _FINE)
-"""Edges of the |π − μ| histogram, eight bins a doubling from 7e-9 on: its quantiles are exact to 13 %."""
+"""Edges of the |π − μ| histogram, eight bins a doubling from 7e-9 on: its quantiles are exact to an eighth."""
 
 _DISTANCES = _edges(-27, 5, _FINE)
 LOG_RATIO_EDGES = _both_sides(_DISTANCES)
