@@ -18,7 +18,9 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from benchmarks import measure, tables
 from drpo.integrations.verl import PolicyLoss
+from drpo.integrations.verl.config import LOSS_MODES, why_not_in_verl
 from drpo.integrations.verl.measured import MEASURED
+from drpo.objectives import OBJECTIVES
 
 SHAPE = (64, 4096)
 ROUNDS = 41
@@ -41,14 +43,14 @@ def rollout() -> dict[str, Tensor]:
 
 def losses() -> dict[str, PolicyLossConfig]:
     bypass = RolloutCorrectionConfig(rollout_is=None, bypass_mode=True)
-    drpo = {"loss_mode": "drpo", "hyperparameters": {"delta": 0.2}, "rollout_correction": bypass}
     return {
         "vanilla": PolicyLossConfig(),
-        "drpo": PolicyLoss(**drpo),
-        "drpo, histograms": PolicyLoss(**drpo, histograms=True),
-        "spo": PolicyLoss(loss_mode="spo", rollout_correction=bypass),
-        "ppo": PolicyLoss(loss_mode="ppo", rollout_correction=bypass),
-        "drpo/dppo_tv": PolicyLoss(loss_mode="drpo/dppo_tv", rollout_correction=bypass),
+        **{
+            mode: PolicyLoss(loss_mode=mode, rollout_correction=bypass)
+            for mode, name in LOSS_MODES.items()
+            if why_not_in_verl(OBJECTIVES[name]) is None
+        },
+        "drpo, histograms": PolicyLoss(loss_mode="drpo", rollout_correction=bypass, histograms=True),
     }
 
 

@@ -140,9 +140,7 @@ def test_a_weight_beyond_the_outermost_edges_is_counted_at_the_end() -> None:
 
 @pytest.mark.parametrize(("name", "quantile"), [("p50", 0.5), ("p90", 0.9), ("p99", 0.99)])
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0, 20.0])
-def test_a_quantile_of_the_divergence_is_at_most_an_eighth_too_high(
-    spread: float, name: str, quantile: float
-) -> None:
+def test_a_quantile_of_the_divergence_is_at_most_an_eighth_too_high(spread: float, name: str, quantile: float) -> None:
     batch = TokenBatch(**random_tensors(seed=4, shape=(40, 50), spread=spread))
     divergence = batch.shift.detach().abs()[batch.mask].sort().values
     exact = divergence[math.ceil(quantile * len(divergence)) - 1].item()

@@ -45,7 +45,6 @@ from drpo.objectives import (
     make_correction,
 )
 from drpo.objectives.base import LARGEST, SMALLEST
-from drpo.objectives.divergences import others_log_ratio
 from drpo.objectives.drpo import _tell_confined
 from drpo.tokens import TopK
 
@@ -366,7 +365,7 @@ def test_the_ratio_of_what_is_left_keeps_its_digits_in_fp32(prob: float, behavio
     t = TokenBatch(logp, behavior_logp, torch.ones(1), torch.ones(1, 1))
     # Of the log-probs as rounded to fp32.
     left, behavior_left = (-math.expm1(t.item()) for t in (logp, behavior_logp))
-    assert others_log_ratio(t).item() == pytest.approx(math.log1p((left - behavior_left) / behavior_left), rel=1e-5)
+    assert t.others_log_ratio.item() == pytest.approx(math.log1p((left - behavior_left) / behavior_left), rel=1e-5)
 
 
 def test_pdm_masks_a_token_on_its_way_back_that_takes_the_others_further_away() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -125,6 +126,11 @@ class TokenBatch:
         return self.behavior_prob * self.excess
 
     @property
+    def others_log_ratio(self) -> Tensor:
+        """log of (1 − π)/(1 − μ), of any other token than the sampled one, [B, T]; finite, and without gradient."""
+        return _log_others(self.logp.detach()) - _log_others(self.behavior_logp)
+
+    @property
     def length(self) -> Tensor:
         """How many tokens of each sequence count, [B, 1] of the log-probs' dtype; 1 where none does."""
         return self.mask.sum(dim=1, keepdim=True).clamp(min=1).to(self.log_ratio.dtype)
@@ -150,6 +156,14 @@ class TokenBatch:
         if self.topk is None:
             raise ValueError("topk is missing; this objective needs log-probs of the sampler's likeliest tokens")
         return self.topk
+
+
+def _log_others(logp: Tensor) -> Tensor:
+    """log(1 − p), at least that of the smallest number: infinities would have to be told apart, and are slow."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).tiny)
+    # Either form keeps the digits that the other one loses: 1 − p where p is nearly 1, log(1 − p) where it is nearly 0.
+    half = -math.log(2)
+    return torch.where(logp > half, (-logp.expm1()).log(), (-logp.clamp(max=half).exp()).log1p())
 
 
 def _checked_topk(topk: TopK, mask: Tensor, dtype: torch.dtype) -> TopK:

@@ -56,12 +56,19 @@ class CPPO(MaskObjective):
         before = counted.cumsum(dim=1) - 1
         weight = counted * (1 - (1 - self.weight_min) * before / (batch.length - 1).clamp(min=1))
         spent = weight * divergence
-        # One column more, so that a sequence without tokens has a quantile too.
-        of_sequence = pad(divergence.masked_fill(~batch.mask, torch.nan), (0, 1), value=torch.nan)
-        quantile = of_sequence.nanquantile(0.9, dim=1, keepdim=True).nan_to_num()
-        allowance = quantile.clamp(self.allowance_low, self.allowance_high)
+        allowance = _upper_tenth(divergence, batch).clamp(self.allowance_low, self.allowance_high)
         earned = allowance * _sum_before(weight) - _sum_before(spent)
         return moving_away(batch) & (spent > self.delta + earned.clamp(max=0))
+
+
+def _upper_tenth(values: Tensor, batch: TokenBatch) -> Tensor:
+    """The 90 % quantile of those in a sequence that count, interpolated as torch.quantile's, [B, 1]; below 0 if none does."""
+    # A tenth of the values is found several times as fast as all are sorted. Two columns more, for the shortest sequences.
+    some = values.shape[1] // 10 + 2
+    largest = pad(values.masked_fill(~batch.mask, -1.0), (0, 2), value=-1.0).topk(some, dim=1).values
+    place = 0.1 * (batch.length - 1)
+    above = place.long()
+    return torch.lerp(largest.gather(1, above), largest.gather(1, above + 1), place - above)
 
 
 def _sum_before(values: Tensor) -> Tensor:

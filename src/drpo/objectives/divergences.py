@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,23 +14,10 @@ def moving_away(batch: TokenBatch) -> Tensor:
     return batch.advantage.sign() * batch.excess.detach() > 0
 
 
-def others_log_ratio(batch: TokenBatch, bound: float = math.inf) -> Tensor:
-    """log of (1 − π)/(1 − μ), of any other token than the sampled one, [B, T]; 0 where both are certain of it."""
-    others, behavior_others = (_log_others(logp.detach().clamp(max=0)) for logp in (batch.logp, batch.behavior_logp))
-    both_certain = others.isinf() & behavior_others.isinf()
-    return torch.where(both_certain, 0.0, others - behavior_others).clamp(-bound, bound)
-
-
-def _log_others(logp: Tensor) -> Tensor:
-    # Either form keeps the digits that the other one loses: 1 − p where p is nearly 1, log(1 − p) where it is nearly 0.
-    return torch.where(logp > -math.log(2), (-logp.expm1()).log(), (-logp.exp()).log1p())
-
-
-def binary_kl(batch: TokenBatch, bound: float = math.inf) -> Tensor:
-    """KL of (π, 1 − π) from (μ, 1 − μ) in nats, [B, T] (arXiv 2602.04879), with |log (1 − π)/(1 − μ)| bounded."""
+def binary_kl(batch: TokenBatch, others_log_ratio: Tensor) -> Tensor:
+    """KL of (π, 1 − π) from (μ, 1 − μ) in nats, [B, T] (arXiv 2602.04879), given log of (1 − π)/(1 − μ)."""
     behavior_others = -batch.behavior_logp.clamp(max=0).expm1()
-    of_others = torch.where(behavior_others > 0, behavior_others * others_log_ratio(batch, bound), 0.0)
-    return -batch.behavior_prob * batch.log_ratio.detach() - of_others
+    return -batch.behavior_prob * batch.log_ratio.detach() - behavior_others * others_log_ratio
 
 
 def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:

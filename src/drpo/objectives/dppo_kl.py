@@ -27,4 +27,4 @@ class DPPOBinaryKL(MaskObjective):
     delta: float = 0.05
 
     def is_masked(self, batch: TokenBatch) -> Tensor:
-        return moving_away(batch) & (binary_kl(batch) > self.delta)
+        return moving_away(batch) & (binary_kl(batch, batch.others_log_ratio) > self.delta)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.divergences import binary_kl, others_log_ratio
+from drpo.objectives.divergences import binary_kl
 from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 
@@ -30,14 +30,19 @@ class DRPOKL(Objective):
     def weight_bounds(self) -> tuple[float, float]:
         return -math.inf, math.inf
 
-    def _slope(self, batch: TokenBatch) -> Tensor:
-        """The derivative of the divergence by log π: (π − μ)/(1 − π) = π·(1 − μ)/(1 − π) − μ, with a bounded quotient."""
-        return batch.logp.detach().exp() * (-others_log_ratio(batch, LOG_RATIO_BOUND)).exp() - batch.behavior_prob
-
     def loss(self, batch: TokenBatch) -> Tensor:
         # The divergence as a value and its slope: its own backward is infinite where π is 1.
-        divergence = binary_kl(batch, LOG_RATIO_BOUND) + self._slope(batch) * (batch.logp - batch.logp.detach())
+        divergence = binary_kl(batch, _others(batch)) + _slope(batch) * (batch.logp - batch.logp.detach())
         return self.beta * batch.advantage.abs() * divergence - batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return 1 - self.beta * batch.advantage.sign() * self._slope(batch) / batch.ratio.detach()
+        return 1 - self.beta * batch.advantage.sign() * _slope(batch) / batch.ratio.detach()
+
+
+def _others(batch: TokenBatch) -> Tensor:
+    return batch.others_log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def _slope(batch: TokenBatch) -> Tensor:
+    """The derivative of the divergence by log π: (π − μ)/(1 − π) = π·(1 − μ)/(1 − π) − μ, with a bounded quotient."""
+    return batch.logp.detach().exp() * (-_others(batch)).exp() - batch.behavior_prob

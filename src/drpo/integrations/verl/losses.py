@@ -12,6 +12,7 @@ from verl.workers.config import ActorConfig
 
 from drpo.integrations.verl.config import LOSS_MODES, objective_of
 from drpo.integrations.verl.measured import MEASURED
+from drpo.objectives.base import MaskObjective
 from drpo.tokens import TokenBatch
 
 TOKENS_IN_CACHE = 2**15
@@ -35,6 +36,10 @@ class _Sampled(TokenBatch):
     @cached_property
     def shift(self) -> Tensor:  # type: ignore[override]
         return self.behavior_prob * self.excess
+
+    @cached_property
+    def others_log_ratio(self) -> Tensor:  # type: ignore[override]
+        return super().others_log_ratio
 
 
 class _WithSlope(torch.autograd.Function):
@@ -76,12 +81,14 @@ def policy_loss(
     with torch.no_grad():
         for rows in _parts(log_prob):
             tokens = _Sampled(log_prob.detach()[rows], old_log_prob[rows], advantages[rows], response_mask[rows])
-            value, weight = objective.loss(tokens), objective.gradient_weight(tokens)
+            weight = objective.gradient_weight(tokens)
             # ∂loss/∂log π = −A·r·w is the contract of an objective, so its loss needs no graph; where A = 0 w says nothing.
             if objective.acts_without_advantage:
                 slope = -objective.coefficient(tokens)
             else:
                 slope = -tokens.advantage * tokens.ratio * weight
+            # What a mask keeps is linear in r, and so its own slope.
+            value = slope if isinstance(objective, MaskObjective) else objective.loss(tokens)
             if rollout_is_weights is not None:
                 value, weight, slope = (tensor * rollout_is_weights[rows] for tensor in (value, weight, slope))
             values.append(value)
