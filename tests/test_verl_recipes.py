@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 from drpo.cli import app, main
 from drpo.errors import UserError
 from drpo.integrations.verl.compose import of_main_ppo
-from drpo.integrations.verl.launch import train
+from drpo.integrations.verl.launch import plan
 from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.objectives import PPO, SPO
 from drpo.recipe import load_recipe
@@ -95,6 +94,14 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
         (["--engine", "verl", "--verl", "trainer.nonodes=2"], "--verl trainer.nonodes=2: does not compose"),
         (["--engine", "verl", "--verl", "trainer.nnodes"], "--verl trainer.nnodes: expected KEY=VALUE"),
         (["--engine", "verl", "--verl", "trainer.nnodes=[2"], r"--verl trainer.nnodes=\[2: expected KEY=VALUE"),
+        (
+            ["--engine", "verl", "--verl", "trainer.nnodes=two"],
+            "--engine verl: trainer.nnodes is two; expected a whole",
+        ),
+        (
+            ["--engine", "verl", "--verl", "actor_rollout_ref.rollout.top_p=0.9"],
+            "top_p=0.9: samples come from a filtered distribution.*; expected actor_rollout_ref.rollout.top_p=1$",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
@@ -129,14 +136,12 @@ def test_a_finished_run_outlives_a_mistake_in_what_should_replace_it(
     assert folder.summary.is_file()
 
 
-def test_the_longest_prompt_may_be_a_held_out_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_prompt_may_be_a_held_out_one(tmp_path: Path) -> None:
     held_out = tmp_path / "heldout.jsonl"
     held_out.write_text(json.dumps({"prompt": "1+1+1+1+1+1+1+1+1+1+1+1+1+1+1=", "answer": "15"}) + "\n")
-    # No other program is run, verl's trainer least of all.
-    monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 0, ""))
-    folder = RunFolder(tmp_path / "run")
-    train(load_recipe(None, [f"task.heldout={held_out}"]), folder)
-    assert "data.max_prompt_length=30" in (folder.path / "verl" / "overrides.txt").read_text().splitlines()
+    planned = plan(load_recipe(None, [f"task.heldout={held_out}"]), RunFolder(tmp_path / "run"))
+    assert "data.max_prompt_length=30" in planned.arguments
+    assert planned.config.data.max_prompt_length == 30
 
 
 def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:

@@ -142,11 +142,17 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> 
 
 def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overwrite: bool) -> dict[str, Any]:
     try:
-        from drpo.integrations.verl.launch import VerlError, train
+        from drpo.integrations.verl.launch import VerlError, plan, train
     except ImportError as error:
         raise UserError(f"--engine verl: {error}") from error
+    from drpo.doctor.verl import of_config
+
+    planned = plan(recipe, folder, settings)
+    for finding in of_config(planned.config):
+        if finding.verdict == "stop":
+            raise UserError(f"--engine verl: {finding.what}" + (f"; expected {finding.fix}" if finding.fix else ""))
     try:
-        return train(recipe, folder, settings, overwrite=overwrite)
+        return train(planned, overwrite=overwrite)
     except VerlError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

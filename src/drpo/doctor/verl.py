@@ -39,13 +39,18 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
     config = from_file(path, overrides)
     if not is_of_verl(config):
         raise UserError(f"--verl {path}: has no {LOSS}; expected a configuration of verl's PPO trainer")
+    findings = of_config(config)
+    if workers and _is_ours(config) and all(finding.verdict != "stop" for finding in findings):
+        findings += in_a_worker(_mode(config), _get(config, "actor_rollout_ref.model.external_lib"))
+    return findings
+
+
+def of_config(config: Any) -> list[Finding]:
+    """What can be said of a composed configuration of verl's PPO trainer without Ray."""
     if wrong := list(wrong_values(config)):
         return wrong
     findings = [*_loss(config), *_anchor(config), *_sampling(config), *_update(config), *_data(config)]
-    findings += _as_verl_checks(config, findings)
-    if workers and _is_ours(config):
-        findings += in_a_worker(_mode(config), _get(config, "actor_rollout_ref.model.external_lib"))
-    return findings
+    return [*findings, *_as_verl_checks(config, findings)]
 
 
 def is_of_verl(config: Any) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.prepare import load_problems
 from drpo.recipe import Recipe
 from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
-from drpo.tasks import BUILTIN_MODELS
+from drpo.tasks import BUILTIN_MODELS, Problem
 
 _NAMES = {
     "critic/score/mean": "reward",
@@ -38,19 +39,34 @@ class VerlError(Exception):
     """verl's trainer has failed; the message says where its own words are."""
 
 
-def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwrite: bool = False) -> dict[str, Any]:
-    """Run a recipe with ``python -m verl.trainer.main_ppo`` and return its summary.
+@dataclass(frozen=True)
+class Plan:
+    """A recipe as a run of verl's trainer, of which nothing has been written.
+
+    Args:
+        arguments: of ``main_ppo``.
+        config: what verl composes of them.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    problems: Sequence[Problem]
+    heldout: Sequence[Problem]
+    arguments: Sequence[str]
+    config: Any
+
+
+def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = ()) -> Plan:
+    """What verl would be started with.
 
     Args:
         recipe: the run.
-        folder: where everything goes; verl's own output to ``verl/`` in it.
+        folder: where everything will go; verl's own output to ``verl/`` in it.
         more: overrides for verl, which win over what follows from the recipe.
 
     Raises:
         UserError: something that verl would not do as the recipe says.
-        VerlError: verl stopped before the end.
     """
-    root = folder.path.absolute()
     # verl's workers load it again, long after the folder is there.
     recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
@@ -66,21 +82,30 @@ def train(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, overwr
     longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in (*problems, *heldout)])["input_ids"])
     # A chat template adds some tokens of its own.
     plain = not tokenizer.chat_template
+    root = folder.path.absolute()
     settings = overrides(recipe, root, len(problems), longest if plain else longest + 64, plain)
     arguments = as_arguments(settings, more)
-    of_main_ppo(arguments, more)
+    return Plan(recipe, folder, problems, heldout, arguments, of_main_ppo(arguments, more))
 
+
+def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
+    """Start ``python -m verl.trainer.main_ppo`` and return the run's summary.
+
+    Raises:
+        VerlError: verl stopped before the end.
+    """
+    recipe, folder = planned.recipe, planned.folder
     with folder.locked():
         folder.create(recipe, overwrite)
-        own = root / "verl"
+        own = folder.path.absolute() / "verl"
         if own.exists():
             shutil.rmtree(own)
-        write_rows(problems, own / "train.jsonl", "train")
-        write_rows(heldout, own / "heldout.jsonl", "heldout")
-        (own / "overrides.txt").write_text("\n".join(arguments) + "\n", encoding="utf-8")
+        write_rows(planned.problems, own / "train.jsonl", "train")
+        write_rows(planned.heldout, own / "heldout.jsonl", "heldout")
+        (own / "overrides.txt").write_text("\n".join(planned.arguments) + "\n", encoding="utf-8")
         with (own / "output.log").open("wb") as output:
             done = subprocess.run(
-                [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+                [sys.executable, "-m", "verl.trainer.main_ppo", *planned.arguments],
                 env=os.environ | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
                 stdout=output,
                 stderr=subprocess.STDOUT,
