@@ -388,6 +388,7 @@ def test_a_broken_recipe_is_a_stop_after_what_could_be_checked(doctor: Any, here
     *others, last = json.loads(out)
     assert last["verdict"] == "stop"
     assert last["what"].startswith("broken.yaml")
+    assert last["fix"]
     assert "packages" in others[0]["what"]
 
 
@@ -397,6 +398,11 @@ def test_what_is_no_file_is_a_mistake_of_the_command_line(doctor: Any, name: str
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {name}")
     assert len(err.splitlines()) == 1
+
+
+def test_who_gives_a_configuration_of_verl_is_told_the_option_for_it(here: Path) -> None:
+    path = RECIPES / "verl" / "qwen3-4b-base.yaml"
+    assert examine(path)[-1].fix == f"drpo doctor --verl {path}, if it is verl's"
 
 
 def test_a_recipe_and_a_configuration_of_verl_are_one_too_many(doctor: Any) -> None:

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,9 @@ from drpo.prepare import load_problems, make_config, quiet_libraries
 from drpo.recipe import Recipe, load_recipe
 
 T = TypeVar("T")
+
+_OF_VERL = ("actor_rollout_ref", "defaults", "hydra")
+"""Fields that a configuration of verl begins with."""
 
 Begin = Callable[[str], object]
 
@@ -52,7 +56,10 @@ def examine(
         except UserError as error:
             if path is not None and not os.path.isfile(path):
                 raise
-            return [*checks.findings, refused(error)]
+            found = refused(error)
+            if any(f"unknown field {name!r}" in found.what for name in _OF_VERL):
+                found = replace(found, fix=f"drpo doctor --verl {path}, if it is verl's")
+            return [*checks.findings, found]
         with tempfile.TemporaryDirectory() as scratch:
             _examine(recipe, scratch, rollout, checks)
     return checks.findings

@@ -42,11 +42,13 @@ _FIXES = (
     (r"did you mean (.+?)\?", "{}"),
     (r"has '(\w+)', which belongs (.+)$", "{} {}"),
     (r"trainer: (\w+) follows from", "no trainer.{}"),
-    (r"expected (.+)$", "{}"),
+    (r"expected (.+?)(?:, but got .+)?$", "{}"),
     (r"[:;,] (set .+)$", "{}"),
     (r"trainer: (\w+)=\S+ (?:would have no effect|contradicts)", "no trainer.{}"),
     (r"(\w+): is missing", "a value for {}"),
-    (r"Known: (.+)\.", "one of {}"),
+    (r"Known: (.{1,120})\.$", "one of {}"),
+    (r"unknown \w+ '(.+?)'", "no {}"),
+    (r"^(\S+), (line \d+): ", "valid YAML in {1} of {0}"),
     (r"trainer: (\w+)=", "another trainer.{}"),
 )
 

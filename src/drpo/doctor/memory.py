@@ -88,7 +88,8 @@ def _activations(shape: Any, config: DRPOConfig, length: int) -> int:
     kept = shape.hidden_size * size if config.gradient_checkpointing else layer
     # Log-probs over the sampler's support hold all logits in fp32, their log-softmax and its gradient.
     logits = 3 * 4 * shape.vocab_size if config.replay_support else 0
-    return tokens * (shape.num_hidden_layers * kept + layer + logits)
+    # The layer in the backward pass has its activations and their gradients.
+    return tokens * (shape.num_hidden_layers * kept + 2 * layer + logits)
 
 
 def available() -> int:
