@@ -14,7 +14,7 @@ SOURCE = Path(drpo.__file__).parent
 # A module may import modules of earlier layers and of its own package only.
 LAYERS = [
     {"names", "errors"},
-    {"tokens", "tasks"},
+    {"tokens", "tasks", "plain_yaml"},
     {"objectives", "aggregation", "advantage", "rewards", "recipe"},
     {"kernels", "micro_batches", "precision"},
     {"metrics"},
