@@ -383,11 +383,11 @@ def test_rewards_are_made_with_their_options_and_weights(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_path, monkeypatch):
-    from drpo.prepare import _make_config
+    from drpo.prepare import make_config
 
     # No accelerator here, no weights: as far as it goes without.
     recipe = load_recipe(path, ["train_precision=fp32"])
-    config = _make_config(recipe, str(tmp_path), processes=1)
+    config = make_config(recipe, str(tmp_path), processes=1)
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
     assert recipe.make_reward() is not None
     stated = path.read_text(encoding="utf-8")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -23,6 +27,16 @@ from drpo.trainer import DRPOTrainer
 
 BUILTIN_TRAIN_PROBLEMS = 10_000
 """Distinct training problems of a built-in task, cycled through if the run needs more."""
+
+
+def quiet_libraries() -> None:
+    """Leave to this library what there is to say."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # Pinning memory without an accelerator does nothing, and says so at every epoch.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
 def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
@@ -48,7 +62,7 @@ def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
 
 def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratch: str, processes: int) -> DRPOTrainer:
     """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
-    config = _make_config(recipe, scratch, processes)
+    config = make_config(recipe, scratch, processes)
     model, tokenizer = _load_model(recipe)
     try:
         trainer = DRPOTrainer(
@@ -59,7 +73,7 @@ def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratc
                 [{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]
             ),
             processing_class=tokenizer,
-            peft_config=_lora(recipe),
+            peft_config=make_lora(recipe),
         )
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer()
@@ -71,7 +85,8 @@ def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratc
     return trainer
 
 
-def _make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
+def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
+    """The trainer's options, those that follow from the recipe and those under ``trainer``."""
     update = recipe.prompts_per_rollout * recipe.num_generations // recipe.updates_per_rollout
     micro_batch = recipe.micro_batch_size or max(update // processes, 1)
     if update % (micro_batch * processes):
@@ -161,7 +176,8 @@ def _load_model(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _lora(recipe: Recipe) -> Any:
+def make_lora(recipe: Recipe) -> Any:
+    """The recipe's adapters for peft; None without."""
     if recipe.lora is None:
         return None
     try:

@@ -156,7 +156,10 @@ class RolloutTrainer(GRPOTrainer):
         if self.use_vllm:
             overrides: Any = self.args.generation_kwargs or {}
             return {"temperature": self.temperature, **overrides}
-        return self.generation_config.to_dict()
+        own: dict[str, Any] = self.generation_config.to_dict()
+        # What TRL leaves open, Transformers takes from the model's generation_config.json.
+        inherited = self.accelerator.unwrap_model(self.model).generation_config.to_dict()
+        return inherited | {name: value for name, value in own.items() if value is not None}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import tempfile
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 
 from drpo.evaluation.heldout import Evaluation, evaluate
-from drpo.prepare import load_problems, make_trainer
+from drpo.prepare import load_problems, make_trainer, quiet_libraries
 from drpo.progress import Progress
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
@@ -41,7 +37,7 @@ def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, overwrite:
     Raises:
         UserError: a recipe that cannot be run.
     """
-    _quiet_libraries()
+    quiet_libraries()
     # Accelerate puts several processes on the CPU only if told to.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     reward = recipe.make_reward()
@@ -113,15 +109,6 @@ def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "audit": audited
         and {"mean": audited["audit/logp_difference_mean"], "maximum": audited["audit/logp_difference_max"]},
     }
-
-
-def _quiet_libraries() -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # Pinning memory without an accelerator does nothing, and says so at every epoch.
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
 @dataclass

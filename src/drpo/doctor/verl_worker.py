@@ -16,7 +16,7 @@ def in_a_worker(mode: str, library: Any) -> Iterator[Finding]:
     """Whether the loss is there in a Ray worker, which imports verl and the model's external_lib, as verl's do."""
     found, said = ask_worker(mode, library)
     if found:
-        yield Finding("ok", f"a Ray worker has loss {mode} ({' and '.join(_routes(library)) or 'by chance'})")
+        yield Finding("ok", f"a Ray worker has loss {mode} ({' and '.join(routes(library)) or 'by chance'})")
     else:
         yield Finding(
             "stop",
@@ -25,7 +25,7 @@ def in_a_worker(mode: str, library: Any) -> Iterator[Finding]:
         )
 
 
-def _routes(library: Any) -> list[str]:
+def routes(library: Any) -> list[str]:
     allowed = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").lower()
     installed = any(point.value == MODULE for point in entry_points(group="verl.plugins"))
     routes = ["entry point"] if installed and allowed in ("auto", "drpo") else []

@@ -151,7 +151,7 @@ def likely_causes(
             f"temperature: the trainer scores at {scoring_temperature:g}; check that the sampler uses it too"
         )
         unknown.append("sampling filters: top_p, top_k or min_p in the sampler, which the trainer does not apply")
-    if dropout := _dropout(model):
+    if dropout := find_dropout(model):
         seen.append(f"dropout: {dropout} is above 0 while training; set it to 0 in the model's configuration")
     unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
     if rollout_precision != precision:
@@ -165,8 +165,8 @@ def likely_causes(
     return seen + unknown
 
 
-def _dropout(model: nn.Module) -> str | None:
-    """A module that drops out, or a setting of attention that does without a module."""
+def find_dropout(model: nn.Module) -> str | None:
+    """The name of a module that drops out, or a setting of attention that does without a module."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             return name

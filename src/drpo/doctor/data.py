@@ -1,0 +1,134 @@
+"""Whether problems can be asked and their reference answers met."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from drpo.doctor.findings import Finding
+from drpo.evaluation.heldout import as_prompt
+from drpo.recipe import Recipe
+from drpo.rewards import Reward
+from drpo.tasks import Problem, builtin_problems
+
+TOKENISED = 200
+"""Prompts, the longest by characters, whose tokens are counted."""
+
+GRADED = 50
+"""Problems whose reference answers are graded."""
+
+_SPELLINGS = ("{answer}", "\\boxed{{{answer}}}", "Answer: {answer}", "#### {answer}")
+_WRONG = "I do not know."
+
+
+def stand_ins() -> list[Problem]:
+    """Problems to go on with where the recipe's cannot be read."""
+    return builtin_problems("train", GRADED, seed=0)
+
+
+def prompt_lengths(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -> list[int]:
+    """Tokens of the longest prompts, as the trainer sees them."""
+    longest = sorted(problems, key=lambda problem: len(problem.prompt))[-TOKENISED:]
+    return [len(_token_ids(problem, tokenizer, recipe)) for problem in longest]
+
+
+def _token_ids(problem: Problem, tokenizer: Any, recipe: Recipe) -> list[int]:
+    prompt = as_prompt(problem, tokenizer)
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    options = recipe.trainer.get("chat_template_kwargs") or {}
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
+
+
+def check_problems(recipe: Recipe, train: Sequence[Problem], heldout: Sequence[Problem]) -> Iterator[Finding]:
+    """How many problems there are, and whether they are distinct and held out."""
+    distinct, held = {p.prompt for p in train}, {p.prompt for p in heldout}
+    found = False
+    if len(distinct) < 0.9 * len(train):
+        found = True
+        yield Finding(
+            "warning",
+            f"task.train: {len(train):,} rows hold {len(distinct):,} distinct prompts",
+            "drpo data, which de-duplicates",
+        )
+    if both := len(distinct & held):
+        found = True
+        yield Finding(
+            "warning",
+            f"task.heldout: {both:,} of {len(held):,} prompts are in task.train too",
+            f"drpo data NAME --against {recipe.task.heldout}, which leaves them out",
+        )
+    if not found:
+        yield Finding("ok", f"task: {len(train):,} problems, {len(heldout):,} held out")
+
+
+def check_prompts(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -> Iterator[Finding]:
+    """Whether a prompt has the marks of a conversation once."""
+    problem = problems[0]
+    special = [t for t in tokenizer.all_special_tokens if len(t) > 2 and t in problem.prompt]
+    if tokenizer.chat_template and special:
+        yield Finding(
+            "stop",
+            f"prompt: has {special[0]!r} in its text, and the chat template is put around it",
+            "task.template and data without the marks of a chat template",
+        )
+        return
+    ids, bos = _token_ids(problem, tokenizer, recipe), tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        yield Finding(
+            "stop", f"prompt: begins with {tokenizer.bos_token!r} twice", f"task.template without {tokenizer.bos_token}"
+        )
+        return
+    shown = tokenizer.decode(ids)
+    yield Finding("ok", f"prompt: {shown if len(shown) <= 100 else f'{shown[:50]} ... {shown[-50:]}'!r}")
+
+
+def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) -> Iterator[Finding]:
+    """Whether the reward tells a right answer from a wrong one, by the reference answers of the data."""
+    judge: Reward = getattr(reward, "correctness", reward)
+    name = getattr(judge, "__name__", type(judge).__name__)
+    asked = list(problems[:GRADED])
+    best: list[float] = [0.0] * len(asked)
+    scores: list[list[float]] = []
+    for spelling in (*_SPELLINGS, _WRONG):
+        completions = [spelling.format(answer=problem.answer) for problem in asked]
+        try:
+            scores.append(_grade(judge, completions, asked, tokenizer))
+        except Exception as error:  # a reward of the user's can raise anything
+            yield Finding(
+                "stop",
+                f"grader: {name} fails on {completions[0]!r} ({type(error).__name__}: {str(error)[:200]})",
+                "a reward that takes completions and answer, and returns a number or None for each completion",
+            )
+            return
+    *right, wrong = scores
+    best = [max(row) for row in zip(*right, strict=True)]
+    if max(best) <= max(wrong):
+        yield Finding(
+            "stop",
+            f"grader: {name} gives {max(best):g} to the reference answers and {max(wrong):g} to {_WRONG!r}",
+            "task.answer, the field with the reference answers, or a reward that reads them",
+        )
+    elif unmet := [problem for problem, score in zip(asked, best, strict=True) if score < 1]:
+        yield Finding(
+            "warning",
+            f"grader: {name} does not recognise {len(unmet)} of {len(asked)} reference answers as right, the first "
+            f"{unmet[0].answer[:60]!r}",
+            "task.answer, or rows without such answers",
+        )
+    else:
+        yield Finding(
+            "ok", f"grader: {name} recognises the reference answers of {len(asked)} problems, and no other text"
+        )
+
+
+def _grade(judge: Reward, completions: list[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:
+    scores = judge(
+        prompts=[as_prompt(problem, tokenizer) for problem in problems],
+        completions=completions,
+        completion_ids=[tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions],
+        answer=[problem.answer for problem in problems],
+    )
+    if len(scores) != len(problems):
+        raise ValueError(f"returned {len(scores)} scores for {len(problems)} completions")
+    return [0.0 if score is None else float(score) for score in scores]

@@ -1,0 +1,181 @@
+"""Whether what is installed is what the package asks for, and what a recipe asks for beyond it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from importlib.util import find_spec
+
+import torch
+from packaging.requirements import Requirement
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from drpo.config import DRPOConfig
+from drpo.doctor.findings import Finding, refused
+from drpo.doctor.memory import available, gib
+from drpo.doctor.verl_worker import MODULE, routes
+from drpo.names import unknown_name
+from drpo.precision import BY_TORCHAO
+from drpo.recipe import Recipe
+
+EXTRAS = {
+    "lora": "lora",
+    "low-precision": "train_precision and rollout_precision fp8 and int8",
+    "verl": "--engine verl",
+}
+"""Extras of this package for users, and what in a recipe or on the command line each is for."""
+
+REPORTERS = ("clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb")
+"""Those of Transformers that are modules of the same name."""
+
+
+def check_packages() -> Iterator[Finding]:
+    """Python and every package that this one declares, in the versions that it declares."""
+    wrong = list(_wrong(_declared()))
+    yield from wrong
+    if not wrong:
+        shown = ", ".join(f"{name} {version(name)}" for name in ("drpo", "torch", "transformers", "trl"))
+        yield Finding("ok", f"packages: Python {sys.version.split()[0]}, {shown}")
+
+
+def check_extras() -> Iterator[Finding]:
+    """Which extras are there; those that are there in part are a warning."""
+    absent, present = [], []
+    for extra in EXTRAS:
+        wanted = _declared(extra)
+        missing = [requirement for requirement in wanted if _installed(requirement.name) is None]
+        if len(missing) == len(wanted):
+            absent.append(extra)
+        elif wrong := list(_wrong(wanted)):
+            yield from (Finding("warning", f"{found.what} (extra {extra})", _install(extra)) for found in wrong)
+        else:
+            present.append(extra)
+    listed = ", ".join(present) or "none"
+    yield Finding("ok", f"extras: {listed}" + (f"; not installed: {', '.join(absent)}" if absent else ""))
+
+
+def check_plug_ins() -> Iterator[Finding]:
+    """Whether verl, where it is installed, finds this library's losses through its entry point."""
+    if find_spec("verl") is None:
+        return
+    if "entry point" not in routes(None):
+        registered = any(point.value == MODULE for point in entry_points(group="verl.plugins"))
+        yield Finding(
+            "warning",
+            "plug-ins: verl does not load the entry point of this library"
+            + (f" (VERL_USE_EXTERNAL_PLUGINS={os.environ['VERL_USE_EXTERNAL_PLUGINS']})" if registered else ""),
+            "VERL_USE_EXTERNAL_PLUGINS=auto" if registered else _install("verl"),
+        )
+        return
+    try:
+        from drpo.integrations.verl import LOSS_MODES
+    except Exception as error:  # whatever verl's own imports raise
+        yield Finding(
+            "warning", f"plug-ins: verl's does not load ({type(error).__name__}: {str(error)[:200]})", _install("verl")
+        )
+    else:
+        yield Finding("ok", f"plug-ins: verl {version('verl')} has {len(LOSS_MODES)} losses of this library")
+
+
+def check_hardware() -> Iterator[Finding]:
+    """What trains, and whether it is what this machine has."""
+    if torch.accelerator.is_available():
+        name = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
+        )
+        yield Finding(
+            "ok", f"hardware: {torch.accelerator.device_count()} x {name}, {gib(available())} free on the first"
+        )
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            "warning",
+            f"hardware: this machine has a GPU that torch {torch.__version__} does not see",
+            "pip install torch, a build for the CUDA version that nvidia-smi shows",
+        )
+    else:
+        yield Finding("ok", f"hardware: CPU, {os.cpu_count()} cores, {gib(available())} free")
+
+
+def check_needs(recipe: Recipe, config: DRPOConfig | None) -> Iterator[Finding]:
+    """What the recipe's options need beyond the package itself."""
+    if recipe.lora is not None:
+        yield from _missing("lora", "lora")
+    for name in ("train_precision", "rollout_precision"):
+        if (precision := getattr(recipe, name)) in BY_TORCHAO:
+            yield from _missing("low-precision", f"{name}: {precision}")
+    reporters = recipe.trainer.get("report_to") or []
+    for package in [reporters] if isinstance(reporters, str) else reporters:
+        if package in ("none", "all"):
+            continue
+        if package not in INTEGRATION_TO_CALLBACK:
+            yield refused(ValueError(unknown_name("reporter", package, INTEGRATION_TO_CALLBACK)), "trainer.report_to")
+        elif package in REPORTERS and find_spec(package) is None:
+            yield Finding("stop", f"trainer.report_to: {package} is not installed", f"pip install {package}")
+    if recipe.trainer.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        yield Finding("stop", "trainer.use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel")
+    if recipe.trainer.get("use_vllm"):
+        yield from _vllm(config)
+
+
+def _vllm(config: DRPOConfig | None) -> Iterator[Finding]:
+    if find_spec("vllm") is None:
+        yield Finding(
+            "stop",
+            "trainer.use_vllm: vllm is not installed",
+            "pip install 'trl[vllm]', or trainer.use_vllm: false to sample with Transformers",
+        )
+    if config is None:
+        return
+    if config.vllm_mode == "colocate":
+        if not torch.cuda.is_available():
+            yield Finding(
+                "stop", "trainer.use_vllm: vLLM beside the trainer needs a GPU", "trainer.use_vllm: false, or a GPU"
+            )
+        return
+    try:
+        socket.create_connection((config.vllm_server_host, config.vllm_server_port), timeout=2).close()
+    except OSError as error:
+        yield Finding(
+            "stop",
+            f"trainer.use_vllm: no server answers at {config.vllm_server_host}:{config.vllm_server_port} ({error})",
+            "trl vllm-serve --model MODEL in another process, or trainer.vllm_mode: colocate",
+        )
+
+
+def _missing(extra: str, needed_by: str) -> Iterator[Finding]:
+    for found in _wrong(_declared(extra)):
+        yield Finding("stop", f"{needed_by}: {found.what.removeprefix('packages: ')}", _install(extra))
+
+
+def _declared(extra: str = "") -> list[Requirement]:
+    """The requirements of this package, or those that one of its extras adds."""
+
+    def applies(requirement: Requirement, extra: str) -> bool:
+        return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+    declared = [Requirement(line) for line in requires("drpo") or []]
+    return [r for r in declared if applies(r, extra) and not (extra and applies(r, ""))]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _wrong(wanted: Iterable[Requirement]) -> Iterator[Finding]:
+    for requirement in wanted:
+        found, fix = _installed(requirement.name), f"pip install '{str(requirement).partition(';')[0]}'"
+        if found is None:
+            yield Finding("stop", f"packages: {requirement.name} is not installed", fix)
+        elif not requirement.specifier.contains(found, prereleases=True):
+            yield Finding("stop", f"packages: {requirement.name} is {found}; expected {requirement.specifier}", fix)
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'drpo[{extra}]'"

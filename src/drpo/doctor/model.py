@@ -1,0 +1,307 @@
+"""What a model folder says before its weights are loaded: tokenizer, chat template, dropout, sampling, LM head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from trl.trainer.utils import disable_dropout_in_model
+
+from drpo.config import DRPOConfig
+from drpo.doctor.findings import Finding
+from drpo.errors import UserError
+from drpo.policy_head import why_not_fused
+from drpo.prepare import make_lora
+from drpo.recipe import Recipe
+from drpo.rollout.audit import FILTERS, NEUTRAL, find_dropout, sampling_mismatches
+from drpo.tasks import BUILTIN_MODELS
+
+_MARK = "seventeen"
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A model without its weights.
+
+    Args:
+        name: the folder or the name on the hub.
+        tokenizer: of the model.
+        policy: on the device ``meta``, with the recipe's adapters.
+        generation: what generation_config.json says, or what follows from config.json without one.
+    """
+
+    name: str
+    tokenizer: Any
+    policy: Any
+    generation: GenerationConfig
+
+    @property
+    def file(self) -> str:
+        """Where a file of the model is, up to its name."""
+        return f"{self.name.rstrip('/')}/"
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """What ends a completion, as TRL takes it: the tokenizer's and the model's."""
+        given = self.generation.eos_token_id
+        ids = given if isinstance(given, list) else [given]
+        return [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *ids]) if i is not None]
+
+
+def load_blank(recipe: Recipe) -> Blank:
+    """Read everything of a model but its weights.
+
+    Raises:
+        UserError: it cannot be read, or is of a kind that cannot be trained.
+    """
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+        raise UserError(
+            f"model: cannot load {recipe.model!r} ({str(error)[:200]}); expected {', '.join(BUILTIN_MODELS)}, a folder "
+            "saved by Transformers, or a model on the Hugging Face hub that is reachable or in its cache"
+        ) from error
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation = policy.generation_config
+    if recipe.trainer.get("disable_dropout"):
+        disable_dropout_in_model(policy)
+    if lora := make_lora(recipe):
+        from peft import get_peft_model
+
+        try:
+            policy = get_peft_model(policy, lora)
+        except ValueError as error:
+            raise UserError(f"lora: {error}; expected target_modules of this model, or all-linear") from error
+    return Blank(recipe.model, tokenizer, policy, generation)
+
+
+def check_tokenizer(blank: Blank) -> Iterator[Finding]:
+    """Special tokens, and whether every token has a row of the embedding."""
+    tokenizer, found = blank.tokenizer, False
+    settings = f"{blank.file}tokenizer_config.json"
+    if not blank.eos_ids:
+        found = True
+        yield Finding(
+            "stop",
+            "tokenizer: neither it nor the model has an end-of-sequence token, so every completion runs to its limit",
+            f"eos_token in {settings}",
+        )
+    if tokenizer.pad_token is None:
+        found = True
+        yield Finding(
+            "warning" if tokenizer.eos_token else "stop",
+            "tokenizer: has no padding token"
+            + ("; TRL pads with the end-of-sequence token" if tokenizer.eos_token else ""),
+            f"pad_token in {settings}",
+        )
+    rows = blank.policy.get_input_embeddings().weight.shape[0]
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        found = True
+        yield Finding(
+            "stop",
+            f"tokenizer: has token {largest}, and the model's embedding {rows} rows",
+            f"the tokenizer that the model was trained with, in {blank.file}",
+        )
+    beyond = [i for i in blank.eos_ids if i >= rows]
+    if beyond:
+        found = True
+        yield Finding(
+            "stop",
+            f"tokenizer: eos_token_id {beyond[0]} is none of {rows} tokens",
+            f"eos_token_id in {blank.file}generation_config.json",
+        )
+    if not found:
+        ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in blank.eos_ids)
+        yield Finding("ok", f"tokenizer: {len(tokenizer):,} tokens, completions end with {ends}")
+
+
+def check_chat_template(blank: Blank, recipe: Recipe) -> Iterator[Finding]:
+    """Whether the prompt is in the rendered text, a turn is begun and ended, and there is one template only."""
+    tokenizer, options = blank.tokenizer, recipe.trainer.get("chat_template_kwargs") or {}
+    template = tokenizer.chat_template
+    if not template:
+        if options:
+            yield Finding(
+                "warning",
+                f"chat template: there is none that could read {', '.join(options)}",
+                "no trainer.chat_template_kwargs",
+            )
+        else:
+            yield Finding("ok", "chat template: none; prompts go in as they are")
+        return
+    problems = [*_differing(blank), *_rendering(blank, options)]
+    text = template if isinstance(template, str) else json.dumps(template)
+    for name in options:
+        if name not in text:
+            problems.append(
+                Finding(
+                    "warning",
+                    f"chat template: does not read {name} of trainer.chat_template_kwargs",
+                    f"no trainer.chat_template_kwargs.{name}",
+                )
+            )
+    yield from problems or [Finding("ok", "chat template: the tokenizer's, with a turn begun and ended")]
+
+
+def _differing(blank: Blank) -> Iterator[Finding]:
+    """A folder may have its template in two places, and who reads it takes one of them."""
+    first, second = (Path(blank.name) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    if not (first.is_file() and second.is_file()):
+        return
+    other = json.loads(second.read_text(encoding="utf-8")).get("chat_template")
+    if other is not None and other != first.read_text(encoding="utf-8"):
+        yield Finding(
+            "stop",
+            f"chat template: {first.name} and {second.name} in {blank.name} differ, and engines take either",
+            f"the template in {first.name} alone",
+        )
+
+
+def _rendering(blank: Blank, options: dict[str, Any]) -> Iterator[Finding]:
+    tokenizer, user = blank.tokenizer, {"role": "user", "content": _MARK}
+
+    def rendered(*messages: dict[str, str], begin: bool) -> str:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=begin, **options)
+
+    where = f"chat_template in {blank.file}"
+    try:
+        prompt, without = rendered(user, begin=True), rendered(user, begin=False)
+    except Exception as error:  # Jinja's, or what the template itself raises
+        yield Finding("stop", f"chat template: fails on a prompt ({type(error).__name__}: {str(error)[:200]})", where)
+        return
+    if _MARK not in prompt:
+        yield Finding("stop", f"chat template: leaves the prompt out ({prompt[:80]!r})", where)
+    elif prompt == without:
+        yield Finding(
+            "warning",
+            "chat template: has no generation prompt, so that the model goes on with the user's turn",
+            f"{{% if add_generation_prompt %}}...{{% endif %}} in {where}",
+        )
+    try:
+        turn = rendered(user, {"role": "assistant", "content": _MARK + _MARK}, begin=False)
+    except Exception:  # not every template takes an answer, and training needs none
+        return
+    rest = turn.rpartition(_MARK + _MARK)[2]
+    after = tokenizer(rest, add_special_tokens=False)["input_ids"][:1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if after and after[0] in special and after[0] not in blank.eos_ids:
+        token = tokenizer.convert_ids_to_tokens(after[0])
+        yield Finding(
+            "warning",
+            f"chat template: ends a turn with {token!r}, which ends no completion",
+            f"eos_token_id: [{', '.join(map(str, [after[0], *blank.eos_ids]))}] in {blank.file}generation_config.json",
+        )
+
+
+def check_dropout(blank: Blank) -> Iterator[Finding]:
+    """Whether the trainer's forward pass is the sampler's."""
+    if (place := find_dropout(blank.policy)) is None:
+        yield Finding("ok", "dropout: none")
+        return
+    settings = blank.policy.config.to_dict()
+    named = [n for n, v in settings.items() if ("drop" in n) and isinstance(v, float) and v > 0] or [place]
+    yield Finding(
+        "stop",
+        f"dropout: {', '.join(f'{n}={settings[n]}' if n in settings else n for n in named)} makes the trainer's log-probs "
+        "other than the sampler's",
+        ", ".join(f"{name}: 0.0" for name in named) + f" in {blank.file}config.json",
+    )
+
+
+def check_sampling(blank: Blank, config: DRPOConfig) -> Iterator[Finding]:
+    """Whether samples come from the distribution that the trainer scores."""
+    asked = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    asked |= config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
+    # What TRL leaves open, Transformers takes from the model's own settings; do_sample is always asked for.
+    replayed = FILTERS if config.replay_support else ()
+    left = {
+        name: value
+        for name, value in blank.generation.to_dict().items()
+        if name in NEUTRAL.keys() - {"do_sample", *replayed} and asked.get(name) is None and value not in NEUTRAL[name]
+    }
+    left = {} if config.use_vllm else left
+    for name, value in left.items():
+        yield Finding(
+            "stop",
+            f"sampling: generation_config.json of the model has {name}={value}, which changes what is sampled from and not "
+            "what is scored",
+            f"no {name} in {blank.file}generation_config.json" + (", or trainer.min_p: 0.0" if name == "min_p" else ""),
+        )
+    mismatches = sampling_mismatches(config.temperature, asked, config.replay_support)
+    for mismatch in mismatches:
+        fix = "temperature at the top of the recipe, and none in trainer.generation_kwargs"
+        yield Finding("stop", f"sampling: {mismatch}", fix if mismatch.startswith("temperature") else "their defaults")
+    if not left and not mismatches:
+        filters = [f"{n}={asked[n]}" for n in NEUTRAL if asked.get(n) not in NEUTRAL[n]]
+        said = f"{', '.join(filters)} on both sides (replay_support)" if filters else "no filters"
+        yield Finding("ok", f"sampling: temperature {config.temperature:g} on both sides, {said}")
+
+
+def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
+    """What the weights are, and what turns hidden states into log-probs."""
+    quantisation = getattr(blank.policy.config, "quantization_config", None)
+    if quantisation and recipe.lora is None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        yield Finding(
+            "stop",
+            f"weights: {recipe.model} is quantised ({method}), and quantised weights get no updates",
+            "the model that it was made from, or adapters (lora: {})",
+        )
+        return
+    count = sum(parameter.numel() for parameter in blank.policy.parameters())
+    trained = sum(parameter.numel() for parameter in blank.policy.parameters() if parameter.requires_grad)
+    rollout = config.rollout_precision or ("vLLM's" if config.use_vllm else "the trainer's")
+    yield Finding(
+        "ok",
+        f"weights: {count:,}"
+        + (f", {trained:,} trained" if trained < count else "")
+        + f", in fp32; training computes in {config.train_precision}, rollouts in {rollout}",
+    )
+    base = blank.policy.get_base_model() if recipe.lora is not None else blank.policy
+    if not config.fused_loss or config.replay_support:
+        return
+    if reason := why_not_fused(base):
+        yield Finding("ok", f"loss: not fused with the LM head, as {reason}; TRL's takes its place")
+    else:
+        yield Finding("ok", "loss: fused with the LM head")
+
+
+def check_positions(blank: Blank, config: DRPOConfig, lengths: Sequence[int]) -> Iterator[Finding]:
+    """Whether prompts and completions fit into the positions that the model knows.
+
+    Args:
+        blank: the model.
+        config: of the trainer.
+        lengths: of the prompts, in tokens.
+    """
+    known = getattr(blank.policy.config.get_text_config(), "max_position_embeddings", None)
+    limit = min((n for n in (known, config.vllm_max_model_length if config.use_vllm else None) if n), default=None)
+    completion = config.max_completion_length or 0
+    longest = max(lengths)
+    if limit is None or longest + completion <= limit:
+        yield Finding(
+            "ok",
+            f"length: prompts to {longest:,} tokens and completions to {completion:,}"
+            + (f" of {limit:,}" if limit else ""),
+        )
+        return
+    too_long = sum(n + completion > limit for n in lengths)
+    yield Finding(
+        "stop",
+        f"length: {too_long:,} prompts, the longest of {longest:,} tokens, leave less than max_completion_length "
+        f"{completion:,} of the model's {limit:,} positions",
+        f"max_completion_length: {limit - longest}"
+        if limit > longest
+        else f"no prompts beyond {limit - completion:,} tokens",
+    )

@@ -1,0 +1,424 @@
+"""drpo doctor: what it finds in recipes, model folders, data and installations with one thing wrong, and in those with nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from drpo.cli import main
+from drpo.doctor import Finding, environment, memory
+from drpo.doctor.environment import check_packages
+from drpo.doctor.examine import examine
+from drpo.rollout.record import LogProbRecorder
+from drpo.tasks import MODEL_PATH, builtin_problems
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+Plant = Callable[[Path, pytest.MonkeyPatch], None]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a user, with a model and problems in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for file in MODEL_PATH.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    write_problems(tmp_path / "train.jsonl", builtin_problems("train", 32, seed=0))
+    write_problems(tmp_path / "heldout.jsonl", builtin_problems("heldout", 8, seed=0))
+    return tmp_path
+
+
+def write_problems(path: Path, problems: Any) -> None:
+    path.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in problems))
+
+
+def edit(file: str, **values: Any) -> Plant:
+    """Change fields of a JSON file of the model; None takes one away."""
+
+    def plant(here: Path, _: pytest.MonkeyPatch) -> None:
+        path = here / "model" / file
+        content = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+    return plant
+
+
+def no_eos(here: Path, patch: pytest.MonkeyPatch) -> None:
+    for file in ("config.json", "generation_config.json"):
+        edit(file, eos_token_id=None)(here, patch)
+    edit("tokenizer_config.json", eos_token=None)(here, patch)
+
+
+def no_padding(here: Path, patch: pytest.MonkeyPatch) -> None:
+    edit("tokenizer_config.json", pad_token=None)(here, patch)
+    edit("tokenizer.json", padding=None)(here, patch)
+
+
+def template(text: str, **others: Any) -> Plant:
+    def plant(here: Path, patch: pytest.MonkeyPatch) -> None:
+        (here / "model" / "chat_template.jinja").write_text(text)
+        edit("tokenizer_config.json", **others)(here, patch)
+
+    return plant
+
+
+def rows(name: str, *problems: tuple[str, str]) -> Plant:
+    def plant(here: Path, _: pytest.MonkeyPatch) -> None:
+        text = "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in problems)
+        (here / name).write_text(text)
+
+    return plant
+
+
+def module(name: str, text: str) -> Plant:
+    def plant(here: Path, patch: pytest.MonkeyPatch) -> None:
+        (here / f"{name}.py").write_text(text)
+        patch.syspath_prepend(here)
+
+    return plant
+
+
+def installed(**versions: str | None) -> Plant:
+    """Other versions of packages, or none of them."""
+
+    def found(name: str) -> str:
+        if name not in versions:
+            return version(name)
+        if (other := versions[name]) is None:
+            raise PackageNotFoundError(name)
+        return other
+
+    return lambda _, patch: patch.setattr(environment, "version", found)
+
+
+def recorded(change: Callable[[list[list[float]]], Any]) -> Plant:
+    """Another sampler, whose log-probs are a function of the right ones."""
+
+    def plant(_: Path, patch: pytest.MonkeyPatch) -> None:
+        right = LogProbRecorder.log_probs
+        patch.setattr(LogProbRecorder, "log_probs", lambda self, lengths: change(right(self, lengths) or []))
+
+    return plant
+
+
+def gpt2(here: Path, _: pytest.MonkeyPatch) -> None:
+    GPT2Config(
+        vocab_size=99, n_positions=64, n_embd=8, n_layer=1, n_head=1, eos_token_id=1, bos_token_id=1
+    ).save_pretrained(here / "model")
+
+
+def truncated(here: Path, _: pytest.MonkeyPatch) -> None:
+    weights = here / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def small(size: int) -> Plant:
+    return lambda _, patch: patch.setattr(memory, "available", lambda: size)
+
+
+def bf16(rows: list[list[float]]) -> list[list[float]]:
+    return [torch.tensor(row).bfloat16().tolist() for row in rows]
+
+
+def fault(
+    name: str,
+    plant: Plant | None = None,
+    *overrides: str,
+    what: str,
+    fix: str,
+    verdict: str = "stop",
+    rollout: bool = False,
+) -> Any:
+    return pytest.param(plant, overrides, rollout, Finding(verdict, what, fix), id=name)  # type: ignore[arg-type]
+
+
+IN_RECIPES = [
+    fault("temperature", None, "trainer.generation_kwargs={temperature: 0.7}",
+          what="sampling: temperature: tokens are sampled at 0.7 and scored at 1", fix="temperature at the top of the recipe"),
+    fault("top-k", None, "trainer.top_k=20", what="top_k=20 would have no effect", fix="replay_support=True"),
+    fault("top-p", None, "trainer.top_p=0.9", what="top_p=0.9 would have no effect", fix="replay_support=True"),
+    fault("repetition penalty", None, "trainer.generation_kwargs={repetition_penalty: 1.1}",
+          what="repetition_penalty", fix="no trainer.generation_kwargs.repetition_penalty"),
+    fault("no log-probs", None, "trainer.use_transformers_continuous_batching=true",
+          what="it returns no log-probs", fix="no trainer.use_transformers_continuous_batching"),
+    fault("KL penalty", None, "trainer.beta=0.04", what="beta=0.04 would have no effect", fix="no trainer.beta"),
+    fault("four numbers", None, "trainer.steps_per_generation=3",
+          what="steps_per_generation=3 contradicts updates_per_rollout=4", fix="no trainer.steps_per_generation"),
+    fault("misplaced", None, "trainer.num_generations=4", what="has 'num_generations'", fix="num_generations at the top of the recipe"),
+    fault("misspelt field", None, "learning_rat=0.1", what="unknown field 'learning_rat'", fix="'learning_rate'"),
+    fault("misspelt objective", None, "objective=dropo", what="unknown objective 'dropo'", fix="'drpo'"),
+    fault("negative delta", None, "objective.delta=-1", what="delta is -1", fix="a finite number > 0"),
+    fault("wide delta", None, "objective.delta=12.5", verdict="warning",
+          what="objective: delta = 12.5 confines the gradient weight to [0.92, 1.08]", fix="objective.delta: 0.2"),
+    fault("odd updates", None, "updates_per_rollout=3", what="128 samples, updates_per_rollout 3", fix="a divisor of 128"),
+    fault("one update", None, "updates_per_rollout=1", verdict="warning",
+          what="a trust region has nothing to bound", fix="updates_per_rollout: 4"),
+    fault("one completion", None, "num_generations=1", what="num_generations: got 1", fix="greater than or equal to 2"),
+    fault("divided advantages", None, "advantage=mean-std", verdict="warning", what="advantage: mean-std", fix="advantage: mean"),
+    fault("uncorrected anchor", None, "objective=ppo", "rollout_precision=bf16", verdict="warning",
+          what="anchor: the trainer's old policy, π_old, scored once more when a rollout begins, but rollouts are in bf16",
+          fix="correction: token_truncate"),
+    fault("old samples", None, "objective=ppo", "rollout_lag=2", verdict="warning",
+          what="samples are 2 rollouts old: nothing makes up for π_old/μ", fix="anchor: sampler"),
+    fault("deaf audit", None, "audit_threshold=5", verdict="warning", what="audit_threshold 5 nats", fix="at most 0.1"),
+    fault("no engine", None, "trainer.use_vllm=true", "trainer.vllm_mode=colocate",
+          what="trainer.use_vllm: vllm is not installed", fix="pip install 'trl[vllm]'"),
+    fault("no server", None, "trainer.use_vllm=true", "trainer.vllm_mode=server", "trainer.vllm_server_port=9",
+          what="trainer.use_vllm: no server answers at 0.0.0.0:9", fix="trl vllm-serve"),
+    fault("no reporter", None, "trainer.report_to=trackio", what="trainer.report_to: trackio is not installed", fix="pip install trackio"),
+    fault("misspelt reporter", None, "trainer.report_to=wandbb", what="unknown reporter 'wandbb'", fix="'wandb'"),
+    fault("unknown adapters", None, "lora={target_modules: nonexistent}", what="lora: Target modules", fix="all-linear"),
+]  # fmt: skip
+
+IN_ENVIRONMENTS = [
+    fault("missing package", installed(filelock=None), what="packages: filelock is not installed", fix="pip install 'filelock>=3.13'"),
+    fault("other TRL", installed(trl="1.15.0"), what="packages: trl is 1.15.0; expected ==1.16.0", fix="pip install 'trl==1.16.0'"),
+    fault("missing extra", installed(peft=None), "lora={}", what="lora: peft is not installed", fix="pip install 'drpo[lora]'"),
+    fault("missing torchao", installed(torchao=None), "rollout_precision=int8",
+          what="rollout_precision: int8: torchao is not installed", fix="pip install 'drpo[low-precision]'"),
+    fault("half an extra", installed(nvtx=None), verdict="warning",
+          what="packages: nvtx is not installed (extra verl)", fix="pip install 'drpo[verl]'"),
+    fault("plug-in off", lambda _, patch: patch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none"), verdict="warning",
+          what="plug-ins: verl does not load the entry point of this library", fix="VERL_USE_EXTERNAL_PLUGINS=auto"),
+    fault("no room for weights", small(2**20), what="memory: about", fix="lora: {}"),
+    fault("no room for activations", small(20 * 2**20), verdict="warning", what="memory: about", fix="tokens_per_micro_batch"),
+]  # fmt: skip
+
+IN_MODELS = [
+    fault("missing model", None, "model=./nowhere", what="model: cannot load './nowhere'", fix="a folder saved by Transformers"),
+    fault("dropout", edit("config.json", attention_dropout=0.1), what="dropout: attention_dropout=0.1", fix="attention_dropout: 0.0 in"),
+    fault("dropout modules", gpt2, what="dropout: ", fix="resid_pdrop: 0.0"),
+    fault("no end", no_eos, what="tokenizer: neither it nor the model has an end-of-sequence token", fix="eos_token in"),
+    fault("no padding", no_padding, verdict="warning", what="tokenizer: has no padding token", fix="pad_token in"),
+    fault("another tokenizer", edit("config.json", vocab_size=50),
+          what="tokenizer: has token 98, and the model's embedding 50 rows", fix="the tokenizer that the model was trained with"),
+    fault("eos out of range", edit("generation_config.json", eos_token_id=[1, 200]),
+          what="tokenizer: eos_token_id 200 is none of 99 tokens", fix="eos_token_id in"),
+    fault("min-p left on", edit("generation_config.json", min_p=0.1),
+          what="sampling: generation_config.json of the model has min_p=0.1", fix="no min_p in"),
+    fault("n-grams left out", edit("generation_config.json", no_repeat_ngram_size=3),
+          what="has no_repeat_ngram_size=3", fix="no no_repeat_ngram_size in"),
+    fault("quantised", edit("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
+          what="is quantised (awq)", fix="adapters (lora: {})"),
+    fault("few positions", edit("config.json", max_position_embeddings=30),
+          what="of the model's 30 positions", fix="max_completion_length: 1"),
+    fault("template differs", template(CHAT, chat_template="{{ messages[0].content }}"),
+          what="chat template: chat_template.jinja and tokenizer_config.json", fix="chat_template.jinja alone"),
+    fault("template fails", template("{{ raise_exception('no') }}"), what="chat template: fails on a prompt", fix="chat_template in"),
+    fault("template without prompt", template("<|user|>"), what="chat template: leaves the prompt out", fix="chat_template in"),
+    fault("template without a turn", template("{{ messages[0].content }}"), verdict="warning",
+          what="chat template: has no generation prompt", fix="add_generation_prompt"),
+    fault("template without an end", template(CHAT.replace("{{ eos_token }}", "<pad>")), verdict="warning",
+          what="chat template: ends a turn with '<pad>', which ends no completion", fix="eos_token_id: [0, 1] in"),
+    fault("unread option", template(CHAT), "trainer.chat_template_kwargs={enable_thinking: false}", verdict="warning",
+          what="chat template: does not read enable_thinking", fix="no trainer.chat_template_kwargs.enable_thinking"),
+    fault("two templates", template(CHAT), "task.template=<eos>{prompt}",
+          what="prompt: has '<eos>' in its text, and the chat template is put around it", fix="task.template"),
+    fault("damaged weights", truncated, what="model: cannot load", fix="a folder saved by Transformers", rollout=True),
+]  # fmt: skip
+
+IN_DATA = [
+    fault("missing file", None, "task.train=nowhere.jsonl", what="nowhere.jsonl: no such file", fix="task.train: a .jsonl file"),
+    fault("missing field", None, "task.answer=solution", what="unknown field 'solution'", fix="one of prompt, answer"),
+    fault("empty file", rows("train.jsonl"), what="train.jsonl: has no rows", fix="one JSON object a line"),
+    fault("few rows", rows("train.jsonl", ("1+1=", "2")), what="has 1 rows", fix="prompts_per_rollout: 1"),
+    fault("duplicates", rows("train.jsonl", *[("1+1=", "2")] * 16), verdict="warning",
+          what="task.train: 16 rows hold 1 distinct prompts", fix="drpo data"),
+    fault("not held out", None, "task.heldout=train.jsonl", verdict="warning",
+          what="task.heldout: 32 of 32 prompts are in task.train too", fix="drpo data NAME --against"),
+    fault("answers in words", rows("train.jsonl", *[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)]), "reward=gsm8k",
+          verdict="warning", what="gsm8k does not recognise 8 of 16 reference answers as right, the first 'two'", fix="task.answer"),
+    fault("reward for nothing", module("always", "def one(completions, **_):\n    return [1.0] * len(completions)\n"), "reward=always:one",
+          what="grader: one gives 1 to the reference answers and 1 to", fix="a reward that reads them"),
+    fault("reward that raises", module("raises", "def no(completions, **_):\n    raise OSError('disk')\n"), "reward=raises:no",
+          what="grader: no fails on", fix="returns a number or None for each completion"),
+    fault("reward of another length", module("short", "def one(completions, **_):\n    return [1.0]\n"), "reward=short:one",
+          what="returned 1 scores for 32 completions", fix="a number or None for each"),
+    fault("missing reward", None, "reward=nowhere:score", what="reward: cannot load 'nowhere:score'", fix="a module nowhere that imports"),
+    fault("misspelt reward", None, "reward=exact_anwser", what="unknown reward 'exact_anwser'", fix="'exact_answer'"),
+]  # fmt: skip
+
+IN_ROLLOUTS = [
+    fault("dropout in a rollout", edit("config.json", attention_dropout=0.2), rollout=True,
+          what="μ against π: mean |log π − log μ|", fix="1. dropout: attention_dropout is above 0"),
+    fault("wrong sampler", recorded(lambda rows: [[p - 0.5 for p in row] for row in rows]), rollout=True,
+          what="threshold 0.001", fix="chat template or tokeniser"),
+    fault("rollout without log-probs", recorded(lambda _: None), rollout=True,
+          what="rollout: the rollout returned no log-probs", fix="let Transformers or vLLM generate"),
+    fault("log-probs that are none", recorded(lambda rows: [[float("nan")] * len(row) for row in rows]), rollout=True,
+          what="the sampler's log-prob of token 0 of completion 0 is nan", fix="finite"),
+    fault("bf16 log-probs", recorded(bf16), "audit_threshold=0.1", rollout=True,
+          what="log-probs: the sampler's are in bf16", fix="in fp32"),
+    fault("n-grams in a rollout", edit("generation_config.json", no_repeat_ngram_size=3), rollout=True,
+          what="μ against π", fix="no_repeat_ngram_size=3 changes what is sampled from"),
+    fault("learning rate", None, "learning_rate=1.0e+30", rollout=True, what="update: ", fix="a smaller learning_rate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("plant", "overrides", "rollout", "expected"),
+    [*IN_RECIPES, *IN_ENVIRONMENTS, *IN_MODELS, *IN_DATA, *IN_ROLLOUTS],
+)
+def test_a_planted_fault_is_found_with_its_fix(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Plant | None,
+    overrides: tuple[str, ...],
+    rollout: bool,
+    expected: Finding,
+) -> None:
+    if plant is not None:
+        plant(here, monkeypatch)
+    own = ["model=model", "task.train=train.jsonl", "task.heldout=heldout.jsonl", "rollouts=2"]
+    findings = examine(None, [*own, *overrides], rollout=rollout)
+    said = "\n".join(f"{f.verdict} {f.what} | {f.fix}" for f in findings)
+    found = [f for f in findings if expected.what in f.what and f.verdict == expected.verdict]
+    assert found, said
+    assert any((expected.fix or "") in (f.fix or "") for f in found), said
+    # The checks that could go on did.
+    assert len(findings) >= 5, said
+
+
+def test_of_the_built_in_recipe_all_is_well(here: Path) -> None:
+    findings = examine()
+    assert {f.verdict for f in findings} == {"ok"}, findings
+    said = "\n".join(f.what for f in findings)
+    for check in (
+        "packages",
+        "extras",
+        "plug-ins",
+        "anchor",
+        "updates",
+        "dropout",
+        "sampling",
+        "memory",
+        "grader",
+        "μ against π",
+    ):
+        assert f"{check}: " in said
+    assert "16 prompts x 8 = 128 samples a rollout, 4 updates of 32" in said
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout_lag=2", "rollout_precision=bf16"],
+        ["train_precision=bf16"],
+        ["trainer.top_p=0.9", "trainer.replay_support=true"],
+        ["temperature=0.7"],
+        ["lora={}"],
+        ["objective=ppo"],
+        ["updates_per_rollout=16"],
+    ],
+    ids=" ".join,
+)
+def test_of_other_healthy_recipes_too(here: Path, overrides: list[str]) -> None:
+    assert [f for f in examine(None, overrides) if f.verdict != "ok"] == []
+
+
+@pytest.fixture
+def doctor(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run the command: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        before = sorted(here.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["drpo", "doctor", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert sorted(here.rglob("*")) == before
+        return (int(end.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "verdicts"),
+    [
+        ([], 0, {"ok"}),
+        (["objective.delta=12.5"], 0, {"ok", "warning"}),
+        (["trainer.top_k=5"], 1, {"ok", "warning", "stop"}),
+    ],
+    ids=["healthy", "warning", "stop"],
+)
+def test_json_is_all_there_is_on_both_streams_and_a_stop_is_exit_code_1(
+    doctor: Any, overrides: list[str], code: int, verdicts: set[str]
+) -> None:
+    options = [part for override in overrides for part in ("--set", override)]
+    ended, out, err = doctor("--json", *options)
+    assert (ended, err) == (code, "")
+    found = json.loads(out)
+    assert {row["verdict"] for row in found} == verdicts
+    for row in found:
+        assert row.keys() == {"verdict", "what", "fix"}
+        assert row["what"]
+        assert "\n" not in row["what"]
+        assert row["verdict"] == "ok" or row["fix"]
+
+
+def test_people_see_a_line_a_finding_and_its_fix_below(doctor: Any) -> None:
+    code, out, err = doctor("--no-rollout", "--set", "updates_per_rollout=1")
+    assert (code, err) == (0, "")
+    assert "ok      dropout: none\n" in out
+    assert "warning updates: " in out
+    assert "        fix: updates_per_rollout: 4\n" in out
+    assert "μ against π" not in out
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "", "- 1", "model: arithmetic", "seed: !!python/object:os.system x", "\udcff"]
+)
+def test_a_broken_recipe_is_a_stop_after_what_could_be_checked(doctor: Any, here: Path, text: str) -> None:
+    (here / "broken.yaml").write_text(text, errors="surrogateescape")
+    code, out, _ = doctor("broken.yaml", "--json")
+    assert code == 1
+    *others, last = json.loads(out)
+    assert last["verdict"] == "stop"
+    assert last["what"].startswith("broken.yaml")
+    assert last["fix"]
+    assert "packages" in others[0]["what"]
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "model", "n" * 300])
+def test_what_is_no_file_is_a_mistake_of_the_command_line(doctor: Any, name: str) -> None:
+    code, out, err = doctor(name)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {name}")
+    assert len(err.splitlines()) == 1
+
+
+def test_who_gives_a_configuration_of_verl_is_told_the_option_for_it(here: Path) -> None:
+    path = RECIPES / "verl" / "qwen3-4b-base.yaml"
+    assert examine(path)[-1].fix == f"drpo doctor --verl {path}, if it is verl's"
+
+
+def test_a_recipe_and_a_configuration_of_verl_are_one_too_many(doctor: Any) -> None:
+    code, _, err = doctor("a.yaml", "--verl", "b.yaml")
+    assert (code, err) == (2, "error: a.yaml and --verl b.yaml: expected one of them\n")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_of_a_shipped_recipe_only_data_model_and_engine_are_wanting(
+    here: Path, monkeypatch: pytest.MonkeyPatch, recipe: Path
+) -> None:
+    findings = examine(recipe, rollout=False)
+    stops = {f.what.split(":")[0] for f in findings if f.verdict == "stop"}
+    assert stops <= {"task.train", "task.heldout", "model", "trainer.use_vllm"}
+
+
+def test_packages_that_are_declared_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(torch="1.0", rich=None)(Path(), monkeypatch)
+    assert [f.fix for f in check_packages()] == ["pip install 'rich>=13.0'", "pip install 'torch>=2.8'"]
