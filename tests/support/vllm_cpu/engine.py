@@ -15,6 +15,9 @@ PYTHON = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
 
 SERVER = Path(__file__).with_name("server.py")
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""What vLLM calls the precisions that it runs in here."""
+
 
 class Engine:
     """vLLM in a process of its own environment; its :meth:`rollout` samples for a trainer, by the trainer's weights of now.
@@ -60,6 +63,11 @@ class Engine:
             self._process.wait()
             self._log.seek(0)
             raise RuntimeError(f"vLLM has died:\n{self._log.read()[-3000:]}") from error
+
+    @property
+    def version(self) -> str:
+        """Of vLLM."""
+        return self.ask("version", {})["version"]
 
     def load(self, model: Any) -> None:
         """Take a model's weights."""

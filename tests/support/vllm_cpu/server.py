@@ -2,6 +2,7 @@
 
 {"generate": {"prompt_ids": [[5, 6]], "stop_ids": [1], "temperature": 1.0, "max_tokens": 20, "seed": 0}}
     → {"completion_ids": [[7, 1]], "logprobs": [[-0.3, -0.1]]}
+{"version": {}} → {"version": "0.32.0"}
 {"load": "FOLDER"} → {}, having taken the weights that Transformers saved there
 """
 
@@ -22,6 +23,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+import vllm
 from vllm import LLM, SamplingParams
 
 
@@ -84,6 +86,7 @@ def main() -> None:
     methods: dict[str, Callable[..., dict[str, Any]]] = {
         "generate": lambda request: server.generate(**request),
         "load": server.load,
+        "version": lambda _: {"version": vllm.__version__},
     }
     for line in sys.stdin:
         ((method, request),) = json.loads(line).items()
