@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 from matplotlib.figure import Figure
-from tests.support.vllm_cpu.engine import DTYPES, Engine
 
 from benchmarks import tables
 from benchmarks.first_rollout import MODEL, first_rollout
+from support.vllm_cpu.engine import DTYPES, Engine
 
 SETTINGS = (("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp32"), ("fp8", "fp32"), ("bf16", "bf16"), ("fp8", "fp8"))
 """Precisions of the rollout and of training, where Transformers samples."""

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tests.support.vllm_cpu.engine import Engine
 
 from benchmarks import tables
 from benchmarks.first_rollout import MODEL
 from drpo.recipe import load_recipe
 from drpo.run import RunFolder, read_jsonl
 from drpo.train import train
+from support.vllm_cpu.engine import Engine
 
 ROLLOUTS = 30
 
