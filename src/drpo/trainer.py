@@ -24,7 +24,7 @@ from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
 from drpo.objectives import Anchor, TopKObjective
 from drpo.policy_head import add_policy_loss, why_not_fused
-from drpo.precision import train_in_fp8
+from drpo.precision import require_fp32_weights, train_in_fp8
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
 from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
@@ -98,6 +98,8 @@ class DRPOTrainer(GRPOTrainer):
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if args.train_precision is not None:
+            require_fp32_weights(self.accelerator.unwrap_model(self.model), args.train_precision)
         self.objective = args.make_objective()
         self.anchor: Anchor = args.anchor or self.objective.anchor
         self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
