@@ -15,6 +15,7 @@ from drpo.advantage import group_advantage
 from drpo.config import DRPOConfig
 from drpo.micro_batches import loss_mask
 from drpo.objectives import Anchor, TopKObjective
+from drpo.precision import require_fp32_weights
 from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
 
@@ -42,6 +43,8 @@ class RolloutTrainer(GRPOTrainer):
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if args.train_precision is not None:
+            require_fp32_weights(self.accelerator.unwrap_model(self.model), args.train_precision)
         self.objective = args.make_objective()
         self.anchor: Anchor = args.anchor or self.objective.anchor
         self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
