@@ -165,7 +165,9 @@ class TestOffPolicy:
             for row in rows("off_policy.csv")
             if row["cause"] == "vLLM that gets no new weights"
         }
-        assert f"for {of_rollout['2']:.3f} at the second rollout and {of_rollout['30']:.3f} at the thirtieth" in self.PAGE
+        assert (
+            f"for {of_rollout['2']:.3f} at the second rollout and {of_rollout['30']:.3f} at the thirtieth" in self.PAGE
+        )
 
     def test_another_prompt_scatters_the_first_tokens_as_measured(self) -> None:
         gaps: dict[bool, list[float]] = {True: [], False: []}
