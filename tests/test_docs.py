@@ -189,6 +189,7 @@ class TestOffPolicy:
         "docs/performance.md",
         "docs/verl.md",
         "docs/off-policy.md",
+        "docs/doctor.md",
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:
