@@ -122,7 +122,8 @@ def train(
         else:
             summary = _train(asked, folder, resume, overwrite)
     except KeyboardInterrupt as error:
-        typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
+        again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
+        typer.echo(f"interrupted{again}", err=True)
         raise typer.Exit(130) from error
     if summary:
         from drpo.report import write_report
@@ -153,6 +154,9 @@ def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overw
     for finding in of_config(planned.config):
         if finding.verdict == "stop":
             raise UserError(f"--engine verl: {finding.what}" + (f"; expected {finding.fix}" if finding.fix else ""))
+        # The problems are written when the run begins.
+        if finding.verdict == "warning" and not finding.what.startswith("data."):
+            typer.echo(f"warning: {finding.what}", err=True)
     try:
         return train(planned, overwrite=overwrite)
     except VerlError as error:

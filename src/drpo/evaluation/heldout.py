@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 
 from drpo.rewards import Reward, text_of
-from drpo.rollout.audit import FILTERS, NEUTRAL
 from drpo.tasks import Problem
 
 if TYPE_CHECKING:
@@ -87,13 +87,12 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
 @contextmanager
 def _unfiltered(trainer: DRPOTrainer) -> Iterator[None]:
     """Within this context Transformers samples without filters; vLLM has none, since DRPOConfig refuses them for it."""
-    config: Any = getattr(trainer, "generation_config", None)
-    filters = {name: getattr(config, name, None) for name in FILTERS}
-    on = {name: value for name, value in filters.items() if value not in NEUTRAL[name]}
-    for name in on:
-        setattr(config, name, OFF[name])
+    config: Any = getattr(trainer, "generation_config", SimpleNamespace())
+    rollouts = {name: getattr(config, name, None) for name in OFF}
+    for name, value in OFF.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        for name, value in on.items():
+        for name, value in rollouts.items():
             setattr(config, name, value)
