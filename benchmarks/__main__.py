@@ -19,6 +19,7 @@ NAMES = (
     "verl_loss",
     "engine_gap",
     "off_policy",
+    "mistakes",
 )
 """Modules with ``run(command) -> rows`` and perhaps ``plot(rows) -> figure``."""
 

@@ -14,14 +14,15 @@ SOURCE = Path(drpo.__file__).parent
 # A module may import modules of earlier layers and of its own package only.
 LAYERS = [
     {"names", "errors"},
-    {"tokens", "tasks"},
+    {"tokens", "tasks", "plain_yaml"},
     {"objectives", "aggregation", "advantage", "rewards", "recipe"},
     {"kernels", "micro_batches", "precision"},
     {"metrics"},
     {"rollout"},
     {"config", "policy_head"},
     {"scoring"},
-    {"trainer", "run"},
+    {"rollout_trainer", "run"},
+    {"trainer"},
     {"catalogue", "choose", "progress", "report"},
     {"evaluation", "data"},
     {"prepare", "inspect"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from drpo import DRPOTrainer
@@ -140,6 +142,27 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, settings: dict[str,
     with pytest.raises(ValueError, match=r"precision|rollout_lag") as error:
         config(tmp_path, **settings)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_weights_in_another_precision_than_training_keeps_are_refused(
+    tmp_path: Path, problems: Dataset, precision: str
+) -> None:
+    model, _ = load_model(torch.bfloat16)
+    expected = f"train_precision='{precision}' keeps weights in fp32, and the model has .* in bfloat16"
+    with pytest.raises(ValueError, match=expected):
+        make_trainer(tmp_path, problems, model=model, train_precision=precision, bf16=None)
+
+
+@pytest.mark.parametrize(("precision", "is_refused"), [("fp32", True), ("bf16", False)])
+def test_frozen_weights_beneath_adapters_may_be_bf16_where_training_computes_in_it(
+    tmp_path: Path, problems: Dataset, precision: str, is_refused: bool
+) -> None:
+    model, _ = load_model(torch.bfloat16)
+    adapters = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = {"model": model, "peft_config": adapters, "train_precision": precision, "bf16": None}
+    with pytest.raises(ValueError, match="keeps weights in fp32") if is_refused else nullcontext():
+        make_trainer(tmp_path, problems, **given)
 
 
 class Aged(DRPOTrainer):

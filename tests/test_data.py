@@ -179,6 +179,7 @@ def test_a_malformed_parquet_row_is_named(tmp_path, broken, what):
         (["gsm8k"], "cannot load openai/gsm8k from the hub"),
         (["filter", "missing.jsonl", "--model", "arithmetic", "--out", "kept.jsonl"], "missing.jsonl: no such file"),
         (["filter", "good.jsonl", "--model", "m", "--out", "kept.txt"], "--out kept.txt: expected a name that ends in .jsonl"),
+        (["filter", "good.jsonl", "--model", "m", "--out", "good.jsonl", "--overwrite"], "--out good.jsonl: is what is filtered"),
         (["filter", "good.jsonl", "--model", "m", "--out", "k.jsonl", "--min", "0.9"], "--min 0.9: expected at most --max"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

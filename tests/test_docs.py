@@ -151,6 +151,33 @@ class TestPerformance:
             assert f"| {seed} | {trl} | {ours} | {float(trl) / float(ours):.2f} |" in self.PAGE
 
 
+class TestOffPolicy:
+    PAGE = (ROOT / "docs" / "off-policy.md").read_text(encoding="utf-8")
+
+    def test_the_gaps_of_engines_are_as_measured(self) -> None:
+        for row in rows("engine_gap.csv"):
+            gaps = [f"{float(row[name]):.2g}".replace("e-0", "e-") for name in ("mean", "p99")]
+            assert f"| {row['engine']} | {row['rollout']} | {row['train']} | {' | '.join(gaps)} |" in self.PAGE
+
+    def test_an_engine_without_new_weights_is_as_far_off_as_measured(self) -> None:
+        of_rollout = {
+            row["rollout"]: float(row["engine/divergence/mean"])
+            for row in rows("off_policy.csv")
+            if row["cause"] == "vLLM that gets no new weights"
+        }
+        assert (
+            f"for {of_rollout['2']:.3f} at the second rollout and {of_rollout['30']:.3f} at the thirtieth" in self.PAGE
+        )
+
+    def test_another_prompt_scatters_the_first_tokens_as_measured(self) -> None:
+        gaps: dict[bool, list[float]] = {True: [], False: []}
+        for row in rows("mistakes.csv"):
+            if row["fault"] == "a space more in the sampler's prompt":
+                gaps[int(row["token"]) < 2].append(abs(float(row["logp"]) - float(row["behavior_logp"])))
+        first, later = (statistics.fmean(gaps[is_first]) for is_first in (True, False))
+        assert f"the first two by {first:.2f} nats on average and the later ones by {later:.2f}" in self.PAGE
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -162,6 +189,7 @@ class TestPerformance:
         "docs/performance.md",
         "docs/verl.md",
         "docs/off-policy.md",
+        "docs/doctor.md",
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from drpo.errors import UserError
 from drpo.evaluation.engines import TransformersEngine, VLLMEngine, _SeededChoice
 from drpo.evaluation.folder import EvaluationFolder
-from drpo.evaluation.sampled import sample_and_score
+from drpo.evaluation.sampled import load, sample_and_score
 from drpo.evaluation.settings import Settings
 from drpo.evaluation.statistics import estimate, majority, paired, pass_at_k
 from drpo.evaluation.summary import compare, summarise
@@ -210,6 +210,14 @@ class TestEvaluation:
         result = run(tmp_path / "out", settings)
         assert sum(result["statuses"].values()) == 4
         assert list(result["average_by_source"]) == ["sums"]
+
+    def test_tells_files_of_one_name_apart(self, tmp_path):
+        files = [tmp_path / folder / "sums.jsonl" for folder in ("a", "b")]
+        for file in files:
+            file.parent.mkdir()
+            file.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+        data = (*map(str, files), "arithmetic")
+        assert [source for source, _ in load(Settings("arithmetic", data, problems=1))] == list(data)
 
     def test_believes_a_reward_of_the_user_s_whatever_the_completions_look_like(self, tmp_path, rewards):
         result = run(tmp_path / "out", replace(ARITHMETIC, samples=2, problems=3, reward=f"{rewards}:right"))

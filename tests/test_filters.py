@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset
 
 from drpo import DRPOTrainer
+from drpo.evaluation.heldout import evaluate
+from drpo.rewards import exact_answer
 from drpo.rollout.record import NOT_IN_SUPPORT, record_log_probs
 from drpo.rollout.token_log import TokenLog
 from drpo.scoring import score_support
@@ -137,3 +139,21 @@ def test_a_rollout_function_records_no_support(tmp_path: Path, problems: Dataset
 def test_the_fused_loss_gives_way_to_all_logits(tmp_path: Path, problems: Dataset) -> None:
     trainer: DRPOTrainer = make_trainer(tmp_path, problems, replay_support=True)
     assert trainer._why_not_fused == "log-probs over the sampler's support need all logits"
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.01}, {"top_k": 2}, {"min_p": 0.9}], ids=str)
+def test_held_out_problems_are_sampled_without_the_filters_of_the_rollouts(
+    tmp_path: Path, problems: Dataset, sampling: dict[str, Any]
+) -> None:
+    heldout = builtin_problems("heldout", 4, seed=0)
+    filtered = make_trainer(tmp_path, problems, replay_support=True, **sampling)
+    measured = [
+        evaluate(trainer, heldout, exact_answer, samples=8, seed=0)
+        for trainer in (filtered, make_trainer(tmp_path, problems))
+    ]
+    assert measured[0] == measured[1]
+    # Nor those that Transformers takes from the model where TRL leaves them open.
+    filtered.model.generation_config.update(**sampling)
+    assert evaluate(filtered, heldout, exact_answer, samples=8, seed=0) == measured[0]
+    # The rollouts go on as they were.
+    assert {name: getattr(filtered.generation_config, name) for name in sampling} == sampling

@@ -125,11 +125,55 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 def test_rewards_become_advantages_within_their_group_and_step(tmp_path: Path) -> None:
     rows = [
         {"logp": log(0.5), "behavior_logp": log(0.4), "reward": reward, "group": group, "step": step}
-        for group, step, reward in (("a", 1, 1.0), ("b", 1, 3.0), ("a", 1, 0.0), ("b", 1, 3.0), ("a", 2, 5.0))
+        for group, step, reward in (
+            ("a", 1, 1.0),
+            ("b", 1, 3.0),
+            ("a", 1, 0.0),
+            ("b", 1, 3.0),
+            ("a", 2, 5.0),
+            ("a", 2, 6.0),
+        )
     ]
     rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", rows), {}, "mean")
-    assert rollouts.advantage.tolist() == [0.5, 0, -0.5, 0, 0]
-    assert rollouts.advantage_from == "reward"
+    assert rollouts.advantage.tolist() == [0.5, 0, -0.5, 0, -0.5, 0.5]
+    assert (rollouts.advantage_from, rollouts.groups) == ("reward", 3)
+
+
+@pytest.mark.parametrize("steps", [(1, 1, 2), (1, 2, 3)])
+def test_a_group_whose_rows_are_spread_over_steps_is_refused_unless_it_says_what_they_share(
+    tmp_path: Path, steps: tuple[int, ...]
+) -> None:
+    row = {"logp": log(0.5), "behavior_logp": log(0.4), "group": "a", "rollout": 1}
+    rewards = (0.0, 1.0, 5.0)
+    rows = [{**row, "step": step, "reward": reward} for step, reward in zip(steps, rewards, strict=True)]
+    path = write(tmp_path / "rollouts.jsonl", rows)
+    counted = "2 in step 1 and 1 in step 2" if steps == (1, 1, 2) else "1 in step 1 and 1 in step 2"
+    with pytest.raises(UserError, match=f"of group 'a' there are {counted} rows"):
+        read_rollouts(path, {}, "mean")
+    assert read_rollouts(path, {"step": "rollout"}, "mean").advantage.tolist() == [-2, -1, 3]
+
+
+@pytest.mark.parametrize(("field", "value"), [("age", 1), ("old_logp", log(0.4)), ("mask", [1]), ("step", 2)])
+@pytest.mark.parametrize("later", [True, False])
+def test_a_column_that_only_some_rows_have_is_refused(tmp_path: Path, field: str, value: Any, later: bool) -> None:
+    row = {"logp": log(0.5), "behavior_logp": log(0.4), "advantage": 1.0}
+    rows = [row, row, {**row, field: value}]
+    path = write(tmp_path / "rollouts.jsonl", rows if later else rows[::-1])
+    with pytest.raises(UserError) as error:
+        inspected(path)
+    (line, *others) = error.value.lines
+    said = (
+        f"row 3: has {field}, which the first row has not" if later else f"row 2: has no {field}, which the first row"
+    )
+    assert said in line
+    assert len(others) == (0 if later else 1)
+
+
+def test_a_column_that_is_not_read_may_be_in_some_rows(tmp_path: Path) -> None:
+    row = {"logp": log(0.5), "behavior_logp": log(0.4), "advantage": 1.0}
+    rows = [row, {**row, "reward": 1.0, "note": "x"}, {**row, "group": "a"}]
+    for order in (rows, rows[::-1]):
+        assert inspected(write(tmp_path / "rollouts.jsonl", order)).tokens == 3
 
 
 def test_steps_and_ages_are_measured_apart(tmp_path: Path) -> None:

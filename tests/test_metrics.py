@@ -275,3 +275,9 @@ def test_a_reset_forgets_what_was_measured() -> None:
     batch = one_token(0.5, 0.4, 1.0)
     metrics.update(batch, torch.ones(1, 1))
     assert_same(metrics.compute(), measured(batch, torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_in_the_bins_of_their_values(dtype: torch.dtype) -> None:
+    weight = torch.linspace(-3, 3, 25).to(dtype)
+    assert weight_bins(weight).equal(weight_bins(weight.float()))

@@ -434,3 +434,17 @@ def test_evaluations_of_the_trained_model_are_listed(tmp_path):
     (folder.evaluated / "aime24" / "evaluation.json").write_text('{"average": 1}')
     with pytest.raises(UserError, match=r"aime24/evaluation.json: expected average"):
         read_run(folder)
+
+
+def test_the_distance_is_listed_by_its_origin_where_it_was_measured(tmp_path: Path) -> None:
+    folder, plain = make_run(tmp_path / "run"), make_run(tmp_path / "plain")
+    folder.metrics.unlink()
+    for update in range(1, ROLLOUTS * UPDATES_PER_ROLLOUT + 1):
+        parts = {"engine/divergence/mean": 1e-7, "engine/divergence/p99": 2e-7, "engine/divergence/max": update * 1e-6}
+        append_jsonl(folder.metrics, {**metrics_row(update), **parts})
+    cells = parse(render([read_run(folder), read_run(plain)])).cells
+    start = cells.index("engine")
+    # The last update of the last of three rollouts is the twelfth.
+    assert cells[start - 1 : start + 5] == ["run", "engine", "1e-07", "1e-07", "2e-07", "1.2e-05"]
+    assert not {"age", "updates"} & set(cells)
+    assert "Distance by origin" not in parse(render([read_run(plain)])).text

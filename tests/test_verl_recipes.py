@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,24 @@ def test_the_longest_prompt_may_be_a_held_out_one(tmp_path: Path) -> None:
     planned = plan(load_recipe(None, [f"task.heldout={held_out}"]), RunFolder(tmp_path / "run"))
     assert "data.max_prompt_length=30" in planned.arguments
     assert planned.config.data.max_prompt_length == 30
+
+
+def test_verl_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"""
+import sys
+from drpo.integrations.verl.launch import run_to_its_end
+with open({str(tmp_path / "output")!r}, "wb") as output:
+    sys.exit(run_to_its_end([sys.executable, "-c", {child!r}], {{}}, output) != -15)
+"""
+    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "output").is_file() or not (pid := (tmp_path / "output").read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 0
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:

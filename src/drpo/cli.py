@@ -14,11 +14,11 @@ from rich.console import Console
 
 from drpo import __version__, commands
 from drpo.choose import Overrides, chosen_objectives
+from drpo.doctor.command import doctor
 from drpo.errors import UserError
 from drpo.inspect.command import inspect
 
 if TYPE_CHECKING:
-    from drpo.doctor import Finding
     from drpo.recipe import Recipe
     from drpo.run import RunFolder
 
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.add_typer(commands.data, name="data")
 app.command("eval")(commands.evaluate)
 app.command("compare")(commands.compare)
+app.command("doctor")(doctor)
 app.command("inspect")(inspect)
 
 
@@ -121,7 +122,8 @@ def train(
         else:
             summary = _train(asked, folder, resume, overwrite)
     except KeyboardInterrupt as error:
-        typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
+        again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
+        typer.echo(f"interrupted{again}", err=True)
         raise typer.Exit(130) from error
     if summary:
         from drpo.report import write_report
@@ -152,6 +154,9 @@ def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overw
     for finding in of_config(planned.config):
         if finding.verdict == "stop":
             raise UserError(f"--engine verl: {finding.what}" + (f"; expected {finding.fix}" if finding.fix else ""))
+        # The problems are written when the run begins.
+        if finding.verdict == "warning" and not finding.what.startswith("data."):
+            typer.echo(f"warning: {finding.what}", err=True)
     try:
         return train(planned, overwrite=overwrite)
     except VerlError as error:
@@ -203,60 +208,6 @@ def report(
     target = output or (folders[0].report if len(folders) == 1 else Path("report.html"))
     write_report(folders, target)
     typer.echo(str(target))
-
-
-@app.command()
-def doctor(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe in YAML; the built-in one by default.", show_default=False)
-    ] = None,
-    verl: Annotated[
-        Path | None,
-        typer.Option(metavar="CONFIG.yaml", help="A configuration of verl's trainer.", show_default=False),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a field of the recipe, or of verl's configuration as on verl's command line. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    rollout: Annotated[bool, typer.Option(help="Load the weights, make a small rollout and audit it.")] = True,
-    workers: Annotated[bool, typer.Option(help="With --verl: start Ray and look for the loss in a worker.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-) -> None:
-    """Say whether a run would compute what its configuration seems to ask for; exit code 1 if not.
-
-    Examples:
-
-      drpo doctor
-
-      drpo doctor recipes/gsm8k.yaml --set task.train=gsm8k_train.jsonl --json
-
-      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml
-
-      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml --set objective=spo --no-workers --json
-    """
-    if recipe is not None and verl is not None:
-        raise UserError(f"{recipe} and --verl {verl}: expected one of them")
-    from drpo.doctor import show
-
-    if verl is not None:
-        from drpo.doctor.verl import examine
-
-        findings = examine(verl, overrides or [], workers=workers)
-    else:
-        findings = _examine(recipe, overrides or [], rollout, as_json)
-    raise typer.Exit(show(findings, as_json))
-
-
-def _examine(recipe: Path | None, overrides: list[str], rollout: bool, as_json: bool) -> list[Finding]:
-    with Console(stderr=True, quiet=as_json).status("loading") as status:
-        from drpo.doctor.examine import examine
-
-        return examine(recipe, overrides, rollout=rollout, begin=status.update)
 
 
 @app.command()

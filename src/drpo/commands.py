@@ -100,6 +100,8 @@ def filter_(
         raise UserError(f"--min {least:g}: expected at most --max, {most:g}")
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a name that ends in .jsonl")
+    if out.absolute() == path.absolute():
+        raise UserError(f"--out {out}: is what is filtered; expected another file")
     if out.exists() and not (overwrite or resume):
         raise UserError(f"--out {out}: already exists; choose another, or give --overwrite")
     rows = read_rows(path)

@@ -22,6 +22,24 @@ def require_torchao(precision: str | None) -> None:
         raise ImportError(f"precision {precision!r} needs torchao; pip install 'drpo[low-precision]'")
 
 
+def require_fp32_weights(model: nn.Module, precision: TrainPrecision) -> None:
+    """Check that the model has the weights which training in this precision keeps.
+
+    Those that are trained are fp32 in all of them; frozen ones, as those beneath adapters, where nothing casts them.
+
+    Raises:
+        ValueError: a weight in another precision.
+    """
+    for name, parameter in model.named_parameters():
+        must_be = parameter.requires_grad or precision == "fp32"
+        if must_be and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"train_precision={precision!r} keeps weights in fp32, and the model has {name} in {dtype}; "
+                "load it with dtype=torch.float32, or leave train_precision out"
+            )
+
+
 def train_in_fp8(model: nn.Module) -> None:
     """Let the model's linear layers, all but the LM head, multiply in FP8 (e4m3), forward and backward.
 

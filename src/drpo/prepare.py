@@ -14,6 +14,7 @@ import transformers
 from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
@@ -60,7 +61,14 @@ def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
     return problems if split == "train" else problems[:size]
 
 
-def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratch: str, processes: int) -> DRPOTrainer:
+def make_trainer(
+    recipe: Recipe,
+    reward: Reward,
+    problems: list[Problem],
+    scratch: str,
+    processes: int,
+    rollout_func: RolloutFunc | None = None,
+) -> DRPOTrainer:
     """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
     config = make_config(recipe, scratch, processes)
     model, tokenizer = _load_model(recipe)
@@ -74,6 +82,7 @@ def make_trainer(recipe: Recipe, reward: Reward, problems: list[Problem], scratc
             ),
             processing_class=tokenizer,
             peft_config=make_lora(recipe),
+            rollout_func=rollout_func,
         )
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer()

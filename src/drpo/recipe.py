@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -23,6 +22,7 @@ from pydantic import (
 
 from drpo.errors import UserError
 from drpo.names import unknown_name
+from drpo.plain_yaml import dump, parse
 from drpo.tasks import BUILTIN_MODELS
 
 if TYPE_CHECKING:
@@ -240,59 +240,11 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: no octal, no yes/no; no duplicate keys, no aliases, no tags of other languages."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either the loader above or a YAML 1.1 reader would take for something else."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"(?:~|null|)", ["~", "n", ""]),
-    ("bool", r"(?:true|false)", ["t", "f"]),
-    ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
-    ("float", r"-?(?:0|[1-9][0-9]*)\.[0-9]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)", list("-+.0123456789")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
-        raise UserError(f"{where}{line}: {problem}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: is not valid YAML ({type(error).__name__}: {str(error)[:100]})") from error
-
-
 def _override(document: dict[str, Any], assignment: str) -> None:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
         raise UserError(f"--set {assignment}: expected key=value")
-    value = _parse(text, f"--set {assignment}")
+    value = parse(text, f"--set {assignment}")
     # A shell has no quotes to tell text from numbers by, so 1e-5 is a number here.
     if re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", text.strip()):
         value = float(text)
@@ -323,7 +275,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
         raise UserError(f"{where}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from error
-    document = _parse(text, where)
+    document = parse(text, where)
     if not isinstance(document, dict):
         raise UserError(
             f"{where}: is {'empty' if document is None else type(document).__name__}; expected a mapping of fields"
@@ -369,4 +321,4 @@ def _number_hint(value: Any) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that :func:`load_recipe` reads back."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return dump(recipe.model_dump(mode="json"))

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
+from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.evaluation.heldout import Evaluation, evaluate
 from drpo.prepare import load_problems, make_trainer, quiet_libraries
@@ -28,11 +29,20 @@ SAMPLES_KEPT = 50
 """Completions written to the run folder at each evaluation."""
 
 
-def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    rollout_func: RolloutFunc | None = None,
+) -> dict[str, Any]:
     """Run a recipe in a run folder and return its summary (empty on all ranks but the first).
 
     The folder is written to once everything else has been checked. With ``resume`` the run in it
-    goes on from its last checkpoint; with ``overwrite`` it is replaced.
+    goes on from its last checkpoint; with ``overwrite`` it is replaced. A ``rollout_func`` samples the
+    rollouts with an engine of its own, as TRL's does: from prompts and trainer to ``prompt_ids``,
+    ``completion_ids`` and ``logprobs``.
 
     Raises:
         UserError: a recipe that cannot be run.
@@ -44,7 +54,7 @@ def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, overwrite:
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(recipe, reward, problems, scratch, state.num_processes)
+        trainer = make_trainer(recipe, reward, problems, scratch, state.num_processes, rollout_func)
     trainer.args.output_dir = str(folder.checkpoints)
 
     with folder.locked() if state.is_main_process else nullcontext():

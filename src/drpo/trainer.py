@@ -6,29 +6,30 @@ import inspect
 import logging
 import textwrap
 import time
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.grpo_trainer import GRPOTrainer
 
-from drpo.advantage import group_advantage
 from drpo.aggregation import Counts, token_scale
 from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
 from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
-from drpo.objectives import Anchor, TopKObjective
 from drpo.policy_head import add_policy_loss, why_not_fused
 from drpo.precision import train_in_fp8
-from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes, sampling_mismatches
-from drpo.rollout.behaviour import BehaviourPolicy
-from drpo.rollout.record import LogProbRecorder, record_log_probs
+from drpo.rollout.audit import (
+    APPROXIMATE_THRESHOLD,
+    EXACT_THRESHOLD,
+    Audit,
+    Differences,
+    likely_causes,
+    sampling_mismatches,
+)
 from drpo.rollout.token_log import TokenLog
+from drpo.rollout_trainer import RolloutTrainer
 from drpo.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ _MULTIMODAL = (
 )
 
 
-class DRPOTrainer(GRPOTrainer):
+class DRPOTrainer(RolloutTrainer):
     """GRPOTrainer with the objective of its :class:`DRPOConfig`.
 
     The sampler's own log-probs are recorded as the tokens are drawn, also when Transformers
@@ -82,36 +83,15 @@ class DRPOTrainer(GRPOTrainer):
             }"""),
     }
 
-    args: DRPOConfig
-    model: Any
-    accelerator: Any
-    num_generations: int
-    num_generations_eval: int
     _buffered_inputs: list[dict[str, Any]]
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: DRPOConfig | None = None, *more: Any, **kwargs: Any
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = DRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DRPO")
-        if not isinstance(args, DRPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
-        self.objective = args.make_objective()
-        self.anchor: Anchor = args.anchor or self.objective.anchor
-        self._top_k = self.objective.top_k if isinstance(self.objective, TopKObjective) else 0
-        if self._top_k:
-            self._refuse_unless_recorded(
-                f"objective={args.objective!r} needs log-probs of the sampler's likeliest tokens, as"
-            )
-        if args.replay_support:
-            self._refuse_unless_recorded("replay_support=True needs the tokens that could be drawn, as")
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+        base = self._bare_model
         parameters = inspect.signature(base.forward).parameters
-        self._behaviour = self._make_behaviour(base)
-        if args.train_precision == "fp8":
+        if self.args.train_precision == "fp8":
             train_in_fp8(base)
         self._takes_positions = "position_ids" in parameters and not self._is_vlm
         self.audit: Audit | None = None
@@ -121,27 +101,8 @@ class DRPOTrainer(GRPOTrainer):
         self._work = Work()
         self._began = 0.0
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
-        self._differences: list[Tensor] = []
-        self._sampling = False
-        self._recorder: LogProbRecorder | None = None
-        self._kept_mass: Tensor | None = None
-        self._split = Split() if args.split_distance else None
-
-    def _make_behaviour(self, base: Any) -> BehaviourPolicy:
-        """What samples; a copy of the policy where it should not be the policy as it is."""
-        precision, lag = self.args.rollout_precision, self.args.rollout_lag
-        if precision == self._precision == "fp32":
-            precision = None
-        elif precision is None and lag and self._precision == "fp8":
-            precision = "fp8"
-        for is_used, what in (
-            (self.rollout_func is not None, "a rollout_func, which samples by weights of its own"),
-            (base is not self.accelerator.unwrap_model(self.model), "adapters (peft)"),
-            (self.is_fsdp_enabled or is_deepspeed_zero3_enabled(), "weights that are sharded over ranks"),
-        ):
-            if is_used and (lag or precision is not None):
-                raise ValueError(f"rollout_precision and rollout_lag sample from a copy; they do not work with {what}")
-        return BehaviourPolicy(base, lag, precision, self.accelerator.autocast)
+        self._differences = Differences()
+        self._split = Split() if self.args.split_distance else None
 
     def _fuse(self, base: Any) -> str | None:
         """Give the model its fused loss, or say once why it has none."""
@@ -161,36 +122,7 @@ class DRPOTrainer(GRPOTrainer):
             logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
         return reason
 
-    def _refuse_unless_recorded(self, needed: str) -> None:
-        for is_used, what in (
-            (self.use_vllm, "vLLM, of which TRL keeps the sampled token's log-prob alone"),
-            (self.rollout_func is not None, "a rollout_func, which returns the sampled tokens' log-probs alone"),
-            (bool(self.tools), "tools, whose turns are generated apart from one another"),
-            (self._is_vlm, "a vision-language model"),
-            (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32, which is TRL's fused head's"),
-        ):
-            if is_used:
-                raise ValueError(f"{needed} Transformers generation records them; it does not work with {what}")
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
-        if self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
-        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
-        with ExitStack() as stack:
-            # An evaluation samples from the policy itself.
-            is_rollout = self._sampling and self.model.training
-            model = stack.enter_context(self._behaviour.sampling(unwrapped)) if is_rollout else unwrapped
-            top_k, support = (self._top_k, self.args.replay_support) if self._sampling else (0, False)
-            recorder = stack.enter_context(record_log_probs(model, top_k, support))
-            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
-        if self._sampling:
-            self._recorder = recorder
-        return completion_ids, recorder.log_probs([len(ids) for ids in completion_ids])
-
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._sampling and self.anchor == "sampler":
-            # TRL scores every rollout once more for π_old, which the ratio is not taken against.
-            return None, None, None
         if not self._takes_positions:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
@@ -199,50 +131,8 @@ class DRPOTrainer(GRPOTrainer):
 
         return super()._get_per_token_logps_and_entropies(scored_where_sampled, *args, **kwargs)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._sampling = True
-        if self.model.training:
-            self._behaviour.begin_rollout(self.accelerator.unwrap_model(self.model_wrapped))
-        try:
-            output = super()._generate_and_score_completions(inputs)
-        finally:
-            self._sampling = False
-        if "sampling_per_token_logps" not in output:
-            raise ValueError(
-                "the rollout returned no log-probs, so there is no behaviour policy to anchor the ratio on; "
-                "return them from rollout_func as 'logprobs', or let Transformers or vLLM generate"
-            )
-        missing = (loss_mask(output).bool() & ~output["sampling_per_token_logps"].isfinite()).nonzero()
-        if len(missing):
-            row, token = missing[0].tolist()
-            value = output["sampling_per_token_logps"][row, token].item()
-            raise ValueError(
-                f"the sampler's log-prob of token {token} of completion {row} is {value}, and so for {len(missing)} tokens "
-                "of this rollout; a ratio needs a finite anchor, and nothing was trained on the rollout"
-            )
-        rewards = self._rewards_per_func
-        unscored = rewards.isnan().all(dim=1)
-        rewards = (rewards * self.reward_weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        advantages = group_advantage(rewards, group_size, self.args.advantage)
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-        first = self.accelerator.process_index * len(inputs)
-        output["advantages"] = advantages[first : first + len(inputs)]
-        if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
-            output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
-        if self._recorder is not None and (support := self._recorder.support(output["completion_ids"].shape[1])):
-            output["support_ids"], kept = support
-            self._kept_mass = kept[loss_mask(output).bool()]
-        self._recorder = None
-        if self.model.training:
-            output["age"] = torch.full_like(output["advantages"], self._behaviour.age, dtype=torch.long)
+        output = super()._generate_and_score_completions(inputs)
         if self.model.training and self._split is not None:
             output[BEGUN_WITH] = self._log_probs(output)
             if self._behaviour.age:
@@ -344,9 +234,7 @@ class DRPOTrainer(GRPOTrainer):
         if self._split is not None and mode == "train":
             self._split.update(inputs, sampled)
         if self.audit is None and mode == "train" and self._is_sampled_by_now(inputs):
-            difference = (sampled.logp.detach() - sampled.behavior_logp).abs()
-            largest = torch.nn.functional.pad(difference.flatten(), (0, 1)).amax()
-            self._differences.append(torch.stack([difference.sum(), largest, sampled.mask.sum().to(difference)]))
+            self._differences.add(sampled)
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled and aux_loss is not None:
@@ -390,10 +278,8 @@ class DRPOTrainer(GRPOTrainer):
         return self._step % steps < self.args.gradient_accumulation_steps and not inputs["age"].any()
 
     def _audit(self) -> None:
-        # Every rank sees the same numbers, so all of them stop or none does.
-        total, largest, tokens = self.accelerator.gather(torch.stack(self._differences)).view(-1, 3).unbind(dim=1)
-        self._differences.clear()
-        if not tokens.sum():
+        mean, maximum, tokens = self._differences.take(self.accelerator.gather)
+        if not tokens:
             return
         sampling = self._sampling_settings()
         threshold = self.args.audit_threshold
@@ -402,9 +288,9 @@ class DRPOTrainer(GRPOTrainer):
             exact = sampling is not None and not self.use_vllm and precisions == {"fp32"}
             threshold = EXACT_THRESHOLD if exact else APPROXIMATE_THRESHOLD
         self.audit = Audit(
-            mean=(total.sum() / tokens.sum().clamp(min=1)).item(),
-            maximum=largest.max().item(),
-            tokens=int(tokens.sum().item()),
+            mean=mean,
+            maximum=maximum,
+            tokens=tokens,
             threshold=threshold,
             mismatches=sampling_mismatches(self.temperature, sampling or {}, self.args.replay_support),
         )
@@ -422,49 +308,15 @@ class DRPOTrainer(GRPOTrainer):
             )
         )
 
-    def _sampling_settings(self) -> dict[str, Any] | None:
-        """What the rollout engine samples with; None where a rollout_func decides."""
-        if self.rollout_func is not None:
-            return None
-        if self.use_vllm:
-            overrides: Any = self.args.generation_kwargs or {}
-            return {"temperature": self.temperature, **overrides}
-        own: dict[str, Any] = self.generation_config.to_dict()
-        # What TRL leaves open, Transformers takes from the model's generation_config.json.
-        inherited = self.accelerator.unwrap_model(self.model).generation_config.to_dict()
-        return inherited | {name: value for name, value in own.items() if value is not None}
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self._behaviour.save(Path(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._behaviour.load(Path(checkpoint))
-
-    @property
-    def _precision(self) -> str:
-        if self.args.train_precision is not None:
-            return self.args.train_precision
-        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else str(self.model.dtype).split(".")[-1]
-        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
             self._metrics[mode].update({n: [v] for n, v in Work(*sums.sum(dim=0).tolist()).metrics().items()})
             self._work = Work()
-            if self._behaviour.lag:
-                self._metrics[mode]["rollout/age"] = [float(self._behaviour.age)]
             if self._split is not None:
                 origins = self._split.take(self.accelerator.gather)
                 self._metrics[mode].update({name: [value] for name, value in origins.items()})
-            if self._kept_mass is not None:
-                kept = self.accelerator.gather(self._kept_mass.mean())
-                self._metrics[mode]["rollout/kept_mass"] = [kept.mean().item()]
         measured = self._measured[mode].compute(self.accelerator.gather)
         self._measured[mode].reset()
         self._metrics[mode].update({name: [value] for name, value in measured.scalars.items()})

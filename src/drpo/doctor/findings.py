@@ -49,6 +49,7 @@ _FIXES = (
     (r"Known: (.{1,120})\.$", "one of {}"),
     (r"unknown \w+ '(.+?)'", "no {}"),
     (r"^(\S+), (line \d+): ", "valid YAML in {1} of {0}"),
+    (r"^(\S+): cannot be read", "text in UTF-8 in {}"),
     (r"trainer: (\w+)=", "another trainer.{}"),
 )
 

@@ -294,6 +294,10 @@ def _as_verl_checks(config: Any, found: Sequence[Finding]) -> Iterator[Finding]:
     except InstantiationException as error:
         yield Finding("stop", f"verl refuses: {error.__cause__ or error}")
     except Exception as error:  # an assertion or any other, each in its own words
-        yield Finding("stop", f"verl refuses: {error}")
+        # Of the engine, which only has to be where verl's trainer runs.
+        if "vllm version None" in str(error):
+            yield Finding("warning", f"verl refuses here: {error}", "pip install 'verl[vllm]', where its trainer runs")
+        else:
+            yield Finding("stop", f"verl refuses: {error}")
     else:
         yield Finding("ok", "verl's own checks pass")

@@ -1,9 +1,11 @@
-"""Held-out accuracy of the policy being trained, sampled by the engine that samples its rollouts."""
+"""Held-out accuracy of the policy being trained, sampled from all of its distribution."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 512
 """Completions generated at once."""
+
+OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+"""The filters at values that keep all tokens. Not None: Transformers takes the model's own setting then."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ def as_prompt(problem: Problem, tokenizer: Any) -> Any:
 def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, samples: int, seed: int) -> Evaluation:
     """Sample ``samples`` completions of every problem at the training temperature and score them.
 
+    Nothing is filtered, also where the rollouts are sampled with top-p, top-k or min-p: accuracies of runs
+    that differ in these are of the same thing, which is what ``drpo eval`` measures too. Transformers
+    samples where a ``rollout_func`` does for the rollouts. TRL's own ``trainer.evaluate()`` samples as it trains.
+
     The same seed draws the same random numbers; the trainer's own are left as they were. Ranks
     share the problems, and every rank gets the whole result.
     """
@@ -52,7 +61,7 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
     rows: list[dict[str, Any]] = []
     was_training = trainer.model.training
     trainer.model.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _unfiltered(trainer):
         torch.manual_seed(seed + accelerator.process_index)
         for start in range(0, len(asked), BATCH_SIZE):
             batch = asked[start : start + BATCH_SIZE]
@@ -73,3 +82,17 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
     trainer.model.train(was_training)
     rows = gather_object(rows)
     return Evaluation(accuracy=sum(row["reward"] >= 1 for row in rows) / len(rows), samples=rows)
+
+
+@contextmanager
+def _unfiltered(trainer: DRPOTrainer) -> Iterator[None]:
+    """Within this context Transformers samples without filters; vLLM has none, since DRPOConfig refuses them for it."""
+    config: Any = getattr(trainer, "generation_config", SimpleNamespace())
+    rollouts = {name: getattr(config, name, None) for name in OFF}
+    for name, value in OFF.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in rollouts.items():
+            setattr(config, name, value)

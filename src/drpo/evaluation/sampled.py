@@ -7,6 +7,7 @@ import json
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,18 +30,20 @@ STATED: dict[str, Callable[[str], str | None]] = {"exact_answer": last_item, "gs
 
 
 def load(settings: Settings) -> list[tuple[str, Problem]]:
-    """The problems and where each is from, a file's stem.
+    """The problems and where each is from: a file's stem, or its whole name where two have the same.
 
     Raises:
         UserError: a file that cannot be read, or that says something else than problems.
     """
     loaded: list[tuple[str, Problem]] = []
+    stems = Counter(Path(source).stem for source in settings.data)
     for source in settings.data:
         if source in BUILTIN_TASKS:
             problems = builtin_problems("heldout", settings.problems or 250, seed=0)
         else:
             problems = read_problems(Path(source), prompt="prompt", answer="answer", template=settings.template)
-        loaded += [(Path(source).stem, problem) for problem in problems[: settings.problems]]
+        name = Path(source).stem if stems[Path(source).stem] == 1 else source
+        loaded += [(name, problem) for problem in problems[: settings.problems]]
     return loaded
 
 

@@ -34,7 +34,9 @@ def summarise(k: int, problems: Sequence[tuple[str, Problem]], rows: Sequence[di
                 "no_answer": sum(row["status"] == "no_answer" for row in mine),
             }
         )
-    by_source = {source: [row["correct"] / k for row in table if row["source"] == source] for source, _ in problems}
+    by_source: dict[str, list[float]] = {}
+    for row in table:
+        by_source.setdefault(row["source"], []).append(row["correct"] / k)
     return {
         "average": estimate([row["correct"] / k for row in table]),
         "average_by_source": {source: estimate(rates) for source, rates in by_source.items()},

@@ -46,6 +46,8 @@ class Inspection:
     Args:
         file: its name.
         format: of its columns, and which column is what.
+        advantage_from: ``advantage`` or ``reward``.
+        groups: within which rewards were compared; 0 if the file has advantages.
         sequences: with at least one token that counts.
         tokens: that count.
         steered: the share of them with A ≠ 0.
@@ -64,6 +66,7 @@ class Inspection:
     format: str
     columns: dict[str, str]
     advantage_from: str
+    groups: int
     sequences: int
     tokens: int
     steered: float
@@ -129,6 +132,7 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
         format=rollouts.columns.format,
         columns=dict(rollouts.columns.names),
         advantage_from=rollouts.advantage_from,
+        groups=rollouts.groups,
         sequences=int((rollouts.lengths > 0).sum()),
         tokens=tokens,
         steered=steered / tokens,

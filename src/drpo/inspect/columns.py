@@ -85,10 +85,14 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """The column of each field, and the format that they were recognised by."""
+    """The column of each field that is read, and the format that they were recognised by."""
 
     format: str
     names: Mapping[str, str]
+
+
+_INSTEAD = {"advantage": ("reward", "group"), "mask": ("length", "tokens"), "length": ("tokens",)}
+"""Fields that are not read where another is there."""
 
 
 def find_columns(columns: Iterable[str], chosen: Mapping[str, str]) -> Columns:
@@ -117,7 +121,8 @@ def find_columns(columns: Iterable[str], chosen: Mapping[str, str]) -> Columns:
         raise ValueError(
             f"has neither advantages nor rewards; expected a column called {_choices('advantage')}, or one named with --column"
         )
-    return Columns(host.title, names)
+    unread = {field for given, others in _INSTEAD.items() if given in names for field in others}
+    return Columns(host.title, {field: name for field, name in names.items() if field not in unread})
 
 
 def _missing(field: str, present: list[str]) -> str:

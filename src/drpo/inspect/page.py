@@ -93,5 +93,10 @@ def _objectives(found: Inspection) -> str:
 def _columns(found: Inspection) -> str:
     rows = [[field, name] for field, name in found.columns.items()]
     note = f"Names as {found.format} has them, or as they were given. "
-    note += "Advantages are the file's." if found.advantage_from == "advantage" else "Advantages are from the rewards."
+    if found.advantage_from == "advantage":
+        note += "Advantages are the file's."
+    else:
+        note += (
+            f"Advantages are from the rewards, compared within {found.groups:,} groups, those of different steps apart."
+        )
     return f"<h2>Columns</h2><p class=note>{escape(note)}</p>" + table(["field", "column"], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Rollouts:
     Args:
         columns: where they are from.
         advantage_from: ``advantage`` or ``reward``.
+        groups: within which rewards were compared, those of different steps apart; 0 if the file has advantages.
         lengths: tokens of each sequence, [N].
         logp: log π, flat, fp32.
         behavior_logp: log μ, flat, fp32.
@@ -41,6 +42,7 @@ class Rollouts:
 
     columns: Columns
     advantage_from: str
+    groups: int
     lengths: Tensor
     logp: Tensor
     behavior_logp: Tensor
@@ -103,9 +105,9 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
         UserError: a file that cannot be read, or that lacks what is needed.
         MalformedRowsError: the rows that are not what they should be.
     """
-    columns = _columns(path, chosen)
+    columns, present = _columns(path, chosen)
     collected = _Collected()
-    for row in converted(path, records(path), lambda record, _: _row(record, columns.names)):
+    for row in converted(path, records(path), lambda record, _: _row(record, columns.names, present, chosen)):
         _add(collected, row)
     if not collected.values.get("logp"):
         raise UserError(f"{path}: has no token that counts")
@@ -114,6 +116,7 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
     return Rollouts(
         columns=columns,
         advantage_from="advantage" if has_advantage else "reward",
+        groups=len({*zip(collected.steps, collected.groups, strict=True)}) if not has_advantage else 0,
         lengths=lengths,
         logp=collected.tensor("logp"),
         behavior_logp=collected.tensor("behavior_logp"),
@@ -126,23 +129,32 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
     )
 
 
-def _columns(path: Path, chosen: Mapping[str, str]) -> Columns:
+def _columns(path: Path, chosen: Mapping[str, str]) -> tuple[Columns, Set[str]]:
+    """What the columns of the first row are, and all that it has."""
     first = next((record for record in records(path) if isinstance(record, dict)), None)
     if first is None:
         # A file of other things than objects is refused row by row.
         list(converted(path, records(path), lambda record, _: record))
         raise UserError(f"{path}: has no rows")
     try:
-        return find_columns(first, chosen)
+        return find_columns(first, chosen), first.keys()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _row(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _row(
+    record: dict[str, Any], names: Mapping[str, str], present: Set[str], chosen: Mapping[str, str]
+) -> dict[str, Any]:
     """A record with its numbers checked, those of tokens that do not count left out."""
     missing = next((name for name in names.values() if name not in record), None)
     if missing is not None:
-        raise ValueError(f"has no {missing}")
+        raise ValueError(f"has no {missing}, which the first row has; expected the same columns in every row")
+    if not record.keys() <= present:
+        # A column that begins later would be left out of the rows that have it.
+        all_names = find_columns([*present, *record], chosen).names
+        added = next((name for field, name in all_names.items() if names.get(field) != name), None)
+        if added is not None:
+            raise ValueError(f"has {added}, which the first row has not; expected the same columns in every row")
     found = {field: (name, record[name]) for field, name in names.items()}
     logp = _numbers(*found["logp"])
     counted = _counted(found, len(logp))
@@ -251,7 +263,11 @@ def _add(collected: _Collected, row: dict[str, Any]) -> None:
 
 
 def _from_rewards(path: Path, collected: _Collected, mode: Advantage) -> Tensor:
-    """An advantage for each sequence, within the sequences of its step and group."""
+    """An advantage for each sequence, within the sequences of its step and group.
+
+    A prompt may come again in another step, as many times as in the first. Where its rows are not as many in
+    every step, they may as well be one group's that was trained on in several updates.
+    """
     if collected.groups[0] is None:
         raise UserError(
             f"{path}: has rewards and no advantages, and nothing says which rows share a prompt; expected --column group=NAME"
@@ -259,8 +275,22 @@ def _from_rewards(path: Path, collected: _Collected, mode: Advantage) -> Tensor:
     members: dict[tuple[int, str], list[int]] = {}
     for index, key in enumerate(zip(collected.steps, collected.groups, strict=True)):
         members.setdefault(key, []).append(index)
+    _refuse_spread_groups(path, members)
     rewards = torch.tensor(collected.rewards, dtype=torch.float64)
     advantages = torch.zeros_like(rewards)
     for rows in members.values():
         advantages[rows] = group_advantage(rewards[rows], len(rows), mode)
     return advantages
+
+
+def _refuse_spread_groups(path: Path, members: Mapping[tuple[int, str], list[int]]) -> None:
+    sizes: dict[str, dict[int, int]] = {}
+    for (step, group), rows in members.items():
+        sizes.setdefault(group, {})[step] = len(rows)
+    for group, of_steps in sizes.items():
+        if len(of_steps) > 1 and (len(set(of_steps.values())) > 1 or 1 in of_steps.values()):
+            counted = " and ".join(f"{size} in step {step}" for step, size in sorted(of_steps.items())[:2])
+            raise UserError(
+                f"{path}: of group {group[:40]} there are {counted} rows, and a reward is compared within a group and step; "
+                "expected advantages, or --column step=NAME of what all rows of a group share, such as the rollout"
+            )

@@ -78,12 +78,12 @@ def _differentiate_blocks(
     logits: Tensor, token_ids: Tensor, transform: LogitTransform, logp: Tensor, entropy: Tensor, gradient: Tensor
 ) -> None:
     size = max(1, BLOCK_BYTES // (logits.shape[1] * logp.element_size()))
-    scratch = torch.empty(min(size, len(logits)), logits.shape[1], dtype=logp.dtype)
+    scratch, softmax = torch.empty(2, min(size, len(logits)), logits.shape[1], dtype=logp.dtype)
     for x, ids, block_logp, block_entropy, block in zip(
         *(tensor.split(size) for tensor in (logits, token_ids.unsqueeze(1), logp, entropy, gradient)), strict=True
     ):
         z = transform(scratch[: len(x)].copy_(x))
-        probs = torch.softmax(z, dim=1, out=block if block.dtype == z.dtype else torch.empty_like(z))
+        probs = torch.softmax(z, dim=1, out=softmax[: len(x)])
         # Differences from the largest logit keep the digits that log Σ exp z has not. The likeliest token's probability is at least 1/V.
         largest, log_peak = z.amax(dim=1), probs.amax(dim=1).log()
         torch.add(z.gather(1, ids).squeeze(1) - largest, log_peak, out=block_logp)
@@ -92,5 +92,4 @@ def _differentiate_blocks(
         probs.scatter_add_(1, ids, probs.new_full(ids.shape, -1.0))
         if damping is not None:
             probs.mul_(damping)
-        if probs is not block:
-            block.copy_(probs)
+        block.copy_(probs)

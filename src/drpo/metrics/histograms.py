@@ -32,7 +32,8 @@ WEIGHT_EDGES = 1 + _WEIGHT_UNIT * _both_sides(_STEPS)
 """Edges of the gradient-weight histogram, two bins a doubling of |w − 1| from 1e-4 on; w = 0 is the middle of a bin."""
 
 
-# The bin of each value, from 0 (below the first edge) to len(edges) (from the last on), as int32 in one dimension. Evenly
+# The bin of each value, from 0 (below the first edge) to len(edges) (from the last on), as int32 in one dimension; on an edge
+# the one that is further from 0. Evenly
 # spaced within doublings, the bins are the leading bits of the numbers: a search among the edges, and even a logarithm,
 # takes longer than all other measurements together.
 
@@ -58,6 +59,7 @@ def _signed(value: Tensor, edges: Tensor, per_octave: int) -> Tensor:
 
 def _steps(distance: Tensor, edges: Tensor, per_octave: int) -> Tensor:
     """How many of the edges, made by :func:`_edges`, each distance reaches."""
+    distance = distance.float() if distance.dtype.itemsize < 4 else distance
     # An IEEE number ≥ 0, read as an integer, grows with the number; a doubling adds 1 to its exponent.
     integer, mantissa = (torch.int64, 52) if distance.dtype == torch.float64 else (torch.int32, 23)
     shift = mantissa - (per_octave.bit_length() - 1)

@@ -74,7 +74,7 @@ def render(runs: Sequence[RunData]) -> str:
     drawn = ((title, note, draw(runs)) for title, note, draw in _FIGURES)
     sections = "".join(section(title, note, figure) for title, note, figure in drawn if figure is not None)
     names = ", ".join(run.name for run in runs)
-    body = f"{_overview(runs)}{_measured(runs)}{sections}{_samples(runs)}{_configuration(runs)}"
+    body = f"{_overview(runs)}{_measured(runs)}{_origins(runs)}{sections}{_samples(runs)}{_configuration(runs)}"
     return document(names, "drpo report", body)
 
 
@@ -146,6 +146,21 @@ def _measured(runs: Sequence[RunData]) -> str:
     note = "By drpo eval, of the trained model; intervals at 95 % by bootstrap over problems."
     shown = table([*columns, "no answer", "engine"], rows)
     return f'<h2>Evaluations</h2><p class="note">{note}</p>\n{shown}'
+
+
+def _origins(runs: Sequence[RunData]) -> str:
+    rows = []
+    for run in runs:
+        for part, origin in off_policy.ORIGINS.items():
+            _, means = run.series(f"{part}/divergence/mean")
+            if means:
+                p99, largest = (run.series(f"{part}/divergence/{name}")[1] for name in ("p99", "max"))
+                rows.append([run.name, origin, means[0], means[-1], p99[-1], max(largest)])
+    if not rows:
+        return ""
+    note = "|π − μ| at the last update of each rollout, by what makes the two differ."
+    columns = ["run", "origin", "mean, first rollout", "mean, last rollout", "99 % quantile, last rollout", "largest"]
+    return f'<h2>Distance by origin</h2><p class="note">{note}</p>\n{table(columns, rows)}'
 
 
 def _interval(estimate: dict[str, Any]) -> str:

@@ -101,6 +101,6 @@ def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:
                 raise ValueError(f"{path.name}, row {number}: expected an object with {field}, a {kind.__name__}")
             if field in _BINS and len(row[field]) != _BINS[field]:
                 raise ValueError(
-                    f"{path.name}, row {number}: {field} has {len(row[field])} bins; expected {_BINS[field]}"
+                    f"{path.name}, row {number}: {field} has {len(row[field])} bins; expected {_BINS[field]}, as this version writes"
                 )
     return rows

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from drpo.tokens import TokenBatch
 
 EXACT_THRESHOLD = 1e-3
 """Allowed mean |log π − log μ|, in nats, when one fp32 model both samples (in Transformers) and trains: rounding alone is about 1e-6."""
@@ -79,6 +83,28 @@ class Audit:
             causes = [*self.mismatches, *other_causes]
             listed = "".join(f"\n  {i}. {cause}" for i, cause in enumerate(causes, 1))
             raise AuditError(f"{self} The ratio π/μ would be wrong from the first update on. Likely causes:{listed}")
+
+
+class Differences:
+    """|log π − log μ| in nats, over the micro-batches of an update."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, batch: TokenBatch) -> None:
+        difference = (batch.logp.detach() - batch.behavior_logp).abs()
+        largest = pad(difference.flatten(), (0, 1)).amax()
+        self._parts.append(torch.stack([difference.sum(), largest, batch.mask.sum().to(difference)]))
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def take(self, gather: Callable[[Tensor], Tensor]) -> tuple[float, float, int]:
+        """Mean, maximum and number of what was added on all ranks; forgotten here. The mean of none is 0."""
+        # Every rank sees the same numbers, so that all of them stop or none does.
+        total, largest, tokens = gather(torch.stack(self._parts)).view(-1, 3).unbind(dim=1)
+        self._parts.clear()
+        return (total.sum() / tokens.sum().clamp(min=1)).item(), largest.max().item(), int(tokens.sum().item())
 
 
 def sampling_mismatches(

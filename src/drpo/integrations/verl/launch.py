@@ -6,13 +6,14 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transformers import AutoTokenizer
 
@@ -104,20 +105,29 @@ def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
         write_rows(planned.heldout, own / "heldout.jsonl", "heldout")
         (own / "overrides.txt").write_text("\n".join(planned.arguments) + "\n", encoding="utf-8")
         with (own / "output.log").open("wb") as output:
-            done = subprocess.run(
+            code = run_to_its_end(
                 [sys.executable, "-m", "verl.trainer.main_ppo", *planned.arguments],
-                env=os.environ | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
+                os.environ | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
+                output,
             )
         summary = _collect(recipe, folder)
-        if done.returncode:
-            raise VerlError(f"verl stopped with exit code {done.returncode}; see {own / 'output.log'}")
+        if code:
+            raise VerlError(f"verl stopped with exit code {code}; see {own / 'output.log'}")
         if model := _last_model(folder):
             shutil.copytree(model, folder.model, dirs_exist_ok=True)
         write_json(folder.summary, summary)
     return summary
+
+
+def run_to_its_end(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> int:
+    """The exit code of a program that does not outlive this one: who asks this one to stop (SIGTERM) asks that one."""
+    with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            process.terminate()
 
 
 def _collect(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

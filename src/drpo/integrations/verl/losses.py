@@ -101,7 +101,7 @@ def policy_loss(
 
 def _parts(tokens: Tensor) -> list[slice]:
     """Rows that are computed together: all of them, but on a CPU as many as its caches hold with all that follows from them."""
-    step = max(1, TOKENS_IN_CACHE // tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens)
+    step = max(1, TOKENS_IN_CACHE // max(1, tokens.shape[1])) if tokens.device.type == "cpu" else len(tokens)
     return [slice(start, start + step) for start in range(0, len(tokens), step)]
 
 
