@@ -18,7 +18,7 @@ from drpo.doctor import Finding, environment, memory
 from drpo.doctor.environment import check_packages
 from drpo.doctor.examine import examine
 from drpo.rollout.record import LogProbRecorder
-from drpo.tasks import MODEL_PATH, builtin_problems
+from drpo.tasks import MODEL_PATH, Problem, builtin_problems
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAT = (
@@ -37,6 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in MODEL_PATH.iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     write_problems(tmp_path / "train.jsonl", builtin_problems("train", 32, seed=0))
+    write_problems(tmp_path / "ones.jsonl", [Problem(f"{n}-{n}+1=", f"{n}1") for n in range(16)])
     write_problems(tmp_path / "heldout.jsonl", builtin_problems("heldout", 8, seed=0))
     return tmp_path
 
@@ -227,6 +228,8 @@ IN_MODELS = [
           what="chat template: does not read enable_thinking", fix="no trainer.chat_template_kwargs.enable_thinking"),
     fault("two templates", template(CHAT), "task.template=<eos>{prompt}",
           what="prompt: has '<eos>' in its text, and the chat template is put around it", fix="task.template"),
+    fault("two beginnings", edit("tokenizer_config.json", bos_token="<unk>"), "task.template=<unk><unk>{prompt}",
+          what="prompt: begins with '<unk>' twice", fix="task.template without <unk>"),
     fault("damaged weights", truncated, what="model: cannot load", fix="a folder saved by Transformers", rollout=True),
 ]  # fmt: skip
 
@@ -242,7 +245,9 @@ IN_DATA = [
     fault("answers in words", rows("train.jsonl", *[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)]), "reward=gsm8k",
           verdict="warning", what="gsm8k does not recognise 8 of 16 reference answers as right, the first 'two'", fix="task.answer"),
     fault("reward for nothing", module("always", "def one(completions, **_):\n    return [1.0] * len(completions)\n"), "reward=always:one",
-          what="grader: one gives 1 to the reference answers and 1 to", fix="a reward that reads them"),
+          what="grader: one gives 1 to the reference answer of a problem and 1 to another's", fix="a reward that reads them"),
+    fault("reward for any number", module("digits", "def any(completions, **_):\n    return [float('1' in c) for c in completions]\n"), "reward=digits:any",
+          "task.train=ones.jsonl", what="grader: any gives 1 to the reference answer of a problem and 1 to another's", fix="a reward that reads them"),
     fault("reward that raises", module("raises", "def no(completions, **_):\n    raise OSError('disk')\n"), "reward=raises:no",
           what="grader: no fails on", fix="returns a number or None for each completion"),
     fault("reward of another length", module("short", "def one(completions, **_):\n    return [1.0]\n"), "reward=short:one",

@@ -88,28 +88,24 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
     judge: Reward = getattr(reward, "correctness", reward)
     name = getattr(judge, "__name__", type(judge).__name__)
     asked = list(problems[:GRADED])
-    best: list[float] = [0.0] * len(asked)
-    scores: list[list[float]] = []
-    for spelling in (*_SPELLINGS, _WRONG):
-        completions = [spelling.format(answer=problem.answer) for problem in asked]
-        try:
-            scores.append(_grade(judge, completions, asked, tokenizer))
-        except Exception as error:  # a reward of the user's can raise anything
-            yield Finding(
-                "stop",
-                f"grader: {name} fails on {completions[0]!r} ({type(error).__name__}: {str(error)[:200]})",
-                "a reward that takes completions and answer, and returns a number or None for each completion",
-            )
-            return
-    *right, wrong = scores
-    best = [max(row) for row in zip(*right, strict=True)]
-    if max(best) <= max(wrong):
+    own = [problem.answer for problem in asked]
+    others = [other if other != answer else _WRONG for answer, other in zip(own, own[1:] + own[:1], strict=True)]
+    try:
+        right, wrong = (_best(judge, answers, asked, tokenizer) for answers in (own, others))
+    except Exception as error:  # a reward of the user's can raise anything
         yield Finding(
             "stop",
-            f"grader: {name} gives {max(best):g} to the reference answers and {max(wrong):g} to {_WRONG!r}",
+            f"grader: {name} fails on {own[0]!r} ({type(error).__name__}: {str(error)[:200]})",
+            "a reward that takes completions and answer, and returns a number or None for each completion",
+        )
+        return
+    if not any(score > other for score, other in zip(right, wrong, strict=True)):
+        yield Finding(
+            "stop",
+            f"grader: {name} gives {max(right):g} to the reference answer of a problem and {max(wrong):g} to another's",
             "task.answer, the field with the reference answers, or a reward that reads them",
         )
-    elif unmet := [problem for problem, score in zip(asked, best, strict=True) if score < 1]:
+    elif unmet := [problem for problem, score in zip(asked, right, strict=True) if score < 1]:
         yield Finding(
             "warning",
             f"grader: {name} does not recognise {len(unmet)} of {len(asked)} reference answers as right, the first "
@@ -117,9 +113,16 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
             "task.answer, or rows without such answers",
         )
     else:
-        yield Finding(
-            "ok", f"grader: {name} recognises the reference answers of {len(asked)} problems, and no other text"
-        )
+        yield Finding("ok", f"grader: {name} tells the reference answers of {len(asked)} problems from others")
+
+
+def _best(judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:
+    """Of each answer's spellings, the score of the one that the judge likes best."""
+    scores = [
+        _grade(judge, [spelling.format(answer=answer) for answer in answers], problems, tokenizer)
+        for spelling in _SPELLINGS
+    ]
+    return [max(row) for row in zip(*scores, strict=True)]
 
 
 def _grade(judge: Reward, completions: list[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from drpo.doctor import environment, model
 from drpo.doctor import recipe as of_recipe
+from drpo.doctor.chat_template import check_chat_template
 from drpo.doctor.data import check_grader, check_problems, check_prompts, prompt_lengths, stand_ins
 from drpo.doctor.findings import Finding, refused
 from drpo.doctor.memory import check_memory
@@ -83,7 +84,7 @@ def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> No
     blank = checks.attempt("model", lambda: model.load_blank(recipe)) if has_needs or recipe.lora is None else None
     if blank is not None:
         checks.run("tokenizer", lambda: model.check_tokenizer(blank))
-        is_templated = checks.run("chat template", lambda: model.check_chat_template(blank, recipe))
+        is_templated = checks.run("chat template", lambda: check_chat_template(blank, recipe))
         checks.run("dropout", lambda: model.check_dropout(blank))
         if reward is not None:
             checks.run("grader", lambda: check_grader(reward, problems, blank.tokenizer))
