@@ -147,8 +147,8 @@ def test_a_group_whose_rows_are_spread_over_steps_is_refused_unless_it_says_what
     rewards = (0.0, 1.0, 5.0)
     rows = [{**row, "step": step, "reward": reward} for step, reward in zip(steps, rewards, strict=True)]
     path = write(tmp_path / "rollouts.jsonl", rows)
-    counted = "2 in step 1 and 1 in step 2" if steps == (1, 1, 2) else "1 in step 1 and 1 in step 2"
-    with pytest.raises(UserError, match=f"of group 'a' there are {counted} rows"):
+    counted = "2 in step 1, 1 in step 2" if steps == (1, 1, 2) else "1 in step 1, 1 in step 2"
+    with pytest.raises(UserError, match=rf"the rows of group 'a' are spread over steps \({counted}\)"):
         read_rollouts(path, {}, "mean")
     assert read_rollouts(path, {"step": "rollout"}, "mean").advantage.tolist() == [-2, -1, 3]
 
@@ -157,11 +157,12 @@ def test_a_group_whose_rows_are_spread_over_steps_is_refused_unless_it_says_what
 @pytest.mark.parametrize("later", [True, False])
 def test_a_column_that_only_some_rows_have_is_refused(tmp_path: Path, field: str, value: Any, later: bool) -> None:
     row = {"logp": log(0.5), "behavior_logp": log(0.4), "advantage": 1.0}
-    rows = [row, row, {**row, field: value}]
+    rows = [row, row, {**row, field: value}, *([{**row, field: value}] if later else [])]
     path = write(tmp_path / "rollouts.jsonl", rows if later else rows[::-1])
     with pytest.raises(UserError) as error:
         inspected(path)
     (line, *others) = error.value.lines
+    # A column that begins later is one mistake, however many rows have it.
     said = (
         f"row 3: has {field}, which the first row has not" if later else f"row 2: has no {field}, which the first row"
     )
@@ -228,6 +229,7 @@ MISTAKES: list[tuple[Any, str]] = [
     ),
     ({"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5}, "is TRL's dump of completions"),
     ([1, 2], "row 1: is a list; expected an object"),
+    ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1, "group": None}, "row 1: group is null; expected what the"),
 ]
 
 

@@ -107,7 +107,12 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
     """
     columns, present = _columns(path, chosen)
     collected = _Collected()
-    for row in converted(path, records(path), lambda record, _: _row(record, columns.names, present, chosen)):
+
+    def convert(record: dict[str, Any], number: int) -> dict[str, Any]:
+        _refuse_later_columns(f"{path}, row {number}", record, columns, present, chosen)
+        return _row(record, columns.names)
+
+    for row in converted(path, records(path), convert):
         _add(collected, row)
     if not collected.values.get("logp"):
         raise UserError(f"{path}: has no token that counts")
@@ -142,19 +147,23 @@ def _columns(path: Path, chosen: Mapping[str, str]) -> tuple[Columns, Set[str]]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _row(
-    record: dict[str, Any], names: Mapping[str, str], present: Set[str], chosen: Mapping[str, str]
-) -> dict[str, Any]:
+def _refuse_later_columns(
+    where: str, record: dict[str, Any], columns: Columns, present: Set[str], chosen: Mapping[str, str]
+) -> None:
+    # A column that the first row has not would be left out of the rows that have it.
+    if record.keys() <= present:
+        return
+    names = find_columns([*present, *record], chosen).names
+    added = next((name for field, name in names.items() if columns.names.get(field) != name), None)
+    if added is not None:
+        raise UserError(f"{where}: has {added}, which the first row has not; expected the same columns in every row")
+
+
+def _row(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A record with its numbers checked, those of tokens that do not count left out."""
     missing = next((name for name in names.values() if name not in record), None)
     if missing is not None:
         raise ValueError(f"has no {missing}, which the first row has; expected the same columns in every row")
-    if not record.keys() <= present:
-        # A column that begins later would be left out of the rows that have it.
-        all_names = find_columns([*present, *record], chosen).names
-        added = next((name for field, name in all_names.items() if names.get(field) != name), None)
-        if added is not None:
-            raise ValueError(f"has {added}, which the first row has not; expected the same columns in every row")
     found = {field: (name, record[name]) for field, name in names.items()}
     logp = _numbers(*found["logp"])
     counted = _counted(found, len(logp))
@@ -167,11 +176,18 @@ def _row(
     else:
         name, reward = found["reward"]
         row["reward"] = math.nan if reward is None else float(np.sum(_of_tokens((name, reward), counted, spread=False)))
-        row["group"] = repr(found["group"][1]) if "group" in found else None
+        row["group"] = _group(*found["group"]) if "group" in found else None
     for which in ("step", "age"):
         if which in found:
             row[which] = _whole(*found[which])
     return row
+
+
+def _group(name: str, value: Any) -> str:
+    # What every row lacks would make one group of all of them.
+    if value is None:
+        raise ValueError(f"{name} is null; expected what the completions of one prompt have in common")
+    return repr(value)
 
 
 def _counted(found: Mapping[str, tuple[str, Any]], size: int) -> np.ndarray:
@@ -289,8 +305,8 @@ def _refuse_spread_groups(path: Path, members: Mapping[tuple[int, str], list[int
         sizes.setdefault(group, {})[step] = len(rows)
     for group, of_steps in sizes.items():
         if len(of_steps) > 1 and (len(set(of_steps.values())) > 1 or 1 in of_steps.values()):
-            counted = " and ".join(f"{size} in step {step}" for step, size in sorted(of_steps.items())[:2])
+            counted = ", ".join(f"{size} in step {step}" for step, size in sorted(of_steps.items())[:2])
             raise UserError(
-                f"{path}: of group {group[:40]} there are {counted} rows, and a reward is compared within a group and step; "
-                "expected advantages, or --column step=NAME of what all rows of a group share, such as the rollout"
+                f"{path}: the rows of group {group[:40]} are spread over steps ({counted}), and rewards are compared within a "
+                "group and step; expected advantages, or --column step=NAME of what all rows of a group share, such as the rollout"
             )
