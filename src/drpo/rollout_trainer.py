@@ -18,6 +18,7 @@ from drpo.objectives import Anchor, TopKObjective
 from drpo.precision import require_fp32_weights
 from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
+from drpo.rollout.returned import checked
 
 
 class RolloutTrainer(GRPOTrainer):
@@ -43,6 +44,8 @@ class RolloutTrainer(GRPOTrainer):
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if self.rollout_func is not None:
+            self.rollout_func = checked(self.rollout_func)
         if args.train_precision is not None:
             require_fp32_weights(self.accelerator.unwrap_model(self.model), args.train_precision)
         self.objective = args.make_objective()
