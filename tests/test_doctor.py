@@ -230,6 +230,8 @@ IN_MODELS = [
           what="prompt: has '<eos>' in its text, and the chat template is put around it", fix="task.template"),
     fault("two beginnings", edit("tokenizer_config.json", bos_token="<unk>"), "task.template=<unk><unk>{prompt}",
           what="prompt: begins with '<unk>' twice", fix="task.template without <unk>"),
+    fault("missing weights", edit("config.json", num_hidden_layers=9, layer_types=["full_attention"] * 9),
+          what="of the weights that its config.json asks for, model.layers.", fix="the config.json that belongs to them", rollout=True),
     fault("damaged weights", truncated, what="model: cannot load", fix="a folder saved by Transformers", rollout=True),
 ]  # fmt: skip
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from drpo.errors import UserError
+from drpo.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,7 @@ class TransformersEngine:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        except Exception as error:  # a damaged folder fails in as many ways as there are files in it
-            raise UserError(
-                f"MODEL: cannot load {model!r}: expected a run folder, a folder saved by Transformers, "
-                f"or a model on the Hugging Face hub ({str(error)[:200]})"
-            ) from error
+        loaded, self.tokenizer = load_pretrained(model, dtype, field="MODEL", expected="a run folder")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
