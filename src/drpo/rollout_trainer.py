@@ -163,6 +163,9 @@ class RolloutTrainer(GRPOTrainer):
             overrides: Any = self.args.generation_kwargs or {}
             return {"temperature": self.temperature, **overrides}
         own: dict[str, Any] = self.generation_config.to_dict()
+        if self._is_vlm and own.get("suppress_tokens") == [self._bare_model.config.image_token_id]:
+            # TRL's own, so that no completion asks for an image; π(image) is next to nothing.
+            own["suppress_tokens"] = None
         # What TRL leaves open, Transformers takes from the model's generation_config.json.
         inherited = self.accelerator.unwrap_model(self.model).generation_config.to_dict()
         return inherited | {name: value for name, value in own.items() if value is not None}
