@@ -18,12 +18,11 @@ from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
-from drpo.evaluation.heldout import as_prompt
 from drpo.names import unknown_name
 from drpo.pretrained import load_pretrained
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
-from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems, read_problems
+from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, read_problems
 from drpo.tasks.arithmetic import Split
 from drpo.trainer import DRPOTrainer
 

@@ -22,17 +22,19 @@ class Completion:
     """A sampled text.
 
     Args:
-        tokens: its length, the end token included.
+        ids: its tokens, the end token included.
         truncated: whether it was cut at the limit.
     """
 
     text: str
-    tokens: int
+    ids: list[int]
     truncated: bool
 
 
 class Engine(Protocol):
     """What samples completions."""
+
+    tokenizer: Any
 
     @property
     def description(self) -> dict[str, str]:
@@ -112,7 +114,7 @@ class TransformersEngine:
     def _completion(self, ids: list[int], ends: list[int]) -> Completion:
         length = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
-        return Completion(text, length or len(ids), truncated=length is None)
+        return Completion(text, ids[:length], truncated=length is None)
 
 
 class VLLMEngine:
@@ -145,7 +147,7 @@ class VLLMEngine:
         texts = [as_text(prompt, self.tokenizer) for prompt in prompts]
         outputs = self._engine.generate(texts, [self._parameters(seed) for seed in seeds], use_tqdm=False)
         drawn = [output.outputs[0] for output in outputs]
-        return [Completion(one.text, len(one.token_ids), one.finish_reason == "length") for one in drawn]
+        return [Completion(one.text, list(one.token_ids), one.finish_reason == "length") for one in drawn]
 
 
 ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
@@ -154,12 +156,11 @@ ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
 }
 
 
-def as_text(prompt: str, tokenizer: Any) -> str:
-    """What the engine is given: the prompt in the chat template if the tokenizer has one, else as it is."""
-    if not tokenizer.chat_template:
+def as_text(prompt: Any, tokenizer: Any) -> str:
+    """What the engine is given: a conversation in the chat template, text as it is."""
+    if isinstance(prompt, str):
         return prompt
-    conversation = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
