@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.objectives import PPO, SPO
 from drpo.recipe import load_recipe
 from drpo.run import RunFolder
+from drpo.tasks import MODEL_PATH
 
 FOLDER = Path("/runs, of (mine)/it's=1")
 
@@ -145,6 +147,17 @@ def test_the_longest_prompt_may_be_a_held_out_one(tmp_path: Path) -> None:
     planned = plan(load_recipe(None, [f"task.heldout={held_out}"]), RunFolder(tmp_path / "run"))
     assert "data.max_prompt_length=30" in planned.arguments
     assert planned.config.data.max_prompt_length == 30
+
+
+def test_what_a_chat_template_puts_around_a_prompt_is_counted(tmp_path: Path) -> None:
+    shutil.copytree(MODEL_PATH, tmp_path / "model")
+    system = "1+1=" * 50
+    (tmp_path / "model" / "chat_template.jinja").write_text(system + "{{ messages[0].content }}<eos>")
+    given = {"plain": load_recipe(None), "chat": load_recipe(None, [f"model={tmp_path / 'model'}"])}
+    length = {
+        name: plan(recipe, RunFolder(tmp_path / name)).config.data.max_prompt_length for name, recipe in given.items()
+    }
+    assert length["chat"] == length["plain"] + len(system) + 1
 
 
 def test_verl_does_not_outlive_who_started_it(tmp_path: Path) -> None:

@@ -30,6 +30,15 @@ def as_prompt(problem: Problem, tokenizer: Any) -> Any:
     return [{"role": "user", "content": problem.prompt}] if tokenizer.chat_template else problem.prompt
 
 
+def prompt_ids(problem: Problem, tokenizer: Any, **template_options: Any) -> list[int]:
+    """The tokens of the prompt, with what the chat template puts around it and to begin the answer."""
+    prompt = as_prompt(problem, tokenizer)
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **template_options)
+    return rendered["input_ids"]
+
+
 def builtin_problems(split: Split, size: int, seed: int) -> list[Problem]:
     """``size`` distinct problems of the built-in task, the same for the same seed."""
     return [Problem(p.prompt, p.answer) for p in sample_problems(split, size, seed)]

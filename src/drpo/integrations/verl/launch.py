@@ -25,7 +25,7 @@ from drpo.integrations.verl.translate import as_arguments, overrides
 from drpo.prepare import load_problems
 from drpo.recipe import Recipe
 from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
-from drpo.tasks import BUILTIN_MODELS, Problem
+from drpo.tasks import BUILTIN_MODELS, Problem, prompt_ids
 
 _NAMES = {
     "critic/score/mean": "reward",
@@ -80,11 +80,8 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = ()) -> Plan:
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
     # verl cuts what is longer, held-out prompts too.
-    longest = max(len(ids) for ids in tokenizer([problem.prompt for problem in (*problems, *heldout)])["input_ids"])
-    # A chat template adds some tokens of its own.
-    plain = not tokenizer.chat_template
-    root = folder.path.absolute()
-    settings = overrides(recipe, root, len(problems), longest if plain else longest + 64, plain)
+    longest = max(len(prompt_ids(problem, tokenizer)) for problem in (*problems, *heldout))
+    settings = overrides(recipe, folder.path.absolute(), len(problems), longest, plain=not tokenizer.chat_template)
     arguments = as_arguments(settings, more)
     return Plan(recipe, folder, problems, heldout, arguments, of_main_ppo(arguments, more))
 
