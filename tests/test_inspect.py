@@ -16,6 +16,7 @@ import pytest
 
 from drpo.errors import UserError
 from drpo.inspect.analyse import Inspection, analyse
+from drpo.inspect.figures import stretches
 from drpo.inspect.page import render
 from drpo.inspect.read import read_rollouts
 from drpo.objectives import OBJECTIVES, make_objective
@@ -185,6 +186,25 @@ def test_steps_and_ages_are_measured_apart(tmp_path: Path) -> None:
         assert [groups[key]["divergence/max"] for key in keys] == pytest.approx([0.2, 0.4], rel=1e-5)
 
 
+@pytest.mark.parametrize(("key", "title", "most"), [("step", "Over steps", 500), ("age", "Age", 50)])
+@pytest.mark.parametrize("stretched", [True, False])
+def test_many_steps_or_ages_are_drawn_in_stretches_whose_extremes_are_kept(
+    tmp_path: Path, key: str, title: str, most: int, stretched: bool
+) -> None:
+    count = most + 1 if stretched else most
+    rows = [{"logp": log(0.5), "behavior_logp": log(0.4), "advantage": 1.0, key: index} for index in range(count)]
+    rows[7]["logp"] = log(0.9)
+    found = inspected(write(tmp_path / "rollouts.jsonl", rows))
+    measured = found.by_step if key == "step" else found.by_age
+    drawn = stretches(measured, most)
+    assert len(measured) == count
+    assert len(drawn) == (-(-count // 2) if stretched else count)
+    assert max(drawn, key=lambda stretch: stretch.largest).first == (6 if stretched else 7)
+    assert drawn[3 if stretched else 7].mean == pytest.approx(0.3 if stretched else 0.5, rel=1e-5)
+    after = render(found).split(f"<h2>{title}</h2>")[1][:400]
+    assert (f"There are {count}, and 2 neighbouring ones are taken together" in after) == stretched
+
+
 @pytest.mark.parametrize("objective", ["drpo", "gspo"])
 def test_the_rollouts_that_a_run_recorded_give_its_own_log(tmp_path: Path, drpo: Any, objective: str) -> None:  # noqa: F811
     run = tmp_path / "run"
@@ -300,16 +320,21 @@ def test_a_browser_draws_the_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(
+    ("ending", "sequences", "steps"), [("jsonl", 1000, 16), ("parquet", 1000, 16), ("jsonl", 10_000, 10_000)]
+)
+def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(
+    tmp_path: Path, ending: str, sequences: int, steps: int
+) -> None:
     rng = np.random.default_rng(0)
     rows = []
-    for step in range(1000):
-        behavior_logp = np.log(rng.beta(2, 0.5, 1000)).clip(max=-1e-4)
-        logp, old_logp = ((behavior_logp + rng.normal(0, s, 1000)).clip(max=0) for s in (0.15, 0.02))
+    tokens = 1_000_000 // sequences
+    for row in range(sequences):
+        behavior_logp = np.log(rng.beta(2, 0.5, tokens)).clip(max=-1e-4)
+        logp, old_logp = ((behavior_logp + rng.normal(0, s, tokens)).clip(max=0) for s in (0.15, 0.02))
         columns = {"logp": logp, "behavior_logp": behavior_logp, "old_logp": old_logp}
         as_sampled = {name: values.astype(np.float32).tolist() for name, values in columns.items()}
-        rows.append({**as_sampled, "advantage": rng.normal(), "step": step // 64})
+        rows.append({**as_sampled, "advantage": rng.normal(), "step": row * steps // sequences})
     path = write(tmp_path / f"rollouts.{ending}", rows)
     # A process of its own, so that its peak is its own.
     run = f"import resource, sys; from drpo import cli; sys.argv = ['drpo', 'inspect', {str(path)!r}]; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

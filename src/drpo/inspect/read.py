@@ -7,6 +7,7 @@ import reprlib
 from array import array
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,17 @@ class Rollouts:
     step: Tensor
     age: Tensor | None
 
-    def sequences(self) -> Iterator[Tensor]:
-        """Sequences that make a batch, by their indices: of one step, of about one length."""
-        order = np.lexsort((-self.lengths.numpy(), self.step.numpy()))
-        steps, lengths = self.step.tolist(), self.lengths.tolist()
+    def batches(self, key: Tensor | None = None) -> Iterator[Tensor]:
+        """Sequences that make a batch, by their indices: of about one length and, in its order, of one ``key``, [N]."""
+        keys = torch.zeros_like(self.lengths) if key is None else key
+        order = np.lexsort((-self.lengths.numpy(), keys.numpy()))
+        values, lengths = keys.tolist(), self.lengths.tolist()
         group: list[int] = []
         for index in order.tolist():
             if not lengths[index]:
                 continue
             is_full = group and (len(group) + 1) * lengths[group[0]] > TOKENS_AT_ONCE
-            if group and (is_full or steps[index] != steps[group[0]]):
+            if group and (is_full or values[index] != values[group[0]]):
                 yield torch.tensor(group)
                 group = []
             group.append(index)
@@ -69,8 +71,7 @@ class Rollouts:
 
     def padded(self, sequences: Tensor) -> dict[str, Tensor]:
         """Some sequences as [B, T]: every tensor that the file has, and the ``mask``."""
-        starts = (self.lengths.cumsum(0) - self.lengths)[sequences]
-        lengths = self.lengths[sequences]
+        starts, lengths = self._starts[sequences], self.lengths[sequences]
         position = torch.arange(int(lengths.max()))
         mask = position < lengths.unsqueeze(1)
         places = torch.where(mask, starts.unsqueeze(1) + position, 0)
@@ -78,6 +79,10 @@ class Rollouts:
         if self.old_logp is not None:
             given["old_logp"] = self.old_logp
         return {**{name: tensor[places] for name, tensor in given.items()}, "mask": mask}
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return self.lengths.cumsum(0) - self.lengths
 
 
 @dataclass
