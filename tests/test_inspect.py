@@ -227,19 +227,22 @@ def test_the_rollouts_that_a_run_recorded_give_its_own_log(tmp_path: Path, drpo:
 MISTAKES: list[tuple[Any, str]] = [
     ({"logp": log(0.5)}, "has no column for behavior_logp"),
     ({**ROWS[0], "logp": log(0.5)}, "row 1: behavior_logp has 3 log-probs; expected 1, as many as the other policy's"),
-    ({**ROWS[1], "logp": [0.7]}, "row 1: logp is 0.7 at token 0; expected a finite log-probability, at most 0"),
-    ({**ROWS[1], "logp": [None]}, "row 1: logp is [None]; expected a list of numbers"),
-    ({**ROWS[1], "logp": ["-1"]}, "row 1: logp is ['-1']; expected a list of numbers"),
-    ({**ROWS[1], "logp": -1.0}, "row 1: logp is -1.0; expected a list of numbers"),
+    ({**ROWS[1], "logp": [0.7]}, "row 1: logp is 0.7 at token 0; expected a log-probability, at most 0"),
+    ({**ROWS[1], "logp": [None]}, "row 1: logp is null at token 0; expected a log-probability, at most 0"),
+    ({**ROWS[1], "logp": ["-1"]}, "row 1: logp is '-1' at token 0; expected a number"),
+    ({**ROWS[1], "logp": -1.0}, "row 1: logp is -1; expected a list of numbers"),
     ({**ROWS[0], "mask": [1, 1]}, "row 1: mask has 2 values; expected 3 of 0 and 1, one for each log-prob"),
     ({**ROWS[0], "length": 4}, "row 1: length is 4; expected at most 3, as many as there are log-probs"),
     ({**ROWS[0], "advantage": [1.0, 2.0]}, "row 1: advantage has 2 values; expected one, or 3, one for each log-prob"),
-    ({**ROWS[0], "advantage": math.inf}, "row 1: advantage is inf; expected finite numbers"),
+    (
+        {**ROWS[0], "advantage": math.inf},
+        "row 1: advantage is inf; expected a number of at most 1e+18 in size, or a list",
+    ),
     ({**ROWS[0], "step": 1.5}, "row 1: step is 1.5; expected a whole number, at least 0"),
     ({**ROWS[0], "step": 10**400}, "row 1: step is 1000"),
     ({**ROWS[0], "step": math.nan}, "row 1: step is nan; expected a whole number, at least 0"),
     ({**ROWS[0], "length": [1, 2]}, "row 1: length is [1, 2]; expected a whole number, at least 0"),
-    ({**ROWS[0], "tokens": 2.0}, "row 1: tokens is 2.0; expected a list of token ids"),
+    ({**ROWS[0], "tokens": 2.0}, "row 1: tokens is 2; expected a list of token ids"),
     ({**ROWS[0], "length": 0}, "has no token that counts"),
     ({k: v for k, v in ROWS[0].items() if k != "advantage"}, "has neither advantages nor rewards"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1}, "nothing says which rows share a prompt"),
@@ -249,6 +252,34 @@ MISTAKES: list[tuple[Any, str]] = [
     ),
     ({"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5}, "is TRL's dump of completions"),
     ([1, 2], "row 1: is a list; expected an object"),
+    *(
+        ({**ROWS[0], field: None}, f"row 1: {field} is null; expected {expected}")
+        for field, expected in (
+            ("logp", "a list of numbers, one a token"),
+            ("behavior_logp", "a list of numbers, one a token"),
+            ("old_logp", "a list of numbers, one a token"),
+            ("advantage", "a number of at most 1e+18 in size, or a list with one for each log-prob"),
+            ("mask", "a list of numbers, one a token"),
+            ("length", "a whole number, at least 0"),
+            ("tokens", "a list of token ids"),
+            ("step", "a whole number, at least 0"),
+            ("age", "a whole number, at least 0"),
+        )
+    ),
+    ({**ROWS[0], "behavior_logp": [-1.0, None, -1.0]}, "row 1: behavior_logp is null at token 1; expected a log-prob"),
+    ({**ROWS[0], "advantage": [1.0, 1.0, None]}, "row 1: advantage is null at token 2; expected a number of at most"),
+    ({**ROWS[0], "mask": [1, None, 1]}, "row 1: mask is null at token 1; expected 0 or 1"),
+    ({**ROWS[0], "mask": [1, 1, 0.5]}, "row 1: mask is 0.5 at token 2; expected 0 or 1"),
+    ({**ROWS[1], "logp": [-1e300]}, "row 1: logp is -1e+300 at token 0; expected a log-probability, at most 0 and at"),
+    ({**ROWS[1], "logp": [1e300]}, "row 1: logp is 1e+300 at token 0; expected a log-probability, at most 0"),
+    ({**ROWS[1], "logp": [-(10**400)]}, "row 1: logp is -1000"),
+    ({**ROWS[1], "logp": [math.nan]}, "row 1: logp is nan at token 0; expected a log-probability"),
+    ({**ROWS[1], "logp": [log(0.5)]}, "row 1: logp is [-0.6931471805599453] at token 0; expected a number"),
+    ({**ROWS[0], "advantage": 1e300}, "row 1: advantage is 1e+300; expected a number of at most 1e+18 in size"),
+    ({**ROWS[0], "advantage": "1.5"}, "row 1: advantage is '1.5'; expected a number of at most 1e+18 in size"),
+    ({**ROWS[0], "advantage": 10**400}, "row 1: advantage is 1000"),
+    ({**ROWS[0], "advantage": [1.0, -1e300, 1.0]}, "row 1: advantage is -1e+300 at token 1; expected a number of at"),
+    ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1e300, "group": 1}, "row 1: reward is 1e+300; expected a"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1, "group": None}, "row 1: group is null; expected what the"),
 ]
 
@@ -287,6 +318,54 @@ def test_a_mistake_in_the_command_is_one_line(
     write(here / "rollouts.jsonl", ROWS)
     (here / "folder.json").mkdir()
     assert expected in refusal("inspect", *arguments)
+
+
+NULL_WHERE_MASKED: dict[str, Any] = {
+    "logp": [*ROWS[0]["logp"], None],
+    "behavior_logp": [*ROWS[0]["behavior_logp"], 1e300],
+    "old_logp": [*ROWS[0]["behavior_logp"], math.nan],
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("counts", [{"mask": [1, 1, 1, 0]}, {"length": 3}, {"tokens": [7, 8, 9]}], ids=str)
+@pytest.mark.parametrize("advantage", [2.0, [2.0, 2.0, 2.0, None]], ids=str)
+def test_what_stands_at_a_token_that_does_not_count_is_left_out(
+    tmp_path: Path, ending: str, counts: dict[str, Any], advantage: Any
+) -> None:
+    row = {**NULL_WHERE_MASKED, **counts, "advantage": advantage}
+    found = inspected(write(tmp_path / f"masked.{ending}", [row]))
+    whole = inspected(write(tmp_path / f"whole.{ending}", [{**ROWS[0], "old_logp": ROWS[0]["behavior_logp"]}]))
+    assert found.tokens == 3
+    assert (found.measured, found.what_if, found.delta) == (whole.measured, whole.what_if, whole.delta)
+
+
+def test_a_sequence_of_which_nothing_counts_may_lack_its_advantage(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "length": 3}, {**ROWS[0], "advantage": None, "length": 0}]
+    assert inspected(write(tmp_path / "rollouts.jsonl", rows)).sequences == 1
+
+
+def test_rewards_of_tokens_are_summed_over_all_of_them_and_keep_their_digits(tmp_path: Path) -> None:
+    # As verl does: the reward of a sequence stands at its last token, which may be a tool's and masked.
+    row = {"logp": log(0.5, 0.5), "behavior_logp": log(0.4, 0.4), "mask": [1, 0], "group": "a"}
+    rewards: list[Any] = [[0.0, 1e9 + 1], [1e9, None], None]
+    path = write(tmp_path / "rollouts.jsonl", [{**row, "reward": reward} for reward in rewards])
+    assert read_rollouts(path, {}, "mean").advantage.tolist() == [0.5, -0.5, 0.0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("advantage", [1e18, 1e-17, 1e-45, 1e-300, -1e18])
+def test_numbers_of_any_size_give_finite_measurements(tmp_path: Path, advantage: float) -> None:
+    extreme = [0.0, -1e18, -100.0, -1e-300, 1e-3]
+    row = {"logp": extreme, "behavior_logp": extreme[::-1], "old_logp": [-1.0] * 5, "advantage": advantage}
+    found = inspected(write(tmp_path / "rollouts.jsonl", [row, {**row, "advantage": -advantage}]))
+    numbers = [*found.measured.values()]
+    for what in found.what_if.values():
+        numbers += [*what.scalars.values(), *what.effects.values()]
+    assert np.isfinite(numbers).all()
+    assert "nan" not in " ".join(parse(render(found)).cells).split()
+    # What is too small to divide by is no advantage.
+    assert found.steered == (abs(advantage) > 1e-18)
 
 
 def test_a_length_may_be_a_float_as_pandas_writes_it(tmp_path: Path) -> None:
