@@ -54,7 +54,7 @@ def _overview(found: Inspection) -> str:
         ["tokens that count", f"{found.tokens:,}"],
         ["share of them with A ≠ 0", found.steered],
         ["share of them moved the way A pushes, A(r − 1) > 0", found.away],
-        *([label, found.measured[name]] for name, label in _MEASURED.items()),
+        *([label, found.measured[name]] for name, label in _MEASURED.items() if name in found.measured),
     ]
     return table(["measurement", "value"], rows)
 
