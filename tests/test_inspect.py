@@ -248,9 +248,20 @@ MISTAKES: list[tuple[Any, str]] = [
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1}, "nothing says which rows share a prompt"),
     (
         {"input": "1+1=", "output": "2", "score": 1.0, "step": 1},
-        "is verl's dump of completions, which has no log-probs",
+        "is verl's dump of completions (trainer.rollout_data_dir), which has no log-probs; expected a row a sequence with "
+        "rollout_log_probs, old_log_probs, response_mask and advantages, which a trainer's _log_rollout_data can take from "
+        "its batch (log μ is recorded with actor_rollout_ref.rollout.calculate_log_probs=true)",
     ),
-    ({"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5}, "is TRL's dump of completions"),
+    (
+        {"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5},
+        "is TRL's dump of completions (log_completions), which has no log-probs",
+    ),
+    (
+        {"old_log_probs": [-1.0], "responses": [1], "response_mask": [1], "advantages": [1.0]},
+        "has no column for behavior_logp (log μ of each token, as the sampler recorded it); expected behavior_logp or "
+        "rollout_log_probs or sampling_per_token_logps, or --column behavior_logp=NAME; verl records rollout_log_probs with "
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
+    ),
     ([1, 2], "row 1: is a list; expected an object"),
     *(
         ({**ROWS[0], field: None}, f"row 1: {field} is null; expected {expected}")
@@ -299,6 +310,9 @@ def test_a_row_that_cannot_be_used_is_one_line(here: Path, refusal: Any, row: An
         (["rollouts.txt"], "rollouts.txt: expected a file that ends in .jsonl or .parquet"),
         (["rollouts.jsonl", "--column", "lopg=x"], "unknown field 'lopg'; did you mean 'logp'?"),
         (["rollouts.jsonl", "--column", "logp=lopg"], "unknown column 'lopg'; did you mean 'logp'?"),
+        (["rollouts.jsonl", "--column", "logp=behavior_logp"], "logp and behavior_logp are both behavior_logp"),
+        (["rollouts.jsonl", "--column", "logp=a", "--column", "logp=b"], "--column logp=b: logp is a already"),
+        (["folder", "--output", "page.html"], "folder: is a folder; expected a .jsonl or .parquet file, such as folder/1.jsonl"),
         (["rollouts.jsonl", "--column", "logp"], "--column logp: expected FIELD=NAME"),
         (["rollouts.jsonl", "--advantage", "median"], "unknown advantage 'median'"),
         (["rollouts.jsonl", "--set", "drpo.delat=1"], "unknown hyperparameter 'delat'"),
@@ -317,6 +331,8 @@ def test_a_mistake_in_the_command_is_one_line(
 ) -> None:
     write(here / "rollouts.jsonl", ROWS)
     (here / "folder.json").mkdir()
+    (here / "folder").mkdir()
+    write(here / "folder" / "1.jsonl", ROWS)
     assert expected in refusal("inspect", *arguments)
 
 

@@ -69,6 +69,8 @@ def inspect(
         field, separator, name = column.partition("=")
         if not separator or not name:
             raise UserError(f"--column {column}: expected FIELD=NAME")
+        if field in chosen:
+            raise UserError(f"--column {column}: {field} is {chosen[field]} already; expected one column for a field")
         chosen[field] = name
 
     from drpo.inspect.analyse import analyse

@@ -145,6 +145,10 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
 
 def _columns(path: Path, chosen: Mapping[str, str]) -> tuple[Columns, Set[str]]:
     """What the columns of the first row are, and all that it has."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
+        example = f", such as {files[0]}" if files else ""
+        raise UserError(f"{path}: is a folder; expected a .jsonl or .parquet file{example}")
     first = next((record for record in records(path) if isinstance(record, dict)), None)
     if first is None:
         # A file of other things than objects is refused row by row.
