@@ -117,6 +117,57 @@ def test_the_names_of_a_host_are_recognised_and_its_padding_left_out(tmp_path: P
     assert found.measured["divergence/mean_positive"] == pytest.approx((0.2 + 0.1 + 0.1) / 3, rel=1e-5)
 
 
+def test_the_numbers_are_those_of_numpy_in_fp64(here: Path, drpo: Any) -> None:  # noqa: F811
+    rng = np.random.default_rng(3)
+    rows, kept = [], []
+    for _ in range(200):
+        size = rng.integers(1, 80)
+        behavior_logp = np.log(rng.beta(1, 0.5, size)).clip(-15, -1e-4)
+        log_probs = [behavior_logp, *((behavior_logp + rng.normal(0, s, size)).clip(max=0) for s in (0.1, 0.4))]
+        # The file has what fp32 can say, so that reading it rounds nothing.
+        mu, old, pi = (values.astype(np.float32).astype(np.float64) for values in log_probs)
+        advantage = rng.choice([-2.0, -0.5, 0.0, 1.0, 3.0], size) if rng.random() < 0.5 else np.full(size, 1.5)
+        mask = rng.random(size) < 0.8
+        rows.append(
+            {"pi": pi.tolist(), "mu": mu.tolist(), "old": old.tolist(), "A": advantage.tolist(), "m": mask.tolist()}
+        )
+        kept.append(np.stack([pi, mu, old, advantage])[:, mask])
+    write(here / "rollouts.jsonl", rows)
+    columns = {"logp": "pi", "behavior_logp": "mu", "old_logp": "old", "advantage": "A", "mask": "m"}
+    named = [word for field, name in columns.items() for word in ("--column", f"{field}={name}")]
+    drpo("inspect", "rollouts.jsonl", *named, "--set", "drpo.delta=0.2", "--share", "0.02", "--json", "found.json")
+    found = json.loads((here / "found.json").read_text())
+
+    log_pi, log_mu, log_old, advantage = np.concatenate(kept, axis=1)
+    shift, sign, steered = np.exp(log_pi) - np.exp(log_mu), np.sign(advantage), advantage != 0
+    ratio, ratio_old = np.exp(log_pi - log_mu), np.exp(log_pi - log_old)
+    away = sign * shift > 0
+    is_clipped = ((advantage > 0) & (ratio_old > 1.28)) | ((advantage < 0) & (ratio_old < 0.8))
+    weights = {
+        "drpo": (1 - sign * shift / 0.2, ratio),
+        "ppo": (np.where(is_clipped, 0.0, 1.0), ratio_old),
+        "dppo_tv": (np.where(away & (np.abs(shift) > 0.15), 0.0, 1.0), ratio),
+    }
+    close = {"rel": 1e-6, "abs": 1e-6}
+    assert (found["tokens"], found["away"]) == (len(shift), pytest.approx(away.mean(), **close))
+    assert found["measured"]["divergence/mean"] == pytest.approx(np.abs(shift).mean(), **close)
+    assert found["measured"]["divergence/max"] == pytest.approx(np.abs(shift).max(), **close)
+    assert found["measured"]["ratio/mean"] == pytest.approx(ratio.mean(), **close)
+    for name, (weight, of) in weights.items():
+        what, w = found["what_if"][name], weight[steered]
+        assert what["effects"]["zeroed"] == pytest.approx((np.abs(w) <= 1e-3).mean(), **close)
+        assert what["effects"]["reversed"] == pytest.approx((w < -1e-3).mean(), **close)
+        assert what["scalars"]["weight/mean"] == pytest.approx(w.mean(), **close)
+        plain = np.abs(advantage[steered]) * of[steered]
+        strength = (plain * np.abs(w - 1)).sum() / plain.sum()
+        assert what["scalars"]["regulariser/strength"] == pytest.approx(strength, **close)
+    assert found["what_if"]["drpo"]["effects"]["reversed"] > 0.01
+    assert found["what_if"]["ppo"]["effects"]["zeroed"] > found["what_if"]["dppo_tv"]["effects"]["zeroed"] > 0.01
+    farthest = np.sort(np.abs(shift[away]))[::-1]
+    for share in (0.001, 0.01, 0.02, 0.05, 0.1):
+        assert found["delta"][str(share)] == pytest.approx(farthest[round(share * len(shift)) - 1], **close)
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     row = {"pi": ROWS[0]["logp"], "mu": ROWS[0]["behavior_logp"], "a": 2.0, "n": 2}
     path = write(tmp_path / "rollouts.jsonl", [row])
