@@ -446,6 +446,25 @@ def test_rows_that_are_wrong_are_all_named(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in error.value.lines] == [f"{path}, row 2", f"{path}, row 4"]
 
 
+@pytest.mark.parametrize(
+    ("logp", "behavior_logp", "expected"),
+    [
+        ([-0.5, -1.0], [-0.5, -1.0], "π and μ are equal at every token; is logp a copy of behavior_logp"),
+        ([-0.5, -1.0], [-40.0, -1.0], "|log π − log μ| is beyond 20 at 1 of the tokens"),
+        ([-0.5, -1.0], [-20.0, -1.0], None),
+    ],
+)
+def test_what_makes_the_numbers_doubtful_is_said(
+    tmp_path: Path, logp: list[float], behavior_logp: list[float], expected: str | None
+) -> None:
+    row = {"logp": logp, "behavior_logp": behavior_logp, "advantage": 1.0}
+    found = inspected(write(tmp_path / "rollouts.jsonl", [row]))
+    assert len(found.remarks) == (expected is not None)
+    if expected is not None:
+        assert found.remarks[0].startswith(expected)
+        assert expected in render(found)
+
+
 def test_nothing_in_a_file_becomes_markup(tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(1)>"
     row = {name: ROWS[0]["logp"], "mu": ROWS[0]["behavior_logp"], "advantage": 1.0}

@@ -13,7 +13,7 @@ from torch import Tensor
 from drpo.inspect.read import Rollouts
 from drpo.metrics import TrustRegionMetrics, effects
 from drpo.objectives import SYMBOLS, Objective, TopKObjective
-from drpo.tokens import TokenBatch
+from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
 """Shares of tokens for which δ is given beside the one asked for."""
@@ -61,6 +61,7 @@ class Inspection:
         not_computed: why the others could not.
         delta: for a share of the tokens, the δ that so many of them reach: A(r − 1) > 0 and
             |π − μ| ≥ δ; None where fewer move away at all.
+        remarks: what makes the numbers doubtful, a sentence each.
     """
 
     file: str
@@ -79,6 +80,7 @@ class Inspection:
     what_if: dict[str, WhatIf]
     not_computed: dict[str, str]
     delta: dict[float, float | None]
+    remarks: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,7 +135,24 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
         what_if={name: _what_if(objectives[name], sums[name], rollouts.old_logp is not None) for name in sums},
         not_computed=why_not,
         delta={part: _delta(away, part, tokens) for part in sorted({*SHARES, share})},
+        remarks=_remarks(rollouts),
     )
+
+
+def _remarks(rollouts: Rollouts) -> list[str]:
+    names = rollouts.columns.names
+    if torch.equal(rollouts.logp, rollouts.behavior_logp):
+        return [
+            f"π and μ are equal at every token; is {names['logp']} a copy of {names['behavior_logp']}, as verl's "
+            "old_log_probs are in bypass mode?"
+        ]
+    bounded = int(((rollouts.logp - rollouts.behavior_logp).abs() > LOG_RATIO_BOUND).sum())
+    if bounded:
+        return [
+            f"|log π − log μ| is beyond {LOG_RATIO_BOUND:g} at {bounded:,} of the tokens and is taken as {LOG_RATIO_BOUND:g} "
+            "there, so that |π − μ| may be larger than it says; are both policies' log-probs of the same tokens?"
+        ]
+    return []
 
 
 def _against(given: Mapping[str, Tensor], anchor: str) -> TokenBatch:

@@ -93,6 +93,8 @@ def inspect(
         f"{found.measured['divergence/mean']:.3g}, p99 {found.measured['divergence/p99']:.3g}, "
         f"max {found.measured['divergence/max']:.3g}; {reached} {100 * share:g} % of tokens"
     )
+    for remark in found.remarks:
+        typer.echo(remark, err=True)
     typer.echo(str(page))
 
 

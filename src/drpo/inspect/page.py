@@ -56,7 +56,8 @@ def _overview(found: Inspection) -> str:
         ["share of them moved the way A pushes, A(r − 1) > 0", found.away],
         *([label, found.measured[name]] for name, label in _MEASURED.items() if name in found.measured),
     ]
-    return table(["measurement", "value"], rows)
+    remarks = "".join(f"<p><strong>{escape(remark)}</strong></p>" for remark in found.remarks)
+    return remarks + table(["measurement", "value"], rows)
 
 
 def _ages(found: Inspection) -> str:
