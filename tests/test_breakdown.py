@@ -58,6 +58,36 @@ def test_a_quantile_of_the_log_ratio_is_within_twelve_percent(spread: float, nam
     assert 0 <= found - exact <= 0.1221 * abs(exact) + 2e-8
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [1e-9, 1e-3, 1.0, 100.0])
+def test_quantiles_lie_between_the_extremes_of_their_tokens(seed: int, dtype: torch.dtype, spread: float) -> None:
+    shape = (2, 4) if seed % 2 else (6, 40)
+    given = random_tensors(seed=seed, shape=shape, spread=spread)
+    batch = TokenBatch(*(given[name].to(dtype) for name in ("logp", "behavior_logp", "advantage")), mask=given["mask"])
+    metrics = TrustRegionMetrics()
+    for row in range(shape[0]):
+        # An update is of several batches, of which some have no token of a group.
+        part = TokenBatch(*(t[row : row + 1] for t in (batch.logp, batch.behavior_logp, batch.advantage, batch.mask)))
+        metrics.update(part, torch.ones_like(part.ratio))
+    found = metrics.compute().scalars
+    divergence, mu, advantage = (
+        t.detach()[batch.mask] for t in (batch.shift.abs(), batch.behavior_prob, batch.advantage)
+    )
+    lows = dict(zip(BUCKETS, (-1.0, *BUCKETS.values()), strict=False))
+    groups = {"positive": advantage > 0, "negative": advantage < 0}
+    groups |= {name: (mu > lows[name]) & ((mu <= high) | (high == 1)) for name, high in BUCKETS.items()}
+    assert sum(f"divergence/p99_{name}" in found for name in groups) >= 1
+    for name, of in groups.items():
+        if f"divergence/p99_{name}" in found:
+            assert divergence[of].min().item() <= found[f"divergence/p99_{name}"] <= divergence[of].max().item(), name
+    for name in ("p50", "p90", "p99"):
+        assert divergence.min().item() <= found[f"divergence/{name}"] <= found["divergence/max"]
+    log_ratio = batch.log_ratio.detach()[batch.mask]
+    for name in ("p01", "p50", "p99"):
+        assert log_ratio.min().item() <= found[f"log_ratio/{name}"] <= log_ratio.max().item()
+
+
 def test_the_buckets_hold_every_token_once() -> None:
     scalars = measured(batch := TokenBatch(**random_tensors(seed=5)), torch.ones_like(batch.ratio))
     assert sum(scalars[f"tokens/{bucket}"] for bucket in BUCKETS) == pytest.approx(1)

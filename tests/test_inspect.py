@@ -16,6 +16,7 @@ import pytest
 
 from drpo.errors import UserError
 from drpo.inspect.analyse import Inspection, analyse
+from drpo.inspect.figures import stretches
 from drpo.inspect.page import render
 from drpo.inspect.read import read_rollouts
 from drpo.objectives import OBJECTIVES, make_objective
@@ -116,6 +117,57 @@ def test_the_names_of_a_host_are_recognised_and_its_padding_left_out(tmp_path: P
     assert found.measured["divergence/mean_positive"] == pytest.approx((0.2 + 0.1 + 0.1) / 3, rel=1e-5)
 
 
+def test_the_numbers_are_those_of_numpy_in_fp64(here: Path, drpo: Any) -> None:  # noqa: F811
+    rng = np.random.default_rng(3)
+    rows, kept = [], []
+    for _ in range(200):
+        size = rng.integers(1, 80)
+        behavior_logp = np.log(rng.beta(1, 0.5, size)).clip(-15, -1e-4)
+        log_probs = [behavior_logp, *((behavior_logp + rng.normal(0, s, size)).clip(max=0) for s in (0.1, 0.4))]
+        # The file has what fp32 can say, so that reading it rounds nothing.
+        mu, old, pi = (values.astype(np.float32).astype(np.float64) for values in log_probs)
+        advantage = rng.choice([-2.0, -0.5, 0.0, 1.0, 3.0], size) if rng.random() < 0.5 else np.full(size, 1.5)
+        mask = rng.random(size) < 0.8
+        rows.append(
+            {"pi": pi.tolist(), "mu": mu.tolist(), "old": old.tolist(), "A": advantage.tolist(), "m": mask.tolist()}
+        )
+        kept.append(np.stack([pi, mu, old, advantage])[:, mask])
+    write(here / "rollouts.jsonl", rows)
+    columns = {"logp": "pi", "behavior_logp": "mu", "old_logp": "old", "advantage": "A", "mask": "m"}
+    named = [word for field, name in columns.items() for word in ("--column", f"{field}={name}")]
+    drpo("inspect", "rollouts.jsonl", *named, "--set", "drpo.delta=0.2", "--share", "0.02", "--json", "found.json")
+    found = json.loads((here / "found.json").read_text())
+
+    log_pi, log_mu, log_old, advantage = np.concatenate(kept, axis=1)
+    shift, sign, steered = np.exp(log_pi) - np.exp(log_mu), np.sign(advantage), advantage != 0
+    ratio, ratio_old = np.exp(log_pi - log_mu), np.exp(log_pi - log_old)
+    away = sign * shift > 0
+    is_clipped = ((advantage > 0) & (ratio_old > 1.28)) | ((advantage < 0) & (ratio_old < 0.8))
+    weights = {
+        "drpo": (1 - sign * shift / 0.2, ratio),
+        "ppo": (np.where(is_clipped, 0.0, 1.0), ratio_old),
+        "dppo_tv": (np.where(away & (np.abs(shift) > 0.15), 0.0, 1.0), ratio),
+    }
+    close = {"rel": 1e-6, "abs": 1e-6}
+    assert (found["tokens"], found["away"]) == (len(shift), pytest.approx(away.mean(), **close))
+    assert found["measured"]["divergence/mean"] == pytest.approx(np.abs(shift).mean(), **close)
+    assert found["measured"]["divergence/max"] == pytest.approx(np.abs(shift).max(), **close)
+    assert found["measured"]["ratio/mean"] == pytest.approx(ratio.mean(), **close)
+    for name, (weight, of) in weights.items():
+        what, w = found["what_if"][name], weight[steered]
+        assert what["effects"]["zeroed"] == pytest.approx((np.abs(w) <= 1e-3).mean(), **close)
+        assert what["effects"]["reversed"] == pytest.approx((w < -1e-3).mean(), **close)
+        assert what["scalars"]["weight/mean"] == pytest.approx(w.mean(), **close)
+        plain = np.abs(advantage[steered]) * of[steered]
+        strength = (plain * np.abs(w - 1)).sum() / plain.sum()
+        assert what["scalars"]["regulariser/strength"] == pytest.approx(strength, **close)
+    assert found["what_if"]["drpo"]["effects"]["reversed"] > 0.01
+    assert found["what_if"]["ppo"]["effects"]["zeroed"] > found["what_if"]["dppo_tv"]["effects"]["zeroed"] > 0.01
+    farthest = np.sort(np.abs(shift[away]))[::-1]
+    for share in (0.001, 0.01, 0.02, 0.05, 0.1):
+        assert found["delta"][str(share)] == pytest.approx(farthest[round(share * len(shift)) - 1], **close)
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     row = {"pi": ROWS[0]["logp"], "mu": ROWS[0]["behavior_logp"], "a": 2.0, "n": 2}
     path = write(tmp_path / "rollouts.jsonl", [row])
@@ -185,6 +237,25 @@ def test_steps_and_ages_are_measured_apart(tmp_path: Path) -> None:
         assert [groups[key]["divergence/max"] for key in keys] == pytest.approx([0.2, 0.4], rel=1e-5)
 
 
+@pytest.mark.parametrize(("key", "title", "most"), [("step", "Over steps", 500), ("age", "Age", 50)])
+@pytest.mark.parametrize("stretched", [True, False])
+def test_many_steps_or_ages_are_drawn_in_stretches_whose_extremes_are_kept(
+    tmp_path: Path, key: str, title: str, most: int, stretched: bool
+) -> None:
+    count = most + 1 if stretched else most
+    rows = [{"logp": log(0.5), "behavior_logp": log(0.4), "advantage": 1.0, key: index} for index in range(count)]
+    rows[7]["logp"] = log(0.9)
+    found = inspected(write(tmp_path / "rollouts.jsonl", rows))
+    measured = found.by_step if key == "step" else found.by_age
+    drawn = stretches(measured, most)
+    assert len(measured) == count
+    assert len(drawn) == (-(-count // 2) if stretched else count)
+    assert max(drawn, key=lambda stretch: stretch.largest).first == (6 if stretched else 7)
+    assert drawn[3 if stretched else 7].mean == pytest.approx(0.3 if stretched else 0.5, rel=1e-5)
+    after = render(found).split(f"<h2>{title}</h2>")[1][:400]
+    assert (f"There are {count}, and 2 neighbouring ones are taken together" in after) == stretched
+
+
 @pytest.mark.parametrize("objective", ["drpo", "gspo"])
 def test_the_rollouts_that_a_run_recorded_give_its_own_log(tmp_path: Path, drpo: Any, objective: str) -> None:  # noqa: F811
     run = tmp_path / "run"
@@ -207,28 +278,70 @@ def test_the_rollouts_that_a_run_recorded_give_its_own_log(tmp_path: Path, drpo:
 MISTAKES: list[tuple[Any, str]] = [
     ({"logp": log(0.5)}, "has no column for behavior_logp"),
     ({**ROWS[0], "logp": log(0.5)}, "row 1: behavior_logp has 3 log-probs; expected 1, as many as the other policy's"),
-    ({**ROWS[1], "logp": [0.7]}, "row 1: logp is 0.7 at token 0; expected a finite log-probability, at most 0"),
-    ({**ROWS[1], "logp": [None]}, "row 1: logp is [None]; expected a list of numbers"),
-    ({**ROWS[1], "logp": ["-1"]}, "row 1: logp is ['-1']; expected a list of numbers"),
-    ({**ROWS[1], "logp": -1.0}, "row 1: logp is -1.0; expected a list of numbers"),
+    ({**ROWS[1], "logp": [0.7]}, "row 1: logp is 0.7 at token 0; expected a log-probability, at most 0"),
+    ({**ROWS[1], "logp": [None]}, "row 1: logp is null at token 0; expected a log-probability, at most 0"),
+    ({**ROWS[1], "logp": ["-1"]}, "row 1: logp is '-1' at token 0; expected a number"),
+    ({**ROWS[1], "logp": -1.0}, "row 1: logp is -1; expected a list of numbers"),
     ({**ROWS[0], "mask": [1, 1]}, "row 1: mask has 2 values; expected 3 of 0 and 1, one for each log-prob"),
     ({**ROWS[0], "length": 4}, "row 1: length is 4; expected at most 3, as many as there are log-probs"),
     ({**ROWS[0], "advantage": [1.0, 2.0]}, "row 1: advantage has 2 values; expected one, or 3, one for each log-prob"),
-    ({**ROWS[0], "advantage": math.inf}, "row 1: advantage is inf; expected finite numbers"),
+    (
+        {**ROWS[0], "advantage": math.inf},
+        "row 1: advantage is inf; expected a number of at most 1e+18 in size, or a list",
+    ),
     ({**ROWS[0], "step": 1.5}, "row 1: step is 1.5; expected a whole number, at least 0"),
     ({**ROWS[0], "step": 10**400}, "row 1: step is 1000"),
     ({**ROWS[0], "step": math.nan}, "row 1: step is nan; expected a whole number, at least 0"),
     ({**ROWS[0], "length": [1, 2]}, "row 1: length is [1, 2]; expected a whole number, at least 0"),
-    ({**ROWS[0], "tokens": 2.0}, "row 1: tokens is 2.0; expected a list of token ids"),
+    ({**ROWS[0], "tokens": 2.0}, "row 1: tokens is 2; expected a list of token ids"),
     ({**ROWS[0], "length": 0}, "has no token that counts"),
     ({k: v for k, v in ROWS[0].items() if k != "advantage"}, "has neither advantages nor rewards"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1}, "nothing says which rows share a prompt"),
     (
         {"input": "1+1=", "output": "2", "score": 1.0, "step": 1},
-        "is verl's dump of completions, which has no log-probs",
+        "is verl's dump of completions (trainer.rollout_data_dir), which has no log-probs; expected a row a sequence with "
+        "rollout_log_probs, old_log_probs, response_mask and advantages, which a trainer's _log_rollout_data can take from "
+        "its batch (log μ is recorded with actor_rollout_ref.rollout.calculate_log_probs=true)",
     ),
-    ({"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5}, "is TRL's dump of completions"),
+    (
+        {"step": 1, "prompt": "1+1=", "completion": "2", "advantage": 0.5},
+        "is TRL's dump of completions (log_completions), which has no log-probs",
+    ),
+    (
+        {"old_log_probs": [-1.0], "responses": [1], "response_mask": [1], "advantages": [1.0]},
+        "has no column for behavior_logp (log μ of each token, as the sampler recorded it); expected behavior_logp or "
+        "rollout_log_probs or sampling_per_token_logps, or --column behavior_logp=NAME; verl records rollout_log_probs with "
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
+    ),
     ([1, 2], "row 1: is a list; expected an object"),
+    *(
+        ({**ROWS[0], field: None}, f"row 1: {field} is null; expected {expected}")
+        for field, expected in (
+            ("logp", "a list of numbers, one a token"),
+            ("behavior_logp", "a list of numbers, one a token"),
+            ("old_logp", "a list of numbers, one a token"),
+            ("advantage", "a number of at most 1e+18 in size, or a list with one for each log-prob"),
+            ("mask", "a list of numbers, one a token"),
+            ("length", "a whole number, at least 0"),
+            ("tokens", "a list of token ids"),
+            ("step", "a whole number, at least 0"),
+            ("age", "a whole number, at least 0"),
+        )
+    ),
+    ({**ROWS[0], "behavior_logp": [-1.0, None, -1.0]}, "row 1: behavior_logp is null at token 1; expected a log-prob"),
+    ({**ROWS[0], "advantage": [1.0, 1.0, None]}, "row 1: advantage is null at token 2; expected a number of at most"),
+    ({**ROWS[0], "mask": [1, None, 1]}, "row 1: mask is null at token 1; expected 0 or 1"),
+    ({**ROWS[0], "mask": [1, 1, 0.5]}, "row 1: mask is 0.5 at token 2; expected 0 or 1"),
+    ({**ROWS[1], "logp": [-1e300]}, "row 1: logp is -1e+300 at token 0; expected a log-probability, at most 0 and at"),
+    ({**ROWS[1], "logp": [1e300]}, "row 1: logp is 1e+300 at token 0; expected a log-probability, at most 0"),
+    ({**ROWS[1], "logp": [-(10**400)]}, "row 1: logp is -1000"),
+    ({**ROWS[1], "logp": [math.nan]}, "row 1: logp is nan at token 0; expected a log-probability"),
+    ({**ROWS[1], "logp": [log(0.5)]}, "row 1: logp is [-0.6931471805599453] at token 0; expected a number"),
+    ({**ROWS[0], "advantage": 1e300}, "row 1: advantage is 1e+300; expected a number of at most 1e+18 in size"),
+    ({**ROWS[0], "advantage": "1.5"}, "row 1: advantage is '1.5'; expected a number of at most 1e+18 in size"),
+    ({**ROWS[0], "advantage": 10**400}, "row 1: advantage is 1000"),
+    ({**ROWS[0], "advantage": [1.0, -1e300, 1.0]}, "row 1: advantage is -1e+300 at token 1; expected a number of at"),
+    ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1e300, "group": 1}, "row 1: reward is 1e+300; expected a"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1, "group": None}, "row 1: group is null; expected what the"),
 ]
 
@@ -248,6 +361,9 @@ def test_a_row_that_cannot_be_used_is_one_line(here: Path, refusal: Any, row: An
         (["rollouts.txt"], "rollouts.txt: expected a file that ends in .jsonl or .parquet"),
         (["rollouts.jsonl", "--column", "lopg=x"], "unknown field 'lopg'; did you mean 'logp'?"),
         (["rollouts.jsonl", "--column", "logp=lopg"], "unknown column 'lopg'; did you mean 'logp'?"),
+        (["rollouts.jsonl", "--column", "logp=behavior_logp"], "logp and behavior_logp are both behavior_logp"),
+        (["rollouts.jsonl", "--column", "logp=a", "--column", "logp=b"], "--column logp=b: logp is a already"),
+        (["folder", "--output", "page.html"], "folder: is a folder; expected a .jsonl or .parquet file, such as folder/1.jsonl"),
         (["rollouts.jsonl", "--column", "logp"], "--column logp: expected FIELD=NAME"),
         (["rollouts.jsonl", "--advantage", "median"], "unknown advantage 'median'"),
         (["rollouts.jsonl", "--set", "drpo.delat=1"], "unknown hyperparameter 'delat'"),
@@ -266,7 +382,57 @@ def test_a_mistake_in_the_command_is_one_line(
 ) -> None:
     write(here / "rollouts.jsonl", ROWS)
     (here / "folder.json").mkdir()
+    (here / "folder").mkdir()
+    write(here / "folder" / "1.jsonl", ROWS)
     assert expected in refusal("inspect", *arguments)
+
+
+NULL_WHERE_MASKED: dict[str, Any] = {
+    "logp": [*ROWS[0]["logp"], None],
+    "behavior_logp": [*ROWS[0]["behavior_logp"], 1e300],
+    "old_logp": [*ROWS[0]["behavior_logp"], math.nan],
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("counts", [{"mask": [1, 1, 1, 0]}, {"length": 3}, {"tokens": [7, 8, 9]}], ids=str)
+@pytest.mark.parametrize("advantage", [2.0, [2.0, 2.0, 2.0, None]], ids=str)
+def test_what_stands_at_a_token_that_does_not_count_is_left_out(
+    tmp_path: Path, ending: str, counts: dict[str, Any], advantage: Any
+) -> None:
+    row = {**NULL_WHERE_MASKED, **counts, "advantage": advantage}
+    found = inspected(write(tmp_path / f"masked.{ending}", [row]))
+    whole = inspected(write(tmp_path / f"whole.{ending}", [{**ROWS[0], "old_logp": ROWS[0]["behavior_logp"]}]))
+    assert found.tokens == 3
+    assert (found.measured, found.what_if, found.delta) == (whole.measured, whole.what_if, whole.delta)
+
+
+def test_a_sequence_of_which_nothing_counts_may_lack_its_advantage(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "length": 3}, {**ROWS[0], "advantage": None, "length": 0}]
+    assert inspected(write(tmp_path / "rollouts.jsonl", rows)).sequences == 1
+
+
+def test_rewards_of_tokens_are_summed_over_all_of_them_and_keep_their_digits(tmp_path: Path) -> None:
+    # As verl does: the reward of a sequence stands at its last token, which may be a tool's and masked.
+    row = {"logp": log(0.5, 0.5), "behavior_logp": log(0.4, 0.4), "mask": [1, 0], "group": "a"}
+    rewards: list[Any] = [[0.0, 1e9 + 1], [1e9, None], None]
+    path = write(tmp_path / "rollouts.jsonl", [{**row, "reward": reward} for reward in rewards])
+    assert read_rollouts(path, {}, "mean").advantage.tolist() == [0.5, -0.5, 0.0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("advantage", [1e18, 1e-17, 1e-45, 1e-300, -1e18])
+def test_numbers_of_any_size_give_finite_measurements(tmp_path: Path, advantage: float) -> None:
+    extreme = [0.0, -1e18, -100.0, -1e-300, 1e-3]
+    row = {"logp": extreme, "behavior_logp": extreme[::-1], "old_logp": [-1.0] * 5, "advantage": advantage}
+    found = inspected(write(tmp_path / "rollouts.jsonl", [row, {**row, "advantage": -advantage}]))
+    numbers = [*found.measured.values()]
+    for what in found.what_if.values():
+        numbers += [*what.scalars.values(), *what.effects.values()]
+    assert np.isfinite(numbers).all()
+    assert "nan" not in " ".join(parse(render(found)).cells).split()
+    # What is too small to divide by is no advantage.
+    assert found.steered == (abs(advantage) > 1e-18)
 
 
 def test_a_length_may_be_a_float_as_pandas_writes_it(tmp_path: Path) -> None:
@@ -278,6 +444,25 @@ def test_rows_that_are_wrong_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         inspected(path)
     assert [line.split(": ")[0] for line in error.value.lines] == [f"{path}, row 2", f"{path}, row 4"]
+
+
+@pytest.mark.parametrize(
+    ("logp", "behavior_logp", "expected"),
+    [
+        ([-0.5, -1.0], [-0.5, -1.0], "π and μ are equal at every token; is logp a copy of behavior_logp"),
+        ([-0.5, -1.0], [-40.0, -1.0], "|log π − log μ| is beyond 20 at 1 of the tokens"),
+        ([-0.5, -1.0], [-20.0, -1.0], None),
+    ],
+)
+def test_what_makes_the_numbers_doubtful_is_said(
+    tmp_path: Path, logp: list[float], behavior_logp: list[float], expected: str | None
+) -> None:
+    row = {"logp": logp, "behavior_logp": behavior_logp, "advantage": 1.0}
+    found = inspected(write(tmp_path / "rollouts.jsonl", [row]))
+    assert len(found.remarks) == (expected is not None)
+    if expected is not None:
+        assert found.remarks[0].startswith(expected)
+        assert expected in render(found)
 
 
 def test_nothing_in_a_file_becomes_markup(tmp_path: Path) -> None:
@@ -300,16 +485,21 @@ def test_a_browser_draws_the_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(
+    ("ending", "sequences", "steps"), [("jsonl", 1000, 16), ("parquet", 1000, 16), ("jsonl", 10_000, 10_000)]
+)
+def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(
+    tmp_path: Path, ending: str, sequences: int, steps: int
+) -> None:
     rng = np.random.default_rng(0)
     rows = []
-    for step in range(1000):
-        behavior_logp = np.log(rng.beta(2, 0.5, 1000)).clip(max=-1e-4)
-        logp, old_logp = ((behavior_logp + rng.normal(0, s, 1000)).clip(max=0) for s in (0.15, 0.02))
+    tokens = 1_000_000 // sequences
+    for row in range(sequences):
+        behavior_logp = np.log(rng.beta(2, 0.5, tokens)).clip(max=-1e-4)
+        logp, old_logp = ((behavior_logp + rng.normal(0, s, tokens)).clip(max=0) for s in (0.15, 0.02))
         columns = {"logp": logp, "behavior_logp": behavior_logp, "old_logp": old_logp}
         as_sampled = {name: values.astype(np.float32).tolist() for name, values in columns.items()}
-        rows.append({**as_sampled, "advantage": rng.normal(), "step": step // 64})
+        rows.append({**as_sampled, "advantage": rng.normal(), "step": row * steps // sequences})
     path = write(tmp_path / f"rollouts.{ending}", rows)
     # A process of its own, so that its peak is its own.
     run = f"import resource, sys; from drpo import cli; sys.argv = ['drpo', 'inspect', {str(path)!r}]; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -157,6 +157,14 @@ def test_policies_that_agree_have_no_divergence_and_a_full_sample() -> None:
     assert scalars["effective_sample_size"] == pytest.approx(1)
 
 
+def test_policies_without_a_token_in_common_have_no_sample_size() -> None:
+    # In fp32, e^-20 − 1 is −1.
+    logp, behavior_logp, one = torch.tensor([[-70.0]]), torch.tensor([[math.log(0.9)]]), torch.ones(1, 1)
+    scalars = measured(TokenBatch(logp, behavior_logp, one, one), one).scalars
+    assert "effective_sample_size" not in scalars
+    assert scalars["divergence/mean"] == pytest.approx(0.9)
+
+
 def test_k3_keeps_its_precision_in_fp32_where_the_policies_nearly_agree() -> None:
     near = torch.full((1, 1), -1.0)
     batch = TokenBatch(near + 3 * 2**-22, near, torch.ones(1), torch.ones(1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from drpo.inspect.read import Rollouts
 from drpo.metrics import TrustRegionMetrics, effects
 from drpo.objectives import SYMBOLS, Objective, TopKObjective
-from drpo.tokens import TokenBatch
+from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
 """Shares of tokens for which δ is given beside the one asked for."""
@@ -60,6 +61,7 @@ class Inspection:
         not_computed: why the others could not.
         delta: for a share of the tokens, the δ that so many of them reach: A(r − 1) > 0 and
             |π − μ| ≥ δ; None where fewer move away at all.
+        remarks: what makes the numbers doubtful, a sentence each.
     """
 
     file: str
@@ -78,6 +80,7 @@ class Inspection:
     what_if: dict[str, WhatIf]
     not_computed: dict[str, str]
     delta: dict[float, float | None]
+    remarks: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,25 +96,13 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
         share: of tokens, for which δ is wanted.
     """
     total = TrustRegionMetrics()
-    by_step: dict[int, TrustRegionMetrics] = {}
-    by_age: dict[int, TrustRegionMetrics] = {}
     sums: dict[str, dict[str, Tensor]] = {}
     distances = []
     why_not = {name: reason for name, o in objectives.items() if (reason := _why_not(o, rollouts.old_logp is not None))}
-    for sequences in rollouts.sequences():
+    for sequences in rollouts.batches():
         given = rollouts.padded(sequences)
         sampled = _against(given, "behavior_logp")
-        weight = torch.ones_like(sampled.logp, dtype=torch.float64)
-        total.update(sampled, weight)
-        if "step" in rollouts.columns.names:
-            step = int(rollouts.step[sequences[0]])
-            by_step.setdefault(step, TrustRegionMetrics()).update(sampled, weight)
-        if rollouts.age is not None:
-            for age in rollouts.age[sequences].unique().tolist():
-                of_age = {name: tensor[rollouts.age[sequences] == age] for name, tensor in given.items()}
-                by_age.setdefault(age, TrustRegionMetrics()).update(
-                    _against(of_age, "behavior_logp"), weight[: len(of_age["mask"])]
-                )
+        total.update(sampled, torch.ones_like(sampled.logp))
         moves_away = sampled.mask & (sampled.advantage * sampled.excess > 0)
         distances.append(sampled.shift.abs()[moves_away])
         batches = {"sampler": sampled, "old": sampled}
@@ -139,12 +130,29 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
         away=len(away) / tokens,
         measured=_of_policies(region.scalars),
         divergence_histogram=region.divergence_histogram,
-        by_step=_computed(by_step),
-        by_age=_computed(by_age),
+        by_step=_measured_by(rollouts, rollouts.step) if "step" in rollouts.columns.names else {},
+        by_age=_measured_by(rollouts, rollouts.age) if rollouts.age is not None else {},
         what_if={name: _what_if(objectives[name], sums[name], rollouts.old_logp is not None) for name in sums},
         not_computed=why_not,
         delta={part: _delta(away, part, tokens) for part in sorted({*SHARES, share})},
+        remarks=_remarks(rollouts),
     )
+
+
+def _remarks(rollouts: Rollouts) -> list[str]:
+    names = rollouts.columns.names
+    if torch.equal(rollouts.logp, rollouts.behavior_logp):
+        return [
+            f"π and μ are equal at every token; is {names['logp']} a copy of {names['behavior_logp']}, as verl's "
+            "old_log_probs are in bypass mode?"
+        ]
+    bounded = int(((rollouts.logp - rollouts.behavior_logp).abs() > LOG_RATIO_BOUND).sum())
+    if bounded:
+        return [
+            f"|log π − log μ| is beyond {LOG_RATIO_BOUND:g} at {bounded:,} of the tokens and is taken as {LOG_RATIO_BOUND:g} "
+            "there, so that |π − μ| may be larger than it says; are both policies' log-probs of the same tokens?"
+        ]
+    return []
 
 
 def _against(given: Mapping[str, Tensor], anchor: str) -> TokenBatch:
@@ -180,8 +188,16 @@ def _of_policies(scalars: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in scalars.items() if not name.startswith(("weight/", "regulariser/"))}
 
 
-def _computed(groups: Mapping[int, TrustRegionMetrics]) -> dict[int, dict[str, float]]:
-    return {key: _of_policies(groups[key].compute().scalars) for key in sorted(groups)}
+def _measured_by(rollouts: Rollouts, key: Tensor) -> dict[int, dict[str, float]]:
+    """The same scalars of the sequences of each ``key``, [N]."""
+    found = {}
+    for value, batches in groupby(rollouts.batches(key), lambda sequences: int(key[sequences[0]])):
+        metrics = TrustRegionMetrics()
+        for sequences in batches:
+            sampled = _against(rollouts.padded(sequences), "behavior_logp")
+            metrics.update(sampled, torch.ones_like(sampled.logp))
+        found[value] = _of_policies(metrics.compute().scalars)
+    return found
 
 
 def _delta(away: Tensor, share: float, tokens: int) -> float | None:

@@ -31,13 +31,17 @@ class Format:
         title: of the host.
         names: column names of each field, in order of preference.
         text_dump: columns of the host's own dump of completions, which has no log-probs.
-        instead: where the host has them.
+        dumped_by: the setting that writes it.
+        instead: what the host has that can be written in its place, and where.
+        recorded_by: what makes the host record log μ.
     """
 
     title: str
     names: Mapping[str, tuple[str, ...]]
     text_dump: frozenset[str] = frozenset()
+    dumped_by: str = ""
     instead: str = ""
+    recorded_by: str = ""
 
     def recognised(self, columns: Iterable[str]) -> dict[str, str]:
         """The column of each field that is there."""
@@ -61,8 +65,10 @@ FORMATS = (
             "tokens": ("responses",),
             "step": ("global_steps", "step"),
         },
-        text_dump=frozenset({"input", "output", "score", "step"}),
-        instead="a batch's rollout_log_probs, old_log_probs, response_mask and advantages",
+        text_dump=frozenset({"input", "output", "score"}),
+        dumped_by="trainer.rollout_data_dir",
+        instead="rollout_log_probs, old_log_probs, response_mask and advantages, which a trainer's _log_rollout_data can take from its batch",
+        recorded_by="actor_rollout_ref.rollout.calculate_log_probs=true",
     ),
     Format(
         "TRL",
@@ -78,7 +84,9 @@ FORMATS = (
             "step": ("step",),
         },
         text_dump=frozenset({"step", "prompt", "completion", "advantage"}),
-        instead="a batch's sampling_per_token_logps, old_per_token_logps, completion_mask and advantages",
+        dumped_by="log_completions",
+        instead="sampling_per_token_logps, old_per_token_logps, completion_mask and advantages, which a trainer's compute_loss gets as inputs",
+        recorded_by="use_vllm=True, or in DRPOTrainer always",
     ),
 )
 
@@ -116,7 +124,9 @@ def find_columns(columns: Iterable[str], chosen: Mapping[str, str]) -> Columns:
     names = {**host.recognised(present), **chosen}
     for field in ("logp", "behavior_logp"):
         if field not in names:
-            raise ValueError(_missing(field, present))
+            raise ValueError(_missing(field, present, host))
+    if names["logp"] == names["behavior_logp"]:
+        raise ValueError(f"logp and behavior_logp are both {names['logp']}; expected a column of each policy")
     if not {"advantage", "reward"} & set(names):
         raise ValueError(
             f"has neither advantages nor rewards; expected a column called {_choices('advantage')}, or one named with --column"
@@ -125,14 +135,23 @@ def find_columns(columns: Iterable[str], chosen: Mapping[str, str]) -> Columns:
     return Columns(host.title, {field: name for field, name in names.items() if field not in unread})
 
 
-def _missing(field: str, present: list[str]) -> str:
+def _missing(field: str, present: list[str], recognised: Format) -> str:
     for host in FORMATS:
         if host.text_dump and host.text_dump <= set(present):
-            return f"is {host.title}'s dump of completions, which has no log-probs; expected {host.instead}, a row a sequence"
+            return (
+                f"is {host.title}'s dump of completions ({host.dumped_by}), which has no log-probs; expected a row a sequence "
+                f"with {host.instead} (log μ is recorded with {host.recorded_by})"
+            )
     listed = ", ".join(present) or "none"
-    return f"has no column for {field} ({FIELDS[field]}); expected {_choices(field)}, or --column {field}=NAME. Columns: {listed}."
+    recorded = ""
+    if field == "behavior_logp" and recognised.recorded_by:
+        recorded = f"; {recognised.title} records {_choices(field, [recognised])} with {recognised.recorded_by}"
+    return (
+        f"has no column for {field} ({FIELDS[field]}); expected {_choices(field)}, or --column {field}=NAME{recorded}. "
+        f"Columns: {listed}."
+    )
 
 
-def _choices(field: str) -> str:
-    names = dict.fromkeys(name for host in FORMATS for name in host.names.get(field, ()))
+def _choices(field: str, hosts: Iterable[Format] = FORMATS) -> str:
+    names = dict.fromkeys(name for host in hosts for name in host.names.get(field, ()))
     return " or ".join(names)

@@ -69,6 +69,8 @@ def inspect(
         field, separator, name = column.partition("=")
         if not separator or not name:
             raise UserError(f"--column {column}: expected FIELD=NAME")
+        if field in chosen:
+            raise UserError(f"--column {column}: {field} is {chosen[field]} already; expected one column for a field")
         chosen[field] = name
 
     from drpo.inspect.analyse import analyse
@@ -91,6 +93,8 @@ def inspect(
         f"{found.measured['divergence/mean']:.3g}, p99 {found.measured['divergence/p99']:.3g}, "
         f"max {found.measured['divergence/max']:.3g}; {reached} {100 * share:g} % of tokens"
     )
+    for remark in found.remarks:
+        typer.echo(remark, err=True)
     typer.echo(str(page))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 import plotly.graph_objects as go
@@ -22,7 +25,49 @@ GROUPS = {
 }
 """What the groups of tokens are called."""
 
+MOST_STEPS = 500
+"""Points of a curve over steps."""
+
+MOST_MARKERS = 100
+"""Points of a curve that are marked; more hide its dashes."""
+
 _PATTERNS = {"unchanged": "", "attenuated": "/", "zeroed": "x", "reversed": "\\", "amplified": "."}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """|π − μ| over neighbouring steps or ages.
+
+    Args:
+        first: of them.
+        last: of them.
+        mean: of their means.
+        p99: the largest of their 99 % quantiles.
+        largest: of their maxima.
+    """
+
+    first: int
+    last: int
+    mean: float
+    p99: float
+    largest: float
+
+
+def stretches(measured: Mapping[int, Mapping[str, float]], most: int) -> list[Stretch]:
+    """At most so many stretches, of as many steps or ages each: one each where there are no more than that."""
+    keys = list(measured)
+    size = steps_a_point(len(keys), most)
+    found = []
+    for start in range(0, len(keys), size):
+        of = keys[start : start + size]
+        mean, p99, largest = ([measured[key][f"divergence/{name}"] for key in of] for name in ("mean", "p99", "max"))
+        found.append(Stretch(of[0], of[-1], sum(mean) / len(mean), max(p99), max(largest)))
+    return found
+
+
+def steps_a_point(steps: int, most: int) -> int:
+    """How many neighbouring steps a point stands for, so that there are at most so many points."""
+    return max(1, math.ceil(steps / most))
 
 
 def beyond(found: Inspection) -> go.Figure:
@@ -53,12 +98,25 @@ def groups(found: Inspection) -> go.Figure:
 
 
 def steps(found: Inspection) -> go.Figure:
-    """|π − μ| of each step: mean, 99 % quantile and maximum."""
+    """|π − μ| over steps: mean, 99 % quantile and maximum."""
+    drawn = stretches(found.by_step, MOST_STEPS)
     figure = go.Figure()
-    for order, (key, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"), ("max", "maximum"))):
-        y = [scalars[f"divergence/{key}"] or None for scalars in found.by_step.values()]
-        line = {"color": COLORS[order], "dash": DASHES[order]}
-        figure.add_trace(go.Scatter(x=list(found.by_step), y=y, name=label, mode="lines+markers", line=line))
+    for order, (label, y) in enumerate(
+        (
+            ("mean", [stretch.mean for stretch in drawn]),
+            ("99 % quantile", [stretch.p99 for stretch in drawn]),
+            ("maximum", [stretch.largest for stretch in drawn]),
+        )
+    ):
+        figure.add_trace(
+            go.Scatter(
+                x=[stretch.first for stretch in drawn],
+                y=[value or None for value in y],
+                name=label,
+                mode="lines" if len(drawn) > MOST_MARKERS else "lines+markers",
+                line={"color": COLORS[order], "dash": DASHES[order]},
+            )
+        )
     return style(figure, "step").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
 
 

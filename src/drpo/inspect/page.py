@@ -22,6 +22,10 @@ _MEASURED = {
 }
 
 
+MOST_AGES = 50
+"""Rows of the table of ages."""
+
+
 def render(found: Inspection) -> str:
     """The page, as HTML."""
     sections = [
@@ -33,7 +37,8 @@ def render(found: Inspection) -> str:
         section("Where", "|π − μ| by the sign of the advantage and by μ of the token.", figures.groups(found)),
     ]
     if len(found.by_step) > 1:
-        sections.append(section("Over steps", "|π − μ| of the tokens of each step.", figures.steps(found)))
+        note = f"|π − μ| of the tokens of each step. {_stretched(len(found.by_step), figures.MOST_STEPS)}"
+        sections.append(section("Over steps", note, figures.steps(found)))
     what_if = section(
         "What every objective would have done",
         "To these very tokens, by its gradient weight w: unchanged (w = 1), attenuated (0 < w < 1), zeroed (w = 0), reversed (w < 0) or amplified (w > 1); 0 and 1 to within 0.001.",
@@ -49,18 +54,32 @@ def _overview(found: Inspection) -> str:
         ["tokens that count", f"{found.tokens:,}"],
         ["share of them with A ≠ 0", found.steered],
         ["share of them moved the way A pushes, A(r − 1) > 0", found.away],
-        *([label, found.measured[name]] for name, label in _MEASURED.items()),
+        *([label, found.measured[name]] for name, label in _MEASURED.items() if name in found.measured),
     ]
-    return table(["measurement", "value"], rows)
+    remarks = "".join(f"<p><strong>{escape(remark)}</strong></p>" for remark in found.remarks)
+    return remarks + table(["measurement", "value"], rows)
 
 
 def _ages(found: Inspection) -> str:
     if not found.by_age:
         return ""
-    keys = ("divergence/mean", "divergence/p99", "divergence/max")
-    rows = [[age, *(scalars[key] for key in keys)] for age, scalars in found.by_age.items()]
-    note = "Rollouts between the policy that sampled a token and the one that trained on it."
+    rows = [
+        [str(age.first) if age.first == age.last else f"{age.first} to {age.last}", age.mean, age.p99, age.largest]
+        for age in figures.stretches(found.by_age, MOST_AGES)
+    ]
+    note = "Rollouts between the policy that sampled a token and the one that trained on it. "
+    note += _stretched(len(found.by_age), MOST_AGES)
     return f"<h2>Age</h2><p class=note>{note}</p>" + table(["age", "|π − μ| mean", "99 % quantile", "maximum"], rows)
+
+
+def _stretched(count: int, most: int) -> str:
+    size = figures.steps_a_point(count, most)
+    if size == 1:
+        return ""
+    return (
+        f"There are {count:,}, and {size:,} neighbouring ones are taken together: the mean of their means, the largest of "
+        "their 99 % quantiles and of their maxima."
+    )
 
 
 def _deltas(found: Inspection) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
 from array import array
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,10 @@ from drpo.advantage import Advantage, group_advantage
 from drpo.data.rows import converted, records
 from drpo.errors import UserError
 from drpo.inspect.columns import Columns, find_columns
+from drpo.inspect.rows import checked_row
+
+NO_ADVANTAGE = 1e-18
+"""An advantage of this size counts as 0: what divides by one that is much smaller overflows."""
 
 TOKENS_AT_ONCE = 1 << 17
 """Padded tokens of a batch: what the measurements hold at a time follows from it."""
@@ -51,16 +54,17 @@ class Rollouts:
     step: Tensor
     age: Tensor | None
 
-    def sequences(self) -> Iterator[Tensor]:
-        """Sequences that make a batch, by their indices: of one step, of about one length."""
-        order = np.lexsort((-self.lengths.numpy(), self.step.numpy()))
-        steps, lengths = self.step.tolist(), self.lengths.tolist()
+    def batches(self, key: Tensor | None = None) -> Iterator[Tensor]:
+        """Sequences that make a batch, by their indices: of about one length and, in its order, of one ``key``, [N]."""
+        keys = torch.zeros_like(self.lengths) if key is None else key
+        order = np.lexsort((-self.lengths.numpy(), keys.numpy()))
+        values, lengths = keys.tolist(), self.lengths.tolist()
         group: list[int] = []
         for index in order.tolist():
             if not lengths[index]:
                 continue
             is_full = group and (len(group) + 1) * lengths[group[0]] > TOKENS_AT_ONCE
-            if group and (is_full or steps[index] != steps[group[0]]):
+            if group and (is_full or values[index] != values[group[0]]):
                 yield torch.tensor(group)
                 group = []
             group.append(index)
@@ -69,8 +73,7 @@ class Rollouts:
 
     def padded(self, sequences: Tensor) -> dict[str, Tensor]:
         """Some sequences as [B, T]: every tensor that the file has, and the ``mask``."""
-        starts = (self.lengths.cumsum(0) - self.lengths)[sequences]
-        lengths = self.lengths[sequences]
+        starts, lengths = self._starts[sequences], self.lengths[sequences]
         position = torch.arange(int(lengths.max()))
         mask = position < lengths.unsqueeze(1)
         places = torch.where(mask, starts.unsqueeze(1) + position, 0)
@@ -78,6 +81,10 @@ class Rollouts:
         if self.old_logp is not None:
             given["old_logp"] = self.old_logp
         return {**{name: tensor[places] for name, tensor in given.items()}, "mask": mask}
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return self.lengths.cumsum(0) - self.lengths
 
 
 @dataclass
@@ -110,7 +117,7 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
 
     def convert(record: dict[str, Any], number: int) -> dict[str, Any]:
         _refuse_later_columns(f"{path}, row {number}", record, columns, present, chosen)
-        return _row(record, columns.names)
+        return checked_row(record, columns.names)
 
     for row in converted(path, records(path), convert):
         _add(collected, row)
@@ -118,6 +125,10 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
         raise UserError(f"{path}: has no token that counts")
     lengths = torch.tensor(collected.lengths)
     has_advantage = "advantage" in collected.values
+    if has_advantage:
+        advantages = collected.tensor("advantage")
+    else:
+        advantages = _from_rewards(path, collected, advantage).float().repeat_interleave(lengths)
     return Rollouts(
         columns=columns,
         advantage_from="advantage" if has_advantage else "reward",
@@ -126,9 +137,7 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
         logp=collected.tensor("logp"),
         behavior_logp=collected.tensor("behavior_logp"),
         old_logp=collected.tensor("old_logp") if "old_logp" in collected.values else None,
-        advantage=collected.tensor("advantage")
-        if has_advantage
-        else _from_rewards(path, collected, advantage).float().repeat_interleave(lengths),
+        advantage=torch.where(advantages.abs() > NO_ADVANTAGE, advantages, 0.0),
         step=torch.tensor(collected.steps),
         age=torch.tensor(collected.ages) if collected.ages else None,
     )
@@ -136,6 +145,10 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
 
 def _columns(path: Path, chosen: Mapping[str, str]) -> tuple[Columns, Set[str]]:
     """What the columns of the first row are, and all that it has."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
+        example = f", such as {files[0]}" if files else ""
+        raise UserError(f"{path}: is a folder; expected a .jsonl or .parquet file{example}")
     first = next((record for record in records(path) if isinstance(record, dict)), None)
     if first is None:
         # A file of other things than objects is refused row by row.
@@ -157,112 +170,6 @@ def _refuse_later_columns(
     added = next((name for field, name in names.items() if columns.names.get(field) != name), None)
     if added is not None:
         raise UserError(f"{where}: has {added}, which the first row has not; expected the same columns in every row")
-
-
-def _row(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A record with its numbers checked, those of tokens that do not count left out."""
-    missing = next((name for name in names.values() if name not in record), None)
-    if missing is not None:
-        raise ValueError(f"has no {missing}, which the first row has; expected the same columns in every row")
-    found = {field: (name, record[name]) for field, name in names.items()}
-    logp = _numbers(*found["logp"])
-    counted = _counted(found, len(logp))
-    row: dict[str, Any] = {"length": int(counted.sum())}
-    for which in ("logp", "behavior_logp", "old_logp"):
-        if which in found:
-            row[which] = _log_probs(found[which], logp if which == "logp" else _numbers(*found[which]), counted)
-    if "advantage" in found:
-        row["advantage"] = _of_tokens(found["advantage"], counted)
-    else:
-        name, reward = found["reward"]
-        row["reward"] = math.nan if reward is None else float(np.sum(_of_tokens((name, reward), counted, spread=False)))
-        row["group"] = _group(*found["group"]) if "group" in found else None
-    for which in ("step", "age"):
-        if which in found:
-            row[which] = _whole(*found[which])
-    return row
-
-
-def _group(name: str, value: Any) -> str:
-    # What every row lacks would make one group of all of them.
-    if value is None:
-        raise ValueError(f"{name} is null; expected what the completions of one prompt have in common")
-    return repr(value)
-
-
-def _counted(found: Mapping[str, tuple[str, Any]], size: int) -> np.ndarray:
-    counted = np.ones(size, dtype=bool)
-    if "mask" in found:
-        name, mask = found["mask"]
-        values = _numbers(name, mask)
-        if len(values) != size or not np.isin(values, (0, 1)).all():
-            raise ValueError(f"{name} has {len(values):,} values; expected {size:,} of 0 and 1, one for each log-prob")
-        return values.astype(bool)
-    if "length" in found:
-        name, value = found["length"]
-        length = _whole(name, value)
-        if length > size:
-            raise ValueError(f"{name} is {length:,}; expected at most {size:,}, as many as there are log-probs")
-    elif "tokens" in found:
-        name, tokens = found["tokens"]
-        if not isinstance(tokens, list):
-            raise ValueError(f"{name} is {reprlib.repr(tokens)}; expected a list of token ids")
-        length = len(tokens)
-        if length > size:
-            raise ValueError(f"{name} has {length:,} tokens; expected at most {size:,}, one for each log-prob")
-    else:
-        length = size
-    counted[length:] = False
-    return counted
-
-
-def _log_probs(column: tuple[str, Any], values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    name = column[0]
-    if len(values) != len(counted):
-        raise ValueError(
-            f"{name} has {len(values):,} log-probs; expected {len(counted):,}, as many as the other policy's"
-        )
-    kept = values[counted]
-    wrong = np.flatnonzero(~(np.isfinite(kept) & (kept <= 1e-2)))
-    if len(wrong):
-        raise ValueError(
-            f"{name} is {kept[wrong[0]]:g} at token {np.flatnonzero(counted)[wrong[0]]}; expected a finite log-probability, at most 0"
-        )
-    return kept
-
-
-def _of_tokens(column: tuple[str, Any], counted: np.ndarray, spread: bool = True) -> np.ndarray:
-    name, value = column
-    if isinstance(value, list):
-        values = _numbers(name, value)
-        if len(values) != len(counted):
-            raise ValueError(
-                f"{name} has {len(values):,} values; expected one, or {len(counted):,}, one for each log-prob"
-            )
-        kept = values[counted]
-    else:
-        kept = np.repeat(_numbers(name, [value]), int(counted.sum()) if spread else 1)
-    if not np.isfinite(kept).all():
-        raise ValueError(f"{name} is {kept[~np.isfinite(kept)][0]:g}; expected finite numbers")
-    return kept
-
-
-def _numbers(name: str, value: Any) -> np.ndarray:
-    # numpy would read numbers from text, and nan from null.
-    if not isinstance(value, list) or not set(map(type, value)) <= {float, int, bool}:
-        raise ValueError(f"{name} is {reprlib.repr(value)}; expected a list of numbers")
-    try:
-        return np.asarray(value, dtype=np.float32)
-    except OverflowError as error:
-        raise ValueError(f"{name} holds a number too large; expected a list of numbers") from error
-
-
-def _whole(name: str, value: Any) -> int:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # In this order: a number that is too large has no float.
-    if not is_number or not 0 <= value < 2**53 or not float(value).is_integer():
-        raise ValueError(f"{name} is {reprlib.repr(value)}; expected a whole number, at least 0")
-    return int(value)
 
 
 def _add(collected: _Collected, row: dict[str, Any]) -> None:

@@ -29,9 +29,7 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
     counted = batch.mask
     divergence = torch.where(counted, batch.shift.abs(), 0.0).to(dtype)
     bins = divergence_bins(divergence)
-    # The last bucket takes a μ that rounding puts above 1.
-    edges = batch.behavior_prob.new_tensor([*BUCKETS.values()][:-1])
-    bucket = torch.bucketize(batch.behavior_prob.flatten(), edges, out_int32=True)
+    bucket = _bucket(batch)
     found = {
         "histogram_bucket": histogram(bucket * _BINS + bins, len(BUCKETS) * _BINS, counted, dtype),
         "divergence_bucket": torch.zeros(len(BUCKETS), dtype=dtype, device=bins.device).scatter_add_(
@@ -46,24 +44,58 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def scalars(total: dict[str, Tensor]) -> dict[str, float]:
-    """What the sums say, by name; what does not apply is absent.
+def extremes(batch: TokenBatch) -> dict[str, Tensor]:
+    """What combines over batches by maximum: of |π − μ| in each group, signs first, and of log-ratios; and the negated least ones."""
+    divergence = batch.shift.abs()
+    # By its sign, a token is in the first, the second or, without advantage, none of the groups.
+    sign = torch.where(batch.advantage > 0, 0, torch.where(batch.advantage < 0, 1, len(SIGNS)))
+    bucket = _bucket(batch)
+    found = {}
+    for name, factor in (("largest", 1), ("least", -1)):
+        distance, log_ratio = (
+            torch.where(batch.mask, factor * values, -torch.inf).flatten() for values in (divergence, batch.log_ratio)
+        )
+        of_signs = _largest(distance, sign.flatten(), len(SIGNS) + 1)[: len(SIGNS)]
+        found[f"{name}_divergence"] = torch.cat([of_signs, _largest(distance, bucket, len(BUCKETS))])
+        found[f"{name}_log_ratio"] = _largest(log_ratio, torch.zeros_like(bucket), 1)
+    return found
+
+
+def _largest(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Of each group, -inf where it is empty."""
+    return values.new_full((groups,), -torch.inf).scatter_reduce_(0, group.long(), values, "amax")
+
+
+def _bucket(batch: TokenBatch) -> Tensor:
+    """The place of each token's μ among :data:`BUCKETS`, flat; the last one takes a μ that rounding puts above 1."""
+    edges = batch.behavior_prob.new_tensor([*BUCKETS.values()][:-1])
+    return torch.bucketize(batch.behavior_prob.flatten(), edges, out_int32=True)
+
+
+def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:
+    """What the sums and the extremes say, by name; what does not apply is absent.
 
     ``divergence/mean_GROUP`` and ``divergence/p99_GROUP`` of |π − μ| where the group is a sign of
     A or one of :data:`BUCKETS`, and ``tokens/BUCKET``, the share of tokens in it;
     ``log_ratio/p01`` | ``p50`` | ``p99``, of log π − log μ in nats.
     """
     found = {}
+    least, largest = -extremes["least_log_ratio"].item(), extremes["largest_log_ratio"].item()
     for name, share in LOG_RATIO_QUANTILES.items():
-        found[f"log_ratio/{name}"] = quantile(total["log_ratio_histogram"], LOG_RATIO_EDGES, share)
+        found[f"log_ratio/{name}"] = quantile(
+            total["log_ratio_histogram"], LOG_RATIO_EDGES, share, least=least, largest=largest
+        )
     by_bucket = total["histogram_bucket"].view(len(BUCKETS), _BINS)
-    groups = {sign: (total[f"histogram_{sign}"], total[f"divergence_{sign}"]) for sign in SIGNS}
-    groups |= dict(zip(BUCKETS, zip(by_bucket, total["divergence_bucket"], strict=True), strict=True))
-    for name, (counts, distance) in groups.items():
-        tokens = counts.sum().item()
+    counted = [*(total[f"histogram_{sign}"] for sign in SIGNS), *by_bucket]
+    distances = [*(total[f"divergence_{sign}"] for sign in SIGNS), *total["divergence_bucket"]]
+    least, largest = (-extremes["least_divergence"]).tolist(), extremes["largest_divergence"].tolist()
+    for group, name in enumerate((*SIGNS, *BUCKETS)):
+        tokens = counted[group].sum().item()
         if name in BUCKETS:
             found[f"tokens/{name}"] = tokens / by_bucket.sum().item()
         if tokens:
-            found[f"divergence/mean_{name}"] = distance.item() / tokens
-            found[f"divergence/p99_{name}"] = quantile(counts, DIVERGENCE_EDGES, 0.99)
+            found[f"divergence/mean_{name}"] = distances[group].item() / tokens
+            found[f"divergence/p99_{name}"] = quantile(
+                counted[group], DIVERGENCE_EDGES, 0.99, least=least[group], largest=largest[group]
+            )
     return found

@@ -78,8 +78,8 @@ def histogram(bins: Tensor, size: int, counted: Tensor, dtype: torch.dtype) -> T
     return torch.zeros(size, dtype=dtype, device=bins.device).scatter_add_(0, bins.long(), counted.to(dtype))
 
 
-def quantile(counts: Tensor, edges: Tensor, share: float) -> float:
-    """The upper edge of the bin within which ``share`` of the values is reached; 0 in a bin of the smallest distances."""
+def quantile(counts: Tensor, edges: Tensor, share: float, least: float, largest: float) -> float:
+    """The upper edge of the bin within which ``share`` of the values is reached, 0 in a bin of the smallest distances; between the extremes of the values."""
     reached = int((counts.cumsum(0) >= share * counts.sum()).nonzero()[0])
     upper = edges[min(reached, len(edges) - 1)].item()
-    return 0.0 if abs(upper) <= edges.abs().min().item() else upper
+    return min(max(0.0 if abs(upper) <= edges.abs().min().item() else upper, least), largest)
