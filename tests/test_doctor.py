@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -372,6 +373,43 @@ def test_json_is_all_there_is_on_both_streams_and_a_stop_is_exit_code_1(
         assert row["what"]
         assert "\n" not in row["what"]
         assert row["verdict"] == "ok" or row["fix"]
+
+
+LOUD = """
+import atexit, ctypes, os, subprocess, sys
+
+SAID = sys.stdout
+atexit.register(print, "at exit")
+
+
+def say():
+    print("print")
+    SAID.write("a stream that was kept\\n")
+    os.write(1, b"os.write\\n")
+    ctypes.CDLL(None).puts(b"puts")
+    subprocess.run(["echo", "a subprocess"])
+
+
+say()
+
+
+def score(completions, answer, **_):
+    say()
+    return [float(c == a) for c, a in zip(completions, answer)]
+"""
+
+
+def test_what_rewards_plug_ins_and_their_subprocesses_print_is_not_on_standard_output(here: Path) -> None:
+    (here / "loud.py").write_text(LOUD)
+    command = [sys.executable, "-m", "drpo", "doctor", "--json", "--set", "reward=loud:score"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert {row["verdict"] for row in json.loads(ended.stdout)} == {"ok"}
+
+
+def test_without_a_standard_output_the_exit_code_is_what_there_is(here: Path) -> None:
+    line = f"{sys.executable} -m drpo doctor --no-rollout --set objective.delta=-1 >&-"
+    assert subprocess.run(line, shell=True, capture_output=True).returncode == 1
 
 
 def test_people_see_a_line_a_finding_and_its_fix_below(doctor: Any) -> None:

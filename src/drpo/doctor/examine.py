@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -134,12 +133,12 @@ class _Checks:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Findings are all there is to say: no library's notices, and nothing on standard output."""
+    """Findings are all there is to say, and no library's notices."""
     quiet_libraries()
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
