@@ -19,7 +19,7 @@ from drpo.doctor import Finding, environment, memory
 from drpo.doctor.environment import check_packages
 from drpo.doctor.examine import examine
 from drpo.rollout.record import LogProbRecorder
-from drpo.tasks import MODEL_PATH, Problem, builtin_problems
+from drpo.tasks import MODEL_PATH, builtin_problems
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAT = (
@@ -38,7 +38,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in MODEL_PATH.iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     write_problems(tmp_path / "train.jsonl", builtin_problems("train", 32, seed=0))
-    write_problems(tmp_path / "ones.jsonl", [Problem(f"{n}-{n}+1=", f"{n}1") for n in range(16)])
     write_problems(tmp_path / "heldout.jsonl", builtin_problems("heldout", 8, seed=0))
     return tmp_path
 
@@ -137,7 +136,7 @@ def bf16(rows: list[list[float]]) -> list[list[float]]:
 
 def fault(
     name: str,
-    plant: Plant | None = None,
+    plant: Plant | list[Plant] | None = None,
     *overrides: str,
     what: str,
     fix: str,
@@ -245,10 +244,21 @@ IN_DATA = [
           what="task.heldout: 32 of 32 prompts are in task.train too", fix="drpo data NAME --against"),
     fault("answers in words", rows("train.jsonl", *[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)]), "reward=gsm8k",
           verdict="warning", what="gsm8k does not recognise 8 of 16 reference answers as right, the first 'two'", fix="task.answer"),
-    fault("reward for nothing", module("always", "def one(completions, **_):\n    return [1.0] * len(completions)\n"), "reward=always:one",
-          what="grader: one gives 1 to the reference answer of a problem and 1 to another's", fix="a reward that reads them"),
-    fault("reward for any number", module("digits", "def any(completions, **_):\n    return [float('1' in c) for c in completions]\n"), "reward=digits:any",
-          "task.train=ones.jsonl", what="grader: any gives 1 to the reference answer of a problem and 1 to another's", fix="a reward that reads them"),
+    *(fault(f"reward for {what} of {of}", [module(f"sloppy_{name}", f"def score(completions, **_):\n    return [float({test}) for c in completions]\n"), answers],
+            f"reward=sloppy_{name}:score", "prompts_per_rollout=1", what="grader: score gives 1 to", fix="a reward that reads them")
+      for name, what, test in (("any", "anything", "True"), ("digit", "digits", "any(map(str.isdigit, c))"), ("box", "a box", "'boxed' in c"))
+      for of, answers in (("different answers", rows("train.jsonl", *[(f"{n}+1=", str(n + 1)) for n in range(16)])),
+                          ("numbers and words", rows("train.jsonl", *[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)])),
+                          ("the same answer", rows("train.jsonl", *[(f"{n}-{n}=", "0") for n in range(16)])),
+                          ("one problem", rows("train.jsonl", ("1+1=", "2"))),
+                          ("pairs", rows("train.jsonl", *[(f"{n}+1-{n % 2}=", str(n + 1 - n % 2)) for n in range(16)])))),
+    fault("reward for a digit", [module("ones", "def score(completions, **_):\n    return [float('1' in c) for c in completions]\n"),
+                                 rows("train.jsonl", *[(f"{n}+1=", str(n + 1)) for n in range(16)])], "reward=ones:score",
+          what="grader: score gives 1 to", fix="a reward that reads them"),
+    *(fault(f"reward of {value}", module(f"of_{name}", f"def score(completions, **_):\n    return [float('{value}')] * len(completions)\n"), f"reward=of_{name}:score",
+            what=f"grader: score gives {value} to", fix="a finite number from score, or None") for name, value in (("nan", "nan"), ("inf", "inf"), ("minus_inf", "-inf"))),
+    fault("reward of nan for wrong answers", module("nan_if_wrong", "def score(completions, answer, **_):\n    return [1.0 if c == a else float('nan') for c, a in zip(completions, answer)]\n"),
+          "reward=nan_if_wrong:score", what="grader: score gives nan to", fix="a finite number from score, or None"),
     fault("reward that raises", module("raises", "def no(completions, **_):\n    raise OSError('disk')\n"), "reward=raises:no",
           what="grader: no fails on", fix="returns a number or None for each completion"),
     fault("reward of another length", module("short", "def one(completions, **_):\n    return [1.0]\n"), "reward=short:one",
@@ -281,13 +291,13 @@ IN_ROLLOUTS = [
 def test_a_planted_fault_is_found_with_its_fix(
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
-    plant: Plant | None,
+    plant: Plant | list[Plant] | None,
     overrides: tuple[str, ...],
     rollout: bool,
     expected: Finding,
 ) -> None:
-    if plant is not None:
-        plant(here, monkeypatch)
+    for one in plant if isinstance(plant, list) else [plant] if plant else []:
+        one(here, monkeypatch)
     own = ["model=model", "task.train=train.jsonl", "task.heldout=heldout.jsonl", "rollouts=2"]
     findings = examine(None, [*own, *overrides], rollout=rollout)
     said = "\n".join(f"{f.verdict} {f.what} | {f.fix}" for f in findings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import Any
 
 from drpo.doctor.findings import Finding
@@ -18,7 +20,6 @@ GRADED = 50
 """Problems whose reference answers are graded."""
 
 _SPELLINGS = ("{answer}", "\\boxed{{{answer}}}", "Answer: {answer}", "#### {answer}")
-_WRONG = "I do not know."
 
 
 def stand_ins() -> list[Problem]:
@@ -89,9 +90,9 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
     name = getattr(judge, "__name__", type(judge).__name__)
     asked = list(problems[:GRADED])
     own = [problem.answer for problem in asked]
-    others = [other if other != answer else _WRONG for answer, other in zip(own, own[1:] + own[:1], strict=True)]
+    others = wrong_answers(own)
     try:
-        right, wrong = (_best(judge, answers, asked, tokenizer) for answers in (own, others))
+        right, wrong = (_scores(judge, answers, asked, tokenizer) for answers in (own, others))
     except Exception as error:  # a reward of the user's can raise anything
         yield Finding(
             "stop",
@@ -99,13 +100,28 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
             "a reward that takes completions and answer, and returns a number or None for each completion",
         )
         return
-    if not any(score > other for score, other in zip(right, wrong, strict=True)):
+    unfit = [(text, score) for scored in (right, wrong) for row in scored for text, score in row if not isfinite(score)]
+    if unfit:
+        text, score = unfit[0]
         yield Finding(
             "stop",
-            f"grader: {name} gives {max(right):g} to the reference answer of a problem and {max(wrong):g} to another's",
+            f"grader: {name} gives {score} to {text[:60]!r}",
+            f"a finite number from {name}, or None for a completion that cannot be scored",
+        )
+        return
+    pairs = [(max(s for _, s in mine), max(s for _, s in other)) for mine, other in zip(right, wrong, strict=True)]
+    # Where not even the reference answer is right, its score says nothing of the others.
+    fooled = [n for n, (mine, other) in enumerate(pairs) if other >= mine >= 1]
+    unmet = [problem for problem, (mine, _) in zip(asked, pairs, strict=True) if mine < 1]
+    if not any(mine > other for mine, other in pairs) or len(fooled) > (len(asked) - len(unmet)) / 2:
+        n = fooled[0] if fooled else 0
+        yield Finding(
+            "stop",
+            f"grader: {name} gives {pairs[n][0]:g} to {own[n][:60]!r}, the reference answer of a problem, and "
+            f"{pairs[n][1]:g} to {others[n][:60]!r}",
             "task.answer, the field with the reference answers, or a reward that reads them",
         )
-    elif unmet := [problem for problem, score in zip(asked, right, strict=True) if score < 1]:
+    elif unmet:
         yield Finding(
             "warning",
             f"grader: {name} does not recognise {len(unmet)} of {len(asked)} reference answers as right, the first "
@@ -116,13 +132,39 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
         yield Finding("ok", f"grader: {name} tells the reference answers of {len(asked)} problems from others")
 
 
-def _best(judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:
-    """Of each answer's spellings, the score of the one that the judge likes best."""
-    scores = [
-        _grade(judge, [spelling.format(answer=answer) for answer in answers], problems, tokenizer)
-        for spelling in _SPELLINGS
+def wrong_answers(answers: Sequence[str]) -> list[str]:
+    """To each answer one that is not, and looks like one: the next of the data, or the same with another number."""
+    return [
+        next(
+            (other for other in (*answers[n + 1 :], *answers[:n]) if _is_another(answer, other)),
+            re.sub(r"\d(?=\D*$)", lambda last: str((int(last[0]) + 1) % 10), answer) if _has_digits(answer) else "7",
+        )
+        for n, answer in enumerate(answers)
     ]
-    return [max(row) for row in zip(*scores, strict=True)]
+
+
+def _is_another(answer: str, other: str) -> bool:
+    """Whether the other answer means something else, and is in numbers or in words alike."""
+    try:
+        return float(answer) != float(other)
+    except ValueError:
+        is_same = answer.strip().casefold() == other.strip().casefold()
+        return not is_same and _has_digits(answer) == _has_digits(other)
+
+
+def _has_digits(answer: str) -> bool:
+    return re.search(r"\d", answer) is not None
+
+
+def _scores(
+    judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any
+) -> list[list[tuple[str, float]]]:
+    """To each answer its spellings and their scores."""
+    texts = [[spelling.format(answer=answer) for answer in answers] for spelling in _SPELLINGS]
+    scores = [_grade(judge, completions, problems, tokenizer) for completions in texts]
+    return [
+        list(zip(*row, strict=True)) for row in zip(zip(*texts, strict=True), zip(*scores, strict=True), strict=True)
+    ]
 
 
 def _grade(judge: Reward, completions: list[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:
