@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.model import Blank
 from drpo.evaluation.heldout import as_prompt
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
@@ -27,17 +28,17 @@ def stand_ins() -> list[Problem]:
     return builtin_problems("train", GRADED, seed=0)
 
 
-def prompt_lengths(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -> list[int]:
+def prompt_lengths(problems: Sequence[Problem], blank: Blank) -> list[int]:
     """Tokens of the longest prompts, as the trainer sees them."""
     longest = sorted(problems, key=lambda problem: len(problem.prompt))[-TOKENISED:]
-    return [len(_token_ids(problem, tokenizer, recipe)) for problem in longest]
+    return [len(_token_ids(problem, blank)) for problem in longest]
 
 
-def _token_ids(problem: Problem, tokenizer: Any, recipe: Recipe) -> list[int]:
+def _token_ids(problem: Problem, blank: Blank) -> list[int]:
+    tokenizer, options = blank.tokenizer, blank.template_options
     prompt = as_prompt(problem, tokenizer)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    options = recipe.trainer.get("chat_template_kwargs") or {}
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
 
 
@@ -63,9 +64,9 @@ def check_problems(recipe: Recipe, train: Sequence[Problem], heldout: Sequence[P
         yield Finding("ok", f"task: {len(train):,} problems, {len(heldout):,} held out")
 
 
-def check_prompts(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -> Iterator[Finding]:
+def check_prompts(problems: Sequence[Problem], blank: Blank) -> Iterator[Finding]:
     """Whether a prompt has the marks of a conversation once."""
-    problem = problems[0]
+    problem, tokenizer = problems[0], blank.tokenizer
     special = [t for t in tokenizer.all_special_tokens if len(t) > 2 and t in problem.prompt]
     if tokenizer.chat_template and special:
         yield Finding(
@@ -74,7 +75,7 @@ def check_prompts(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -
             "task.template and data without the marks of a chat template",
         )
         return
-    ids, bos = _token_ids(problem, tokenizer, recipe), tokenizer.bos_token_id
+    ids, bos = _token_ids(problem, blank), tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         yield Finding(
             "stop", f"prompt: begins with {tokenizer.bos_token!r} twice", f"task.template without {tokenizer.bos_token}"

@@ -19,6 +19,7 @@ from drpo.doctor.data import check_grader, check_problems, check_prompts, prompt
 from drpo.doctor.findings import Finding, refused
 from drpo.doctor.memory import check_memory
 from drpo.doctor.rollout import check_rollout
+from drpo.doctor.weights import check_weights
 from drpo.errors import UserError
 from drpo.prepare import load_problems, make_config, quiet_libraries
 from drpo.recipe import Recipe, load_recipe
@@ -69,7 +70,7 @@ def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> No
     config = checks.attempt("trainer", lambda: make_config(recipe, scratch, processes=1))
     has_needs = checks.run("needs", lambda: environment.check_needs(recipe, config))
     checks.run("objective", lambda: of_recipe.check_objective(recipe))
-    checks.run("anchor", lambda: of_recipe.check_anchor(recipe))
+    checks.run("anchor", lambda: of_recipe.check_anchor(recipe, config))
     checks.run("audit", lambda: of_recipe.check_threshold(recipe))
     reward = checks.attempt("reward", recipe.make_reward)
 
@@ -80,30 +81,31 @@ def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> No
     problems = train or stand_ins()
 
     # Adapters that cannot be made are among the needs.
-    blank = checks.attempt("model", lambda: model.load_blank(recipe)) if has_needs or recipe.lora is None else None
+    blank = checks.attempt("model", lambda: model.load_blank(recipe, config)) if has_needs or recipe.lora is None else None
+    is_templated = is_graded = fits = False
     if blank is not None:
         checks.run("tokenizer", lambda: model.check_tokenizer(blank))
-        is_templated = checks.run("chat template", lambda: check_chat_template(blank, recipe))
+        is_templated = checks.run("chat template", lambda: check_chat_template(blank))
         checks.run("dropout", lambda: model.check_dropout(blank))
         if reward is not None:
-            checks.run("grader", lambda: check_grader(reward, problems, blank.tokenizer))
+            is_graded = checks.run("grader", lambda: check_grader(reward, problems, blank.tokenizer))
         if is_templated:
-            checks.run("prompt", lambda: check_prompts(problems, blank.tokenizer, recipe))
+            checks.run("prompt", lambda: check_prompts(problems, blank))
     if config is not None:
         checks.run("updates", lambda: of_recipe.check_updates(recipe, config))
-    fits = True
     if blank is not None and config is not None:
         checks.run("sampling", lambda: model.check_sampling(blank, config))
-        checks.run("weights", lambda: model.check_weights(blank, recipe, config))
-        lengths = checks.attempt("prompt", lambda: prompt_lengths(problems, blank.tokenizer, recipe)) or [0]
-        checks.run("length", lambda: model.check_positions(blank, config, lengths))
-        fits = checks.run("memory", lambda: check_memory(blank.policy, config, max(lengths)))
+        fits = checks.run("weights", lambda: check_weights(blank, recipe, config))
+        lengths = checks.attempt("prompt", lambda: prompt_lengths(problems, blank)) if is_templated else None
+        if lengths:
+            checks.run("length", lambda: model.check_positions(blank, config, lengths))
+        fits &= checks.run("memory", lambda: check_memory(blank.policy, config, max(lengths or [0])))
     if not rollout:
         return
-    if reward is None or blank is None or config is None or not (has_needs and fits):
-        checks.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
-    else:
+    if reward is not None and config is not None and has_needs and is_templated and is_graded and fits:
         checks.run("rollout", lambda: check_rollout(recipe, reward, problems, scratch))
+    else:
+        checks.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
 
 
 class _Checks:

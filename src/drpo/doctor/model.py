@@ -13,7 +13,6 @@ from trl.trainer.utils import disable_dropout_in_model
 from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
-from drpo.policy_head import why_not_fused
 from drpo.prepare import make_lora
 from drpo.recipe import Recipe
 from drpo.rollout.audit import FILTERS, NEUTRAL, find_dropout, sampling_mismatches
@@ -29,12 +28,14 @@ class Blank:
         tokenizer: of the model.
         policy: on the device ``meta``, with the recipe's adapters.
         generation: what generation_config.json says, or what follows from config.json without one.
+        template_options: what the trainer gives to the chat template.
     """
 
     name: str
     tokenizer: Any
     policy: Any
     generation: GenerationConfig
+    template_options: dict[str, Any]
 
     @property
     def file(self) -> str:
@@ -49,8 +50,12 @@ class Blank:
         return [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *ids]) if i is not None]
 
 
-def load_blank(recipe: Recipe) -> Blank:
+def load_blank(recipe: Recipe, config: DRPOConfig | None) -> Blank:
     """Read everything of a model but its weights.
+
+    Args:
+        recipe: that names it.
+        config: of its trainer, if there is one.
 
     Raises:
         UserError: it cannot be read, or is of a kind that cannot be trained.
@@ -58,9 +63,9 @@ def load_blank(recipe: Recipe) -> Blank:
     source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        config = AutoConfig.from_pretrained(source)
+        shape = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            policy = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(
             f"model: cannot load {recipe.model!r} ({str(error)[:200]}); expected {', '.join(BUILTIN_MODELS)}, a folder "
@@ -70,7 +75,7 @@ def load_blank(recipe: Recipe) -> Blank:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:
         generation = policy.generation_config
-    if recipe.trainer.get("disable_dropout"):
+    if config is not None and config.disable_dropout:
         disable_dropout_in_model(policy)
     if lora := make_lora(recipe):
         from peft import get_peft_model
@@ -79,7 +84,8 @@ def load_blank(recipe: Recipe) -> Blank:
             policy = get_peft_model(policy, lora)
         except ValueError as error:
             raise UserError(f"lora: {error}; expected target_modules of this model, or all-linear") from error
-    return Blank(recipe.model, tokenizer, policy, generation)
+    options: Any = config and config.chat_template_kwargs
+    return Blank(recipe.model, tokenizer, policy, generation, options or {})
 
 
 def check_tokenizer(blank: Blank) -> Iterator[Finding]:
@@ -164,35 +170,6 @@ def check_sampling(blank: Blank, config: DRPOConfig) -> Iterator[Finding]:
         filters = [f"{n}={asked[n]}" for n in NEUTRAL if asked.get(n) not in NEUTRAL[n]]
         said = f"{', '.join(filters)} on both sides (replay_support)" if filters else "no filters"
         yield Finding("ok", f"sampling: temperature {config.temperature:g} on both sides, {said}")
-
-
-def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
-    """What the weights are, and what turns hidden states into log-probs."""
-    quantisation = getattr(blank.policy.config, "quantization_config", None)
-    if quantisation and recipe.lora is None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        yield Finding(
-            "stop",
-            f"weights: {recipe.model} is quantised ({method}), and quantised weights get no updates",
-            "the model that it was made from, or adapters (lora: {})",
-        )
-        return
-    count = sum(parameter.numel() for parameter in blank.policy.parameters())
-    trained = sum(parameter.numel() for parameter in blank.policy.parameters() if parameter.requires_grad)
-    rollout = config.rollout_precision or ("vLLM's" if config.use_vllm else "the trainer's")
-    yield Finding(
-        "ok",
-        f"weights: {count:,}"
-        + (f", {trained:,} trained" if trained < count else "")
-        + f", in fp32; training computes in {config.train_precision}, rollouts in {rollout}",
-    )
-    base = blank.policy.get_base_model() if recipe.lora is not None else blank.policy
-    if not config.fused_loss or config.replay_support:
-        return
-    if reason := why_not_fused(base):
-        yield Finding("ok", f"loss: not fused with the LM head, as {reason}; TRL's takes its place")
-    else:
-        yield Finding("ok", "loss: fused with the LM head")
 
 
 def check_positions(blank: Blank, config: DRPOConfig, lengths: Sequence[int]) -> Iterator[Finding]:

@@ -38,7 +38,7 @@ def check_objective(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def check_anchor(recipe: Recipe) -> Iterator[Finding]:
+def check_anchor(recipe: Recipe, config: DRPOConfig | None) -> Iterator[Finding]:
     """What the ratio is taken against, and whether anything makes up for what that leaves out."""
     anchor = recipe.anchor or recipe.objective.make().anchor
     lower = recipe.rollout_precision not in (None, recipe.train_precision)
@@ -46,7 +46,7 @@ def check_anchor(recipe: Recipe) -> Iterator[Finding]:
         what
         for applies, what in (
             (lower, f"rollouts are in {recipe.rollout_precision}"),
-            (recipe.trainer.get("use_vllm"), "vLLM samples"),
+            (config is not None and config.use_vllm, "vLLM samples"),
             (recipe.rollout_lag, f"samples are {recipe.rollout_lag} rollouts old"),
         )
         if applies

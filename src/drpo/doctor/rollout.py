@@ -18,7 +18,14 @@ from drpo.rollout.token_log import TokenLog
 from drpo.tasks import Problem
 
 PROMPTS, GENERATIONS, TOKENS = 2, 4, 24
-"""Of the rollout: the shortest prompts of the recipe's data, completions of each, tokens of each at most."""
+"""Of the rollout: at most so many prompts, the recipe's shortest, completions of each, tokens of each at most."""
+
+
+SET_ASIDE = (
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("deepspeed", "fsdp", "fsdp_config"),
+)
+"""Options of the trainer that make the same numbers, slowly at first or in several processes."""
 
 
 class _Logs(TrainerCallback):
@@ -30,17 +37,18 @@ class _Logs(TrainerCallback):
             self.rows.append(logs)
 
 
-def cut_down(recipe: Recipe) -> Recipe:
-    """The recipe with one rollout of a few short completions, that tells nobody."""
+def cut_down(recipe: Recipe, prompts: int) -> Recipe:
+    """The recipe with one rollout of a few short completions by one process, that is not compiled and tells nobody."""
+    trainer = {name: value for name, value in recipe.trainer.items() if name not in SET_ASIDE}
     return recipe.model_copy(
         update={
             "rollouts": 1,
-            "prompts_per_rollout": PROMPTS,
+            "prompts_per_rollout": prompts,
             "num_generations": GENERATIONS,
             "updates_per_rollout": min(2, recipe.updates_per_rollout),
             "micro_batch_size": None,
             "max_completion_length": min(TOKENS, recipe.max_completion_length),
-            "trainer": {**recipe.trainer, "report_to": "none"},
+            "trainer": {**trainer, "report_to": "none"},
         }
     )
 
@@ -52,7 +60,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
         UserError: there is no such trainer.
     """
     few = sorted(problems, key=lambda problem: len(problem.prompt))[:PROMPTS]
-    trainer = make_trainer(cut_down(recipe), reward, few, scratch, processes=1)
+    trainer = make_trainer(cut_down(recipe, len(few)), reward, few, scratch, processes=1)
     trainer.args.save_strategy = "no"
     trainer.token_log = TokenLog()
     logs = _Logs()
