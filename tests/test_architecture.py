@@ -16,7 +16,7 @@ LAYERS = [
     {"names", "errors"},
     {"tokens", "tasks", "plain_yaml"},
     {"objectives", "aggregation", "advantage", "rewards", "recipe"},
-    {"kernels", "micro_batches", "precision"},
+    {"kernels", "micro_batches", "precision", "pretrained"},
     {"metrics"},
     {"rollout"},
     {"config", "policy_head"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,8 +179,10 @@ IN_RECIPES = [
     fault("no engine", None, "trainer.use_vllm=true", "trainer.vllm_mode=colocate",
           what="trainer.use_vllm: vllm is not installed", fix="pip install 'trl[vllm]'"),
     fault("no server", None, "trainer.use_vllm=true", "trainer.vllm_mode=server", "trainer.vllm_server_port=9",
-          what="trainer.use_vllm: no server answers at 0.0.0.0:9", fix="trl vllm-serve"),
+          what="trainer.use_vllm: no server answers at http://0.0.0.0:9", fix="trl vllm-serve --model"),
     fault("no reporter", None, "trainer.report_to=trackio", what="trainer.report_to: trackio is not installed", fix="pip install trackio"),
+    fault("misspelt compiler", None, "trainer.torch_compile_backend=indctor", what="trainer.torch_compile_backend: unknown backend", fix="'inductor'"),
+    fault("misspelt mode of the compiler", None, "trainer.torch_compile_mode=max-autotun", what="trainer.torch_compile_mode: unknown mode", fix="'max-autotune'"),
     fault("misspelt reporter", None, "trainer.report_to=wandbb", what="unknown reporter 'wandbb'", fix="'wandb'"),
     fault("unknown adapters", None, "lora={target_modules: nonexistent}", what="lora: Target modules", fix="all-linear"),
 ]  # fmt: skip
@@ -190,6 +193,7 @@ IN_ENVIRONMENTS = [
     fault("missing extra", installed(peft=None), "lora={}", what="lora: peft is not installed", fix="pip install 'drpo[lora]'"),
     fault("missing torchao", installed(torchao=None), "rollout_precision=int8",
           what="rollout_precision: int8: torchao is not installed", fix="pip install 'drpo[low-precision]'"),
+    fault("no extra, and some of what belongs to it", installed(verl=None, nvtx=None), verdict="ok", what="not installed: verl", fix=""),
     fault("half an extra", installed(nvtx=None), verdict="warning",
           what="packages: nvtx is not installed (extra verl)", fix="pip install 'drpo[verl]'"),
     fault("plug-in off", lambda _, patch: patch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none"), verdict="warning",
@@ -218,18 +222,26 @@ IN_MODELS = [
           what="of the model's 30 positions", fix="max_completion_length: 1"),
     fault("template differs", template(CHAT, chat_template="{{ messages[0].content }}"),
           what="chat template: chat_template.jinja and tokenizer_config.json", fix="chat_template.jinja alone"),
-    fault("template fails", template("{{ raise_exception('no') }}"), what="chat template: fails on a prompt", fix="chat_template in"),
+    fault("template fails", template("{{ raise_exception('no') }}"), what="chat template: fails on a prompt", fix="that takes one message"),
     fault("template without prompt", template("<|user|>"), what="chat template: leaves the prompt out", fix="chat_template in"),
     fault("template without a turn", template("{{ messages[0].content }}"), verdict="warning",
           what="chat template: has no generation prompt", fix="add_generation_prompt"),
     fault("template without an end", template(CHAT.replace("{{ eos_token }}", "<pad>")), verdict="warning",
           what="chat template: ends a turn with '<pad>', which ends no completion", fix="eos_token_id: [0, 1] in"),
+    fault("template that ends nothing", template(CHAT.replace("{{ eos_token }}", "")), verdict="warning",
+          what="chat template: ends no turn", fix="{{ eos_token }} after the content"),
+    fault("template that ends with text", template(CHAT.replace("{{ eos_token }}", "+")), verdict="warning",
+          what="chat template: ends an answer with '+', without '<eos>'", fix="{{ eos_token }} after the content"),
     fault("unread option", template(CHAT), "trainer.chat_template_kwargs={enable_thinking: false}", verdict="warning",
+          what="chat template: does not read enable_thinking", fix="no trainer.chat_template_kwargs.enable_thinking"),
+    fault("unread option in JSON", template(CHAT), """trainer.chat_template_kwargs='{"enable_thinking": false}'""", verdict="warning",
           what="chat template: does not read enable_thinking", fix="no trainer.chat_template_kwargs.enable_thinking"),
     fault("two templates", template(CHAT), "task.template=<eos>{prompt}",
           what="prompt: has '<eos>' in its text, and the chat template is put around it", fix="task.template"),
     fault("two beginnings", edit("tokenizer_config.json", bos_token="<unk>"), "task.template=<unk><unk>{prompt}",
           what="prompt: begins with '<unk>' twice", fix="task.template without <unk>"),
+    fault("missing weights", edit("config.json", num_hidden_layers=9, layer_types=["full_attention"] * 9),
+          what="of the weights that its config.json asks for, model.layers.", fix="the config.json that belongs to them", rollout=True),
     fault("damaged weights", truncated, what="model: cannot load", fix="a folder saved by Transformers", rollout=True),
 ]  # fmt: skip
 
@@ -338,11 +350,36 @@ def test_of_the_built_in_recipe_all_is_well(here: Path) -> None:
         ["lora={}"],
         ["objective=ppo"],
         ["updates_per_rollout=16"],
+        ["trainer.torch_compile=true"],
+        ["trainer.use_vllm='false'"],
     ],
     ids=" ".join,
 )
 def test_of_other_healthy_recipes_too(here: Path, overrides: list[str]) -> None:
+    began = time.monotonic()
     assert [f for f in examine(None, overrides) if f.verdict != "ok"] == []
+    assert time.monotonic() - began < 30
+
+
+SAME = '{"enable_thinking": true}'
+
+
+@pytest.mark.parametrize(
+    ("plant", "overrides"),
+    [
+        pytest.param(template(CHAT), (), id="one template"),
+        pytest.param(template(CHAT + "\n", chat_template=CHAT), (), id="a line break at the end of one of two"),
+        pytest.param(template(CHAT, chat_template=[{"name": "default", "template": CHAT}]), (), id="a list of one"),
+        pytest.param(template(CHAT + "{% if enable_thinking %}{% endif %}"), (f"trainer.chat_template_kwargs='{SAME}'",), id="options in JSON"),
+        pytest.param(rows("train.jsonl", ("1+1=", "2")), ("prompts_per_rollout=1", "rollouts=1"), id="one problem"),
+    ],
+)  # fmt: skip
+def test_of_models_and_data_that_are_unusual_and_right_all_is_well(
+    here: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant, overrides: tuple[str, ...]
+) -> None:
+    plant(here, monkeypatch)
+    findings = examine(None, ["model=model", "task.train=train.jsonl", "rollouts=2", *overrides])
+    assert [f for f in findings if f.verdict != "ok"] == []
 
 
 @pytest.fixture

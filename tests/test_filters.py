@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from drpo import DRPOTrainer
 from drpo.evaluation.heldout import evaluate
 from drpo.rewards import exact_answer
+from drpo.rollout.audit import NEUTRAL, sampling_mismatches
 from drpo.rollout.record import NOT_IN_SUPPORT, record_log_probs
 from drpo.rollout.token_log import TokenLog
 from drpo.scoring import score_support
@@ -157,3 +159,70 @@ def test_held_out_problems_are_sampled_without_the_filters_of_the_rollouts(
     assert evaluate(filtered, heldout, exact_answer, samples=8, seed=0) == measured[0]
     # The rollouts go on as they were.
     assert {name: getattr(filtered.generation_config, name) for name in sampling} == sampling
+
+
+LENGTH_AND_END = {
+    "max_length",
+    "max_new_tokens",
+    "max_time",
+    "stop_strings",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+}
+BEAMS = {"early_stopping", "length_penalty"}
+"""Of beams, which are refused by their number."""
+SAME_DISTRIBUTION = {
+    *("temperature", "renormalize_logits", "remove_invalid_values", "num_return_sequences", "decoder_start_token_id"),
+    *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory", "continuous_batching_config"),
+    *("compile_config", "disable_compile", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate", "transformers_version", "_commit_hash", "_from_model_config"),
+}  # fmt: skip
+"""Temperature is compared by itself."""
+SPECULATION = {
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
+}  # fmt: skip
+"""It leaves the distribution as it is."""
+
+
+def test_every_setting_of_transformers_is_known_to_change_the_distribution_or_not_to() -> None:
+    harmless = LENGTH_AND_END | BEAMS | SAME_DISTRIBUTION | SPECULATION
+    settings = set(vars(GenerationConfig()))
+    assert settings == (NEUTRAL.keys() | harmless) & settings
+    assert not NEUTRAL.keys() & harmless
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_a_setting_that_changes_the_distribution_is_a_mismatch(name: str) -> None:
+    for value in NEUTRAL[name]:
+        assert sampling_mismatches(1.0, {name: value}) == ()
+    (found,) = sampling_mismatches(1.0, {name: 0.5})
+    assert found.startswith(f"sampling filters: {name}=0.5 changes what is sampled from")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"exponential_decay_length_penalty": (1, 1.5)}, {"encoder_repetition_penalty": 1.2}, {"top_h": 0.4}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_that_the_model_brings_along_stops_the_trainer(
+    tmp_path: Path, problems: Dataset, setting: dict[str, Any]
+) -> None:
+    model, _ = load_model()
+    model.generation_config.update(**setting)
+    trainer = make_trainer(tmp_path, problems, model=model, audit_threshold=100.0)
+    with pytest.raises(RuntimeError, match=f"sampling filters: {next(iter(setting))}="):
+        trainer.train()
+
+
+def test_image_tokens_that_trl_suppresses_are_no_mismatch(tmp_path: Path, problems: Dataset) -> None:
+    model, _ = load_model()
+    model.config.image_token_id = 7
+    trainer = make_trainer(tmp_path, problems, model=model)
+    trainer.generation_config.suppress_tokens = [7]
+    for is_vlm, expected in ((False, [7]), (True, None)):
+        trainer._is_vlm = is_vlm
+        sampling = trainer._sampling_settings()
+        assert sampling is not None
+        assert sampling.get("suppress_tokens") == expected

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drpo import cli
 from drpo.objectives import OBJECTIVES
 from drpo.run import read_jsonl
+from drpo.tasks import MODEL_PATH
 
 SMALL = {
     "rollouts": 4,
@@ -164,6 +165,40 @@ def test_gsm8k_runs_grades_and_reports_with_the_built_in_model(tmp_path: Path, d
     assert sample["prompt"].endswith("#### answer")
     assert sample["reward"] in (0.0, 1.0)
     assert (run / "report.html").is_file()
+
+
+CONVERSATIONAL = """
+def graded(prompts, completions, completion_ids, answer, trainer_state, log_metric, **_):
+    log_metric("prompts", len(prompts))
+    assert trainer_state.global_step >= 0 and all(completion_ids)
+    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+    said = [completion[0]["content"] for completion in completions]
+    return [float(text.rpartition(",")[2].strip() == right) for text, right in zip(said, answer, strict=True)]
+
+async def awaited(**columns):
+    return graded(**columns)
+"""
+
+
+@pytest.mark.parametrize("function", ["graded", "awaited"])
+def test_a_reward_of_conversations_is_asked_alike_by_the_trainer_the_doctor_and_evaluations(
+    tmp_path: Path, drpo: Any, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    shutil.copytree(MODEL_PATH, tmp_path / "model")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    (tmp_path / "conversational.py").write_text(CONVERSATIONAL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = f"conversational:{function}"
+    changes = sets(**SMALL, model="./model", reward=reward)
+    drpo("doctor", *changes)
+    drpo("train", "--output", "run", *changes)
+    first, *_ = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert first["reward"] > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy_before"] > 0
+    drpo("eval", "./run", "--data", "arithmetic", "--problems", "8", "--reward", reward, "--out", "mine")
+    assert json.loads((tmp_path / "mine" / "evaluation.json").read_text())["average"]["mean"] > 0
 
 
 def test_updates_in_which_nothing_has_a_gradient_are_rows_without_measurements(tmp_path: Path, drpo: Any) -> None:

@@ -161,6 +161,34 @@ class TestBehaviorLogProbs:
             trainer.train()
         assert all(torch.equal(before[name], after) for name, after in _weights(trainer).items())
 
+    @pytest.mark.parametrize(
+        ("field", "value", "expected"),
+        [
+            (
+                "logprobs",
+                lambda rows: [rows[0][:-1], *rows[1:]],
+                r"logprobs\[0\] has \d+ values and completion_ids\[0\]",
+            ),
+            ("logprobs", lambda rows: [*rows[:-1], [*rows[-1], 0.0]], r"logprobs\[15\] has \d+ values"),
+            ("logprobs", lambda rows: rows[1:], "as logprobs; expected a list for each of the 16 prompts"),
+            ("logprobs", lambda rows: -1.0, "returned -1.0 as logprobs; expected a list for each"),
+            ("logprobs", lambda rows: [[[p] for p in row] for row in rows], r"logprobs\[0\] is \[\[.*\]; expected one"),
+            ("completion_ids", lambda rows: [[], *rows[1:]], r"completion_ids\[0\] is \[\]; expected token ids"),
+            ("prompt_ids", lambda rows: [["a"], *rows[1:]], r"prompt_ids\[0\] is \['a'\]; expected token ids"),
+            ("env_mask", lambda _: [[1, 0] * 30] * 16, r"env_mask\[0\] has 60 values and completion"),
+        ],
+    )
+    def test_of_a_rollout_function_are_one_a_token(
+        self, tmp_path: Path, problems: Dataset, field: str, value: Any, expected: str
+    ) -> None:
+        def wrong(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+            made_up = made_up_rollout(prompts, trainer)
+            return {**made_up, field: value(made_up.get(field))}
+
+        given = {"reward_funcs": made_up_reward, "audit_threshold": 100.0}
+        with pytest.raises(ValueError, match=expected):
+            make_trainer(tmp_path, problems, rollout_func=wrong, **given).train()
+
 
 class Watching(DRPOTrainer):
     """Keeps what each update is made of."""

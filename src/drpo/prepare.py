@@ -13,16 +13,16 @@ import torch
 import transformers
 from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import PrinterCallback
 from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
-from drpo.evaluation.heldout import as_prompt
 from drpo.names import unknown_name
+from drpo.pretrained import load_pretrained
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
-from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems, read_problems
+from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, read_problems
 from drpo.tasks.arithmetic import Split
 from drpo.trainer import DRPOTrainer
 
@@ -71,7 +71,8 @@ def make_trainer(
 ) -> DRPOTrainer:
     """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
     config = make_config(recipe, scratch, processes)
-    model, tokenizer = _load_model(recipe)
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    model, tokenizer = load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
     try:
         trainer = DRPOTrainer(
             model=model,
@@ -170,19 +171,6 @@ def check_option(name: str, value: Any) -> None:
             dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
         )
         raise UserError(f"trainer.{name}: got {value!r}; expected {expected}") from error
-
-
-def _load_model(recipe: Recipe) -> tuple[Any, Any]:
-    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
-        raise UserError(
-            f"model: cannot load {recipe.model!r}: expected {', '.join(BUILTIN_MODELS)}, a folder saved by Transformers, "
-            f"or a model on the Hugging Face hub ({str(error)[:200]})"
-        ) from error
-    return model, tokenizer
 
 
 def make_lora(recipe: Recipe) -> Any:

@@ -18,6 +18,7 @@ from drpo.objectives import Anchor, TopKObjective
 from drpo.precision import require_fp32_weights
 from drpo.rollout.behaviour import BehaviourPolicy
 from drpo.rollout.record import LogProbRecorder, record_log_probs
+from drpo.rollout.returned import checked
 
 
 class RolloutTrainer(GRPOTrainer):
@@ -43,6 +44,8 @@ class RolloutTrainer(GRPOTrainer):
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a DRPOConfig")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if self.rollout_func is not None:
+            self.rollout_func = checked(self.rollout_func)
         if args.train_precision is not None:
             require_fp32_weights(self.accelerator.unwrap_model(self.model), args.train_precision)
         self.objective = args.make_objective()
@@ -160,6 +163,9 @@ class RolloutTrainer(GRPOTrainer):
             overrides: Any = self.args.generation_kwargs or {}
             return {"temperature": self.temperature, **overrides}
         own: dict[str, Any] = self.generation_config.to_dict()
+        if self._is_vlm and own.get("suppress_tokens") == [self._bare_model.config.image_token_id]:
+            # TRL's own, so that no completion asks for an image; π(image) is next to nothing.
+            own["suppress_tokens"] = None
         # What TRL leaves open, Transformers takes from the model's generation_config.json.
         inherited = self.accelerator.unwrap_model(self.model).generation_config.to_dict()
         return inherited | {name: value for name, value in own.items() if value is not None}

@@ -9,10 +9,9 @@ from typing import Any
 
 from drpo.doctor.findings import Finding
 from drpo.doctor.model import Blank
-from drpo.evaluation.heldout import as_prompt
 from drpo.recipe import Recipe
-from drpo.rewards import Reward
-from drpo.tasks import Problem, builtin_problems
+from drpo.rewards import Reward, scores_of
+from drpo.tasks import Problem, as_prompt, builtin_problems
 
 TOKENISED = 200
 """Prompts, the longest by characters, whose tokens are counted."""
@@ -169,11 +168,12 @@ def _scores(
 
 
 def _grade(judge: Reward, completions: list[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:
-    scores = judge(
-        prompts=[as_prompt(problem, tokenizer) for problem in problems],
-        completions=completions,
-        completion_ids=[tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions],
-        answer=[problem.answer for problem in problems],
+    scores = scores_of(
+        judge,
+        [as_prompt(problem, tokenizer) for problem in problems],
+        completions,
+        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions],
+        [problem.answer for problem in problems],
     )
     if len(scores) != len(problems):
         raise ValueError(f"returned {len(scores)} scores for {len(problems)} completions")

@@ -81,7 +81,9 @@ def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> No
     problems = train or stand_ins()
 
     # Adapters that cannot be made are among the needs.
-    blank = checks.attempt("model", lambda: model.load_blank(recipe, config)) if has_needs or recipe.lora is None else None
+    blank = (
+        checks.attempt("model", lambda: model.load_blank(recipe, config)) if has_needs or recipe.lora is None else None
+    )
     is_templated = is_graded = fits = False
     if blank is not None:
         checks.run("tokenizer", lambda: model.check_tokenizer(blank))

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from drpo.errors import UserError
+from drpo.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,19 @@ class Completion:
     """A sampled text.
 
     Args:
-        tokens: its length, the end token included.
+        ids: its tokens, the end token included.
         truncated: whether it was cut at the limit.
     """
 
     text: str
-    tokens: int
+    ids: list[int]
     truncated: bool
 
 
 class Engine(Protocol):
     """What samples completions."""
+
+    tokenizer: Any
 
     @property
     def description(self) -> dict[str, str]:
@@ -71,14 +74,7 @@ class TransformersEngine:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        except Exception as error:  # a damaged folder fails in as many ways as there are files in it
-            raise UserError(
-                f"MODEL: cannot load {model!r}: expected a run folder, a folder saved by Transformers, "
-                f"or a model on the Hugging Face hub ({str(error)[:200]})"
-            ) from error
+        loaded, self.tokenizer = load_pretrained(model, dtype, field="MODEL", expected="a run folder")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -118,7 +114,7 @@ class TransformersEngine:
     def _completion(self, ids: list[int], ends: list[int]) -> Completion:
         length = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
-        return Completion(text, length or len(ids), truncated=length is None)
+        return Completion(text, ids[:length], truncated=length is None)
 
 
 class VLLMEngine:
@@ -151,7 +147,7 @@ class VLLMEngine:
         texts = [as_text(prompt, self.tokenizer) for prompt in prompts]
         outputs = self._engine.generate(texts, [self._parameters(seed) for seed in seeds], use_tqdm=False)
         drawn = [output.outputs[0] for output in outputs]
-        return [Completion(one.text, len(one.token_ids), one.finish_reason == "length") for one in drawn]
+        return [Completion(one.text, list(one.token_ids), one.finish_reason == "length") for one in drawn]
 
 
 ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
@@ -160,12 +156,11 @@ ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
 }
 
 
-def as_text(prompt: str, tokenizer: Any) -> str:
-    """What the engine is given: the prompt in the chat template if the tokenizer has one, else as it is."""
-    if not tokenizer.chat_template:
+def as_text(prompt: Any, tokenizer: Any) -> str:
+    """What the engine is given: a conversation in the chat template, text as it is."""
+    if isinstance(prompt, str):
         return prompt
-    conversation = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from drpo.rewards import Reward, text_of
-from drpo.tasks import Problem
+from drpo.rewards import Reward, scores_of
+from drpo.tasks import Problem, as_prompt
 
 if TYPE_CHECKING:
     from drpo.trainer import DRPOTrainer
@@ -35,11 +35,6 @@ class Evaluation:
 
     accuracy: float
     samples: list[dict[str, Any]]
-
-
-def as_prompt(problem: Problem, tokenizer: Any) -> Any:
-    """The prompt as TRL takes it: a conversation if the tokenizer has a chat template, else text."""
-    return [{"role": "user", "content": problem.prompt}] if tokenizer.chat_template else problem.prompt
 
 
 def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, samples: int, seed: int) -> Evaluation:
@@ -69,12 +64,13 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
             prompt_ids, images, multimodal = trainer._tokenize_prompts(prompts)
             completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, multimodal, 1)
             completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-            scores = judge(prompts=prompts, completions=completions, answer=[problem.answer for problem in batch])
+            answers = [problem.answer for problem in batch]
+            scores = scores_of(judge, prompts, completions, completion_ids, answers, trainer.state)
             rows += [
                 {
                     "prompt": problem.prompt,
                     "answer": problem.answer,
-                    "completion": text_of(completion),
+                    "completion": completion,
                     "reward": score or 0.0,
                 }
                 for problem, completion, score in zip(batch, completions, scores, strict=True)

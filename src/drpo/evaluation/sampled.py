@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.evaluation.engines import ENGINES, Engine
+from drpo.evaluation.engines import ENGINES, Completion, Engine
 from drpo.evaluation.folder import EvaluationFolder
 from drpo.evaluation.settings import Settings
 from drpo.evaluation.summary import summarise
 from drpo.progress import counting
-from drpo.rewards import MathGrader, Reward, load_reward
+from drpo.rewards import MathGrader, Reward, load_reward, scores_of
 from drpo.rewards.answers import canonical
 from drpo.rewards.exact import gsm8k_answer, last_item
 from drpo.run import RunFolder, append_jsonl, versions, write_json
-from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, builtin_problems, read_problems
+from drpo.tasks import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, read_problems
 
 STATED: dict[str, Callable[[str], str | None]] = {"exact_answer": last_item, "gsm8k": gsm8k_answer}
 """How the votes of majority@k are read, by reward; by what is boxed or follows ``Answer:`` for all others."""
@@ -115,15 +115,16 @@ def _seed(settings: Settings, prompt: str, sample: int) -> int:
 
 
 def _scores(
-    name: str, reward: Reward, texts: list[str], answers: list[str], prompts: list[str]
+    name: str, reward: Reward, prompts: list[Any], drawn: Sequence[Completion], answers: list[str]
 ) -> Sequence[float | None]:
     """What a reward function gives, which may be the user's.
 
     Raises:
         UserError: it fails, or gives something else than a number or None for each completion.
     """
+    texts = [completion.text for completion in drawn]
     try:
-        scores = reward(completions=texts, answer=answers, prompts=prompts)
+        scores = scores_of(reward, prompts, texts, [completion.ids for completion in drawn], answers)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name}: raised {type(error).__name__}: {error}") from error
     if not isinstance(scores, list) or len(scores) != len(texts):
@@ -147,13 +148,14 @@ def _batch(
 ) -> list[dict[str, Any]]:
     asked = [problems[index][1] for index, _ in batch]
     seeds = [_seed(settings, problems[index][1].prompt, sample) for index, sample in batch]
-    drawn = engine.sample([problem.prompt for problem in asked], seeds)
+    prompts = [as_prompt(problem, engine.tokenizer) for problem in asked]
+    drawn = engine.sample(prompts, seeds)
     texts, answers = [completion.text for completion in drawn], [problem.answer for problem in asked]
     stated = [STATED.get(settings.reward, canonical)(text) for text in texts]
     if isinstance(reward, MathGrader):
         statuses = [grade.status for grade in reward.grade(texts, answers)]
     else:
-        scores = _scores(settings.reward, reward, texts, answers, [problem.prompt for problem in asked])
+        scores = _scores(settings.reward, reward, prompts, drawn, answers)
         statuses = [
             "correct" if (score or 0) >= 1 else "no_answer" if score is None or vote is None else "wrong"
             for score, vote in zip(scores, stated, strict=True)
@@ -164,7 +166,7 @@ def _batch(
             "sample": sample,
             "status": status,
             "stated": vote,
-            "tokens": completion.tokens,
+            "tokens": len(completion.ids),
             "truncated": completion.truncated,
             "completion": completion.text,
         }

@@ -11,6 +11,7 @@ from typing import Any, cast, get_type_hints
 
 from drpo.errors import UserError
 from drpo.names import unknown_name
+from drpo.rewards.asking import scores_of
 from drpo.rewards.exact import exact_answer, gsm8k, integer
 from drpo.rewards.math import MathGrader
 from drpo.rewards.shaping import Format, Overlong, Weighted
@@ -28,6 +29,7 @@ __all__ = [
     "integer",
     "load_reward",
     "make_reward",
+    "scores_of",
     "text_of",
 ]
 

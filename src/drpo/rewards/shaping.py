@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from drpo.rewards.asking import awaited
 from drpo.rewards.text import text_of
 
 
@@ -85,7 +86,7 @@ class Weighted:
         return self.parts[0][0]
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        scores = [reward(completions=completions, **columns) for reward, _ in self.parts]
+        scores = [awaited(reward(completions=completions, **columns)) for reward, _ in self.parts]
         weights = [weight for _, weight in self.parts]
         return [_weighted_sum(row, weights) for row in zip(*scores, strict=True)]
 

@@ -7,6 +7,7 @@ import math
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from drpo.errors import UserError
 from drpo.names import unknown_name
@@ -22,6 +23,11 @@ class Problem:
 
     prompt: str
     answer: str
+
+
+def as_prompt(problem: Problem, tokenizer: Any) -> Any:
+    """The prompt as TRL takes it: a conversation if the tokenizer has a chat template, else text."""
+    return [{"role": "user", "content": problem.prompt}] if tokenizer.chat_template else problem.prompt
 
 
 def builtin_problems(split: Split, size: int, seed: int) -> list[Problem]:

@@ -1,0 +1,39 @@
+"""A model and its tokenizer from a folder or the hub, with every weight that the model has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drpo.errors import UserError
+
+
+def load_pretrained(name: str, dtype: torch.dtype, *, field: str, expected: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, which pads on the left.
+
+    Args:
+        name: a folder saved by Transformers, or a model on the hub.
+        dtype: of the weights.
+        field: where the name was given, for messages.
+        expected: what else it may be, for messages.
+
+    Raises:
+        UserError: it cannot be loaded, or lacks weights, of which Transformers would draw random ones.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, found = loaded
+    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+        raise UserError(
+            f"{field}: cannot load {name!r}: expected {expected}, a folder saved by Transformers, or a model on the "
+            f"Hugging Face hub ({str(error)[:200]})"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{field}: {name!r} lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} among them; "
+            "expected the weights of a causal language model and the config.json that belongs to them"
+        )
+    return model, tokenizer
