@@ -93,11 +93,11 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
     others = wrong_answers(own)
     try:
         right, wrong = (_scores(judge, answers, asked, tokenizer) for answers in (own, others))
-    except Exception as error:  # a reward of the user's can raise anything
+    except (Exception, SystemExit) as error:  # a reward of the user's can raise anything
         yield Finding(
             "stop",
             f"grader: {name} fails on {own[0]!r} ({type(error).__name__}: {str(error)[:200]})",
-            "a reward that takes completions and answer, and returns a number or None for each completion",
+            "a reward that takes completions, answer and **others, and returns a number or None for each completion",
         )
         return
     unfit = [(text, score) for scored in (right, wrong) for row in scored for text, score in row if not isfinite(score)]

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from drpo.config import DRPOConfig
-from drpo.doctor.findings import Finding, refused
+from drpo.doctor.findings import Finding
+from drpo.doctor.fixes import refused
 from drpo.doctor.memory import available, gib
 from drpo.doctor.verl_worker import MODULE, routes
 from drpo.doctor.vllm import check_vllm
@@ -103,6 +104,13 @@ def check_needs(recipe: Recipe, config: DRPOConfig | None) -> Iterator[Finding]:
     for name in ("train_precision", "rollout_precision"):
         if (precision := getattr(recipe, name)) in BY_TORCHAO:
             yield from _missing("low-precision", f"{name}: {precision}")
+    for name in ("fsdp", "deepspeed"):
+        if recipe.trainer.get(name):
+            yield Finding(
+                "warning",
+                f"trainer.{name}: shards over several processes; the doctor is one, and looks at the run without it",
+                "accelerate launch -m drpo train, which starts them",
+            )
     if config is None:
         return
     reporters: Any = config.report_to  # a list by now

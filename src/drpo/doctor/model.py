@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,15 +63,20 @@ def load_blank(recipe: Recipe, config: DRPOConfig | None) -> Blank:
         UserError: it cannot be read, or is of a kind that cannot be trained.
     """
     source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    _check_settings(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        shape = AutoConfig.from_pretrained(source)
+        # Transformers would ask whether to run the code in a folder, and wait for an answer.
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             policy = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(
             f"model: cannot load {recipe.model!r} ({str(error)[:200]}); expected {', '.join(BUILTIN_MODELS)}, a folder "
-            "saved by Transformers, or a model on the Hugging Face hub that is reachable or in its cache"
+            "saved by Transformers, or a model on the Hugging Face hub that is reachable or in its cache",
+            fix=f"a config.json in which both agree, as it was saved with the model in {source}"
+            if "Class validation error" in str(error)
+            else None,
         ) from error
     try:
         generation = GenerationConfig.from_pretrained(source)
@@ -88,10 +95,28 @@ def load_blank(recipe: Recipe, config: DRPOConfig | None) -> Blank:
     return Blank(recipe.model, tokenizer, policy, generation, options or {})
 
 
+def _check_settings(folder: Path) -> None:
+    """Some of these Transformers needs, and others it leaves out without a word if they cannot be read."""
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        file = folder / name
+        try:
+            if file.is_file():
+                json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model: {file} cannot be read ({error})", fix=f"valid JSON in {file}") from error
+
+
 def check_tokenizer(blank: Blank) -> Iterator[Finding]:
     """Special tokens, and whether every token has a row of the embedding."""
     tokenizer, found = blank.tokenizer, False
     settings = f"{blank.file}tokenizer_config.json"
+    if not tokenizer("1", add_special_tokens=False)["input_ids"]:
+        yield Finding(
+            "stop",
+            "tokenizer: makes no tokens of text",
+            f"the tokenizer's files, such as tokenizer.json, in {blank.name}",
+        )
+        return
     if not blank.eos_ids:
         found = True
         yield Finding(
@@ -141,6 +166,35 @@ def check_dropout(blank: Blank) -> Iterator[Finding]:
         "other than the sampler's",
         ", ".join(f"{name}: 0.0" for name in named) + f" in {blank.file}config.json",
     )
+
+
+_UNUSABLE = (
+    ("stop_strings", (None,), "for which Transformers needs a tokenizer that TRL does not give it"),
+    ("num_return_sequences", (None, 1), "and TRL counts one completion for each prompt that it gives"),
+)
+"""Settings of generation that no rollout works with, and the values at which they are nothing."""
+
+
+def check_generation(blank: Blank) -> Iterator[Finding]:
+    """Whether Transformers can sample with what the model brings, for TRL."""
+    for name, neutral, why in _UNUSABLE:
+        if (value := getattr(blank.generation, name, None)) not in neutral:
+            yield Finding(
+                "stop",
+                f"sampling: generation_config.json of the model has {name}={value}, {why}",
+                f"no {name} in {blank.file}generation_config.json",
+            )
+
+
+def check_adapters(blank: Blank, recipe: Recipe) -> Iterator[Finding]:
+    """Whether each of several names of modules is one; peft is content with the first."""
+    wanted = recipe.lora.target_modules if recipe.lora is not None else ()
+    modules = [name for name, _ in blank.policy.named_modules()]
+    for target in wanted if isinstance(wanted, (list, tuple)) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            yield Finding(
+                "warning", f"lora: the model has no module {target!r}", f"lora.target_modules without {target!r}"
+            )
 
 
 def check_sampling(blank: Blank, config: DRPOConfig) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.fixes import fix_of
 from drpo.prepare import make_trainer
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
@@ -71,8 +72,9 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
     except AuditError as error:
         stopped = error
     except ValueError as error:
-        # A rollout without log-probs, or with some that are none: the trainer's own words.
-        yield Finding("stop", f"rollout: {error}", _fix_of(str(error)))
+        # A rollout without log-probs, or with some that are none, or a reward's: the trainer's own words.
+        said = " ".join(f"rollout: {error}".split())
+        yield Finding("stop", said, _fix_of(str(error)) or fix_of(error, said))
         return
     audit = trainer.audit
     if audit is None:
@@ -91,8 +93,12 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
     yield from _updates(logs.rows)
 
 
-def _fix_of(message: str) -> str:
-    return message.rpartition("; ")[2] if "log-probs" in message else "a sampler whose log-probs are finite numbers"
+def _fix_of(message: str) -> str | None:
+    if message.startswith("reward of"):
+        return "a finite number from the reward for every completion, or None for one that cannot be scored"
+    if "the sampler's log-prob" in message:
+        return "a sampler whose log-probs are finite numbers"
+    return message.rpartition("; ")[2] if "no log-probs" in message else None
 
 
 def _log_probs(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:

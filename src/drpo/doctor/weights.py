@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from drpo.config import DRPOConfig
-from drpo.doctor.findings import Finding, refused
+from drpo.doctor.findings import Finding
 from drpo.doctor.model import Blank
 from drpo.policy_head import why_not_fused
 from drpo.recipe import Recipe
@@ -22,10 +21,14 @@ def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[
         yield from damaged
         return
     if quantisation := getattr(blank.policy.config, "quantization_config", None):
-        unusable = list(_quantised(recipe, quantisation))
-        yield from unusable
-        if unusable:
-            return
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        yield Finding(
+            "stop",
+            f"weights: {recipe.model} is quantised ({method}): such weights get no updates, and TRL keeps adapters on them in "
+            "bf16, where most updates are lost to rounding",
+            "the model that it was made from",
+        )
+        return
     count = sum(parameter.numel() for parameter in blank.policy.parameters())
     trained = sum(parameter.numel() for parameter in blank.policy.parameters() if parameter.requires_grad)
     rollout = config.rollout_precision or ("vLLM's" if config.use_vllm else "the trainer's")
@@ -33,8 +36,7 @@ def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[
         "ok",
         f"weights: {count:,}"
         + (f", {trained:,} trained" if trained < count else "")
-        + (", quantised" if quantisation else ", in fp32")
-        + f"; training computes in {config.train_precision}, rollouts in {rollout}",
+        + f", in fp32; training computes in {config.train_precision}, rollouts in {rollout}",
     )
     base = blank.policy.get_base_model() if recipe.lora is not None else blank.policy
     if not config.fused_loss or config.replay_support:
@@ -46,8 +48,20 @@ def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[
 
 
 def _damaged(blank: Blank) -> Iterator[Finding]:
-    """Files whose header or length is not that of a whole one; no weight is read."""
-    for file in sorted(Path(blank.name).glob("*.safetensors")):
+    """Files that are not there, and those whose header or length is not that of a whole one; no weight is read."""
+    folder = Path(blank.name)
+    for index in folder.glob("*.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            yield Finding(
+                "stop",
+                f"weights: {index} names {', '.join(missing)[:200]}, not in the folder",
+                f"{', '.join(missing)[:200]} copied or downloaded too",
+            )
+            return
+    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        yield Finding("stop", f"weights: there are none in {folder}", f"model.safetensors in {folder}")
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):
                 pass
@@ -57,18 +71,3 @@ def _damaged(blank: Blank) -> Iterator[Finding]:
                 f"weights: {file} is damaged, of {file.stat().st_size:,} bytes ({error})",
                 f"{file.name} copied or downloaded once more, to its full length",
             )
-
-
-def _quantised(recipe: Recipe, quantisation: Any) -> Iterator[Finding]:
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-    if recipe.lora is None:
-        yield Finding(
-            "stop",
-            f"weights: {recipe.model} is quantised ({method}), and quantised weights get no updates",
-            "the model that it was made from, or adapters (lora: {})",
-        )
-        return
-    try:
-        AutoHfQuantizer.from_config(quantisation, pre_quantized=True).validate_environment(device_map=None)
-    except Exception as error:  # each method fails in its own way
-        yield refused(error, f"weights: {recipe.model} is quantised ({method})")
