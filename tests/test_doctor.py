@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -420,6 +422,73 @@ def test_of_models_and_data_that_are_unusual_and_right_all_is_well(
     plant(here, monkeypatch)
     findings = examine(None, ["model=model", "task.train=train.jsonl", "rollouts=2", *overrides])
     assert [f for f in findings if f.verdict != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "fix", "mended"),
+    [
+        (["lora={}", "rollout_lag=2"], "no rollout_lag", ["lora={}"]),
+        (["objective=ppo", "trainer.top_p=0.9", "trainer.replay_support=true"], "anchor: sampler",
+         ["objective=ppo", "trainer.top_p=0.9", "trainer.replay_support=true", "anchor=sampler"]),
+        (["objective=drpo_topk", "trainer.top_p=0.9", "trainer.replay_support=true"], "objective: {name: drpo, delta: 0.2}",
+         ["objective={name: drpo, delta: 0.2}", "trainer.top_p=0.9", "trainer.replay_support=true"]),
+        (["trainer.top_k=20"], "trainer.replay_support: true", ["trainer.top_k=20", "trainer.replay_support=true"]),
+        (["trainer.epsilon=0.3"], "objective: {name: ppo, clip_low: 0.2}", ["objective={name: ppo, clip_low: 0.2}"]),
+        (["trainer.fp16=true"], "train_precision: bf16", ["train_precision=bf16"]),
+        (["trainer.lr_scheduler_type=cosine_with_min_lr"], "trainer.lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+         ["trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_kwargs={min_lr_rate: 0.1}"]),
+        (["trainer.optim=adamm"], "'adamw_torch'", ["trainer.optim=adamw_torch"]),
+        (["trainer.torch_compile_backend=indctor"], "'inductor'", ["trainer.torch_compile_backend=inductor"]),
+        (["trainer.num_return_sequences=4"], "num_generations at the top", ["num_generations=4"]),
+        (["updates_per_rollout=3"], "a divisor of 128", ["updates_per_rollout=2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_fix_that_is_applied_leaves_nothing_to_mend(
+    here: Path, broken: list[str], fix: str, mended: list[str]
+) -> None:
+    first, *_ = [f for f in examine(None, broken) if f.verdict == "stop"]
+    assert fix in (first.fix or "")
+    assert [f for f in examine(None, mended) if f.verdict != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "temperature", "verdict", "what", "fix"),
+    [
+        ((200, "raw_logprobs"), 0.7, "stop", "returns raw_logprobs, log-probs at temperature 1, and tokens are drawn at 0.7", "trl vllm-serve --model"),
+        ((200, "raw_logprobs"), 1, None, "", ""),
+        ((200, "processed_logprobs"), 0.7, None, "", ""),
+        ((404, ""), 1, "stop", "does not say how it is set up (/server_info: 404)", "trl vllm-serve --model"),
+        ((200, None), 1, "warning", "is no vLLM server that TRL knows", "trl vllm-serve --model"),
+    ],
+    ids=["before the temperature", "temperature 1", "after the temperature", "no development endpoints", "another server"],
+)  # fmt: skip
+def test_a_server_is_asked_what_log_probs_it_returns(
+    here: Path, answer: tuple[int, str | None], temperature: float, verdict: str | None, what: str, fix: str
+) -> None:
+    status, mode = answer
+    said = {"vllm_config": {"model_config": {"logprobs_mode": mode}}} if mode else {}
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/server_info?config_format=json"
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"trainer.vllm_server_base_url=http://127.0.0.1:{server.server_port}"
+        options = ["trainer.use_vllm=true", "trainer.vllm_mode=server", address, f"temperature={temperature}"]
+        found = [f for f in examine(None, options, rollout=False) if f.what.startswith("trainer.use_vllm: ")]
+        server.shutdown()
+    missing, *others = found
+    assert missing.what == "trainer.use_vllm: vllm is not installed"
+    assert [f.verdict for f in others] == ([verdict] if verdict else [])
+    assert all(what in f.what and fix in (f.fix or "") for f in others)
 
 
 @pytest.fixture

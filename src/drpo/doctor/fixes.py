@@ -34,7 +34,7 @@ _FIXES = (
     (r"trainer: (vllm_importance_sampling_\w+)=", _CORRECTION),
     (r"replay_support=True needs the tokens .* vLLM", "no trainer.replay_support, or trainer.use_vllm: false"),
     (r"replay_support=True scores .* needs π_old", "anchor: sampler, or no trainer.replay_support"),
-    (r"replay_support=True scores", "objective: drpo, or no trainer.replay_support"),
+    (r"replay_support=True scores", "objective: {{name: drpo, delta: 0.2}}, or no trainer.replay_support"),
     (r"has (\d+) rows; prompts_per_rollout", "prompts_per_rollout: {}"),
     (r"(task\.\w+): .*no such file", "{}: a .jsonl file, such as drpo data makes"),
     (r"reward: cannot load '([^':]+):", "a module {} that imports, in the current folder or installed"),
