@@ -201,6 +201,7 @@ IN_RECIPES = [
     fault("misspelt optimizer", None, "trainer.optim=adamm", what="adamm is not a valid OptimizerNames", fix="'adamw_torch'"),
     fault("half a schedule", None, "trainer.lr_scheduler_type=cosine_with_min_lr", what="should be set through", fix="trainer.lr_scheduler_kwargs: {min_lr_rate: 0.1}", rollout=True),
     fault("options that are no JSON", None, "trainer.chat_template_kwargs='{a: 1}'", what="trainer.chat_template_kwargs: got", fix="trainer.chat_template_kwargs: a mapping"),
+    fault("audit of rounding", None, "audit_threshold=1.0e-9", verdict="warning", what="audit_threshold 1e-09 nats is less than rounding", fix="at least 1e-05"),
     fault("no engine", None, "trainer.use_vllm=true", "trainer.vllm_mode=colocate",
           what="trainer.use_vllm: vllm is not installed", fix="pip install 'trl[vllm]'"),
     fault("no server", None, "trainer.use_vllm=true", "trainer.vllm_mode=server", "trainer.vllm_server_port=9",
@@ -228,6 +229,8 @@ IN_ENVIRONMENTS = [
 ]  # fmt: skip
 
 IN_MODELS = [
+    fault("adapters alone", lambda here, _: (here / "model" / "config.json").rename(here / "model" / "adapter_config.json"),
+          what="has adapters and no model", fix="merge_and_unload()"),
     fault("missing model", None, "model=./nowhere", what="model: cannot load './nowhere'", fix="a folder saved by Transformers"),
     fault("dropout", edit("config.json", attention_dropout=0.1), what="dropout: attention_dropout=0.1", fix="attention_dropout: 0.0 in"),
     fault("dropout modules", gpt2, what="dropout: ", fix="resid_pdrop: 0.0"),
@@ -315,6 +318,17 @@ IN_DATA = [
           what="grader: no fails on", fix="returns a number or None for each completion"),
     fault("reward of another length", module("short", "def one(completions, **_):\n    return [1.0]\n"), "reward=short:one",
           what="returned 1 scores for 32 completions", fix="a number or None for each"),
+    *(fault(f"right answers that weigh {weight}", None, f"reward=[{{name: exact_answer, weight: {weight}}}, {{name: format, weight: 0.5}}]",
+            what="reward: the sum gives", fix="a weight > 0 for the one") for weight in (0.0, -1.0)),
+    fault("half a point", module("half", "def score(completions, answer, **_):\n    return [0.5 * (c == a) for c, a in zip(completions, answer)]\n"), "reward=half:score",
+          verdict="warning", what="grader: score gives 0.5 at most", fix="1 for a right answer"),
+    fault("reward that exits", module("exits", "def score(completions, answer, **_):\n    raise SystemExit(3)\n"), "reward=exits:score",
+          what="grader: score fails on", fix="returns a number or None"),
+    fault("class for a reward", module("classes", "class Score:\n    pass\n"), "reward=classes:Score", what="'classes:Score' is a class", fix="a function"),
+    fault("unknown characters", rows("train.jsonl", *[(f"é{n}=", str(n)) for n in range(16)]), verdict="warning",
+          what="prompt: 16 of 16 have characters that the tokenizer does not know", fix="without what becomes <unk>"),
+    fault("byte order mark", lambda here, _: (here / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "1+1=", "answer": "2"}'),
+          what="is not JSON in UTF-8", fix="without a byte order mark"),
     fault("missing reward", None, "reward=nowhere:score", what="reward: cannot load 'nowhere:score'", fix="a module nowhere that imports"),
     fault("misspelt reward", None, "reward=exact_anwser", what="unknown reward 'exact_anwser'", fix="'exact_answer'"),
 ]  # fmt: skip
@@ -394,6 +408,7 @@ def test_of_the_built_in_recipe_all_is_well(here: Path) -> None:
         ["updates_per_rollout=16"],
         ["trainer.torch_compile=true"],
         ["trainer.disable_dropout='true'"],
+        ["reward=[{name: math}, {name: format, weight: 0.1}]"],
     ],
     ids=" ".join,
 )

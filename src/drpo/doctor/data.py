@@ -19,6 +19,9 @@ TOKENISED = 200
 GRADED = 50
 """Problems whose reference answers are graded."""
 
+Spelt = list[list[tuple[str, float]]]
+"""Of each problem, the spellings of an answer and their scores."""
+
 _SPELLINGS = ("{answer}", "\\boxed{{{answer}}}", "Answer: {answer}", "#### {answer}")
 
 
@@ -80,6 +83,15 @@ def check_prompts(problems: Sequence[Problem], blank: Blank) -> Iterator[Finding
             "stop", f"prompt: begins with {tokenizer.bos_token!r} twice", f"task.template without {tokenizer.bos_token}"
         )
         return
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and (met := [p for p in problems[:TOKENISED] if unknown in _token_ids(p, blank)]):
+        yield Finding(
+            "warning",
+            f"prompt: {len(met)} of {len(problems[:TOKENISED])} have characters that the tokenizer does not know, the first "
+            f"{met[0].prompt[:60]!r}",
+            f"data and task.template without what becomes {tokenizer.unk_token}, or another model",
+        )
+        return
     shown = tokenizer.decode(ids)
     yield Finding("ok", f"prompt: {shown if len(shown) <= 100 else f'{shown[:50]} ... {shown[-50:]}'!r}")
 
@@ -109,7 +121,7 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
             f"a finite number from {name}, or None for a completion that cannot be scored",
         )
         return
-    pairs = [(max(s for _, s in mine), max(s for _, s in other)) for mine, other in zip(right, wrong, strict=True)]
+    pairs = _best(right, wrong)
     # Where not even the reference answer is right, its score says nothing of the others.
     fooled = [n for n, (mine, other) in enumerate(pairs) if other >= mine >= 1]
     unmet = [problem for problem, (mine, _) in zip(asked, pairs, strict=True) if mine < 1]
@@ -121,6 +133,13 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
             f"{pairs[n][1]:g} to {others[n][:60]!r}",
             "task.answer, the field with the reference answers, or a reward that reads them",
         )
+    elif len(unmet) == len(asked):
+        yield Finding(
+            "warning",
+            f"grader: {name} gives {max(mine for mine, _ in pairs):g} at most to a reference answer, and held-out accuracy "
+            "counts rewards of at least 1",
+            f"1 for a right answer from {name}",
+        )
     elif unmet:
         yield Finding(
             "warning",
@@ -128,8 +147,25 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
             f"{unmet[0].answer[:60]!r}",
             "task.answer, or rows without such answers",
         )
+    elif judge is not reward and (sums := _compared(reward, own, others, asked, tokenizer)):
+        yield sums
     else:
         yield Finding("ok", f"grader: {name} tells the reference answers of {len(asked)} problems from others")
+
+
+def _compared(
+    reward: Reward, own: Sequence[str], others: Sequence[str], asked: Sequence[Problem], tokenizer: Any
+) -> Finding | None:
+    """What is wrong with a sum of rewards of which one says whether an answer is right."""
+    pairs = _best(*(_scores(reward, answers, asked, tokenizer) for answers in (own, others)))
+    if any(mine > other for mine, other in pairs):
+        return None
+    mine, other = pairs[0]
+    return Finding(
+        "stop",
+        f"reward: the sum gives {mine:g} to {own[0][:60]!r}, a right answer, and {other:g} to {others[0][:60]!r}",
+        "reward: a weight > 0 for the one that says whether an answer is right",
+    )
 
 
 def wrong_answers(answers: Sequence[str]) -> list[str]:
@@ -156,9 +192,12 @@ def _has_digits(answer: str) -> bool:
     return re.search(r"\d", answer) is not None
 
 
-def _scores(
-    judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any
-) -> list[list[tuple[str, float]]]:
+def _best(right: Spelt, wrong: Spelt) -> list[tuple[float, float]]:
+    """The score of each problem's own answer and of the wrong one, each in the spelling that is liked best."""
+    return [(max(s for _, s in mine), max(s for _, s in other)) for mine, other in zip(right, wrong, strict=True)]
+
+
+def _scores(judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any) -> Spelt:
     """To each answer its spellings and their scores."""
     texts = [[spelling.format(answer=answer) for answer in answers] for spelling in _SPELLINGS]
     scores = [_grade(judge, completions, problems, tokenizer) for completions in texts]

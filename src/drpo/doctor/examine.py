@@ -106,7 +106,7 @@ def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> No
         fits &= checks.run("weights", lambda: check_weights(blank, recipe, config))
         lengths = checks.attempt("prompt", lambda: prompt_lengths(problems, blank)) if is_templated else None
         if lengths:
-            checks.run("length", lambda: model.check_positions(blank, config, lengths))
+            fits &= checks.run("length", lambda: model.check_positions(blank, config, lengths))
         fits &= checks.run("memory", lambda: check_memory(blank.policy, config, max(lengths or [0])))
     if not rollout:
         return

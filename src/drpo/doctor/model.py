@@ -97,6 +97,12 @@ def load_blank(recipe: Recipe, config: DRPOConfig | None) -> Blank:
 
 def _check_settings(folder: Path) -> None:
     """Some of these Transformers needs, and others it leaves out without a word if they cannot be read."""
+    adapters = folder / "adapter_config.json"
+    if adapters.is_file() and not (folder / "config.json").exists():
+        raise UserError(
+            f"model: {folder} has adapters and no model",
+            fix="the folder of the model that they belong to, saved after merge_and_unload() of the two",
+        )
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         file = folder / name
         try:

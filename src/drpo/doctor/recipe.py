@@ -16,6 +16,10 @@ _ANCHORS = {
 }
 
 
+_ROUNDING = 1e-5
+"""Nats; ten times what two computations of one log-prob in fp32 differ by."""
+
+
 def check_objective(recipe: Recipe) -> Iterator[Finding]:
     """Which objective, and whether its trust region has an edge."""
     objective = recipe.objective.make()
@@ -82,10 +86,19 @@ def check_updates(recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
 
 
 def check_threshold(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the audit of the run itself can still fail."""
-    if recipe.audit_threshold is not None and recipe.audit_threshold > APPROXIMATE_THRESHOLD:
+    """Whether the audit of the run itself can fail, and can pass."""
+    threshold = recipe.audit_threshold
+    if threshold is None:
+        return
+    if threshold > APPROXIMATE_THRESHOLD:
         yield Finding(
             "warning",
-            f"audit: audit_threshold {recipe.audit_threshold:g} nats lets a wrong sampler pass; bf16 engines differ by 0.01 to 0.03",
+            f"audit: audit_threshold {threshold:g} nats lets a wrong sampler pass; bf16 engines differ by 0.01 to 0.03",
             f"no audit_threshold, or at most {APPROXIMATE_THRESHOLD:g}",
+        )
+    elif threshold < _ROUNDING:
+        yield Finding(
+            "warning",
+            f"audit: audit_threshold {threshold:g} nats is less than rounding in fp32, about 1e-6",
+            f"no audit_threshold, or at least {_ROUNDING:g}",
         )
