@@ -21,7 +21,7 @@ LAYERS = [
     {"rollout"},
     {"config", "policy_head"},
     {"scoring"},
-    {"rollout_trainer", "run"},
+    {"rollout_trainer", "run", "options"},
     {"trainer"},
     {"catalogue", "choose", "progress", "report"},
     {"evaluation", "data"},

@@ -221,7 +221,7 @@ def test_malformed_data_is_refused(here, refusal, rows, expected):
         ),
         (["trainer.max_steps=4"], "trainer: max_steps follows from the recipe and its run folder"),
         (["trainer.eval_strategy=steps"], "trainer: eval_strategy follows from the recipe and its run folder"),
-        (["trainer.reward_weights=[1.0, 2.0]"], "cannot set up training: ValueError: Number of reward weights (2)"),
+        (["trainer.reward_weights=[1.0, 2.0]"], "trainer: reward_weights is for several reward functions"),
         (["trainer.adam_beta1=5"], "cannot set up training: ValueError: Invalid beta parameter"),
         (["trainer.generation_kwargs={temperature: .nan}"], "the built-in recipe: trainer: generation_kwargs is"),
         (["trainer.generation_kwargs={top_k: 5}"], "trainer: generation_kwargs has 'top_k'"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,7 +22,7 @@ from drpo.doctor import Finding, environment, memory
 from drpo.doctor.environment import check_packages
 from drpo.doctor.examine import examine
 from drpo.rollout.record import LogProbRecorder
-from drpo.tasks import MODEL_PATH, Problem, builtin_problems
+from drpo.tasks import MODEL_PATH, builtin_problems
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAT = (
@@ -37,7 +41,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in MODEL_PATH.iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     write_problems(tmp_path / "train.jsonl", builtin_problems("train", 32, seed=0))
-    write_problems(tmp_path / "ones.jsonl", [Problem(f"{n}-{n}+1=", f"{n}1") for n in range(16)])
     write_problems(tmp_path / "heldout.jsonl", builtin_problems("heldout", 8, seed=0))
     return tmp_path
 
@@ -136,7 +139,7 @@ def bf16(rows: list[list[float]]) -> list[list[float]]:
 
 def fault(
     name: str,
-    plant: Plant | None = None,
+    plant: Plant | list[Plant] | None = None,
     *overrides: str,
     what: str,
     fix: str,
@@ -149,8 +152,8 @@ def fault(
 IN_RECIPES = [
     fault("temperature", None, "trainer.generation_kwargs={temperature: 0.7}",
           what="sampling: temperature: tokens are sampled at 0.7 and scored at 1", fix="temperature at the top of the recipe"),
-    fault("top-k", None, "trainer.top_k=20", what="top_k=20 would have no effect", fix="replay_support=True"),
-    fault("top-p", None, "trainer.top_p=0.9", what="top_p=0.9 would have no effect", fix="replay_support=True"),
+    fault("top-k", None, "trainer.top_k=20", what="top_k=20 would have no effect", fix="no trainer.top_k, or trainer.replay_support: true"),
+    fault("top-p", None, "trainer.top_p=0.9", what="top_p=0.9 would have no effect", fix="no trainer.top_p, or trainer.replay_support: true"),
     fault("repetition penalty", None, "trainer.generation_kwargs={repetition_penalty: 1.1}",
           what="repetition_penalty", fix="no trainer.generation_kwargs.repetition_penalty"),
     fault("no log-probs", None, "trainer.use_transformers_continuous_batching=true",
@@ -175,11 +178,37 @@ IN_RECIPES = [
     fault("old samples", None, "objective=ppo", "rollout_lag=2", verdict="warning",
           what="samples are 2 rollouts old: nothing makes up for π_old/μ", fix="anchor: sampler"),
     fault("deaf audit", None, "audit_threshold=5", verdict="warning", what="audit_threshold 5 nats", fix="at most 0.1"),
+    fault("adapters that a copy lacks", None, "lora={}", "rollout_precision=bf16", what="lora: rollout_precision would sample from a copy", fix="no rollout_precision, or no lora"),
+    fault("adapters of another time", None, "lora={}", "rollout_lag=2", what="lora: rollout_lag would sample from a copy", fix="no rollout_lag, or no lora"),
+    fault("module that is missing", None, "lora={target_modules: [q_proj, nonexistent]}", verdict="warning",
+          what="lora: the model has no module 'nonexistent'", fix="without 'nonexistent'"),
+    fault("shards", None, "trainer.fsdp=true", verdict="warning", what="trainer.fsdp: shards over several processes", fix="accelerate launch"),
+    fault("shards of a copy", None, "trainer.fsdp=full_shard", "rollout_lag=2", what="trainer.fsdp: rollout_lag would sample", fix="no rollout_lag, or no trainer.fsdp"),
+    fault("no DeepSpeed", None, "trainer.deepspeed={}", "trainer.deepspeed.zero_optimization={stage: 2}",
+          what="trainer.deepspeed: deepspeed is not installed", fix="pip install deepspeed"),
+    fault("no Liger", None, "trainer.use_liger_kernel=true", what="liger-kernel is not installed", fix="pip install liger-kernel"),
+    fault("answers taken away", None, "trainer.remove_unused_columns=true", what="takes the reference answers away", fix="no trainer.remove_unused_columns"),
+    fault("completions by another name", None, "trainer.num_return_sequences=4", what="num_generations at the top of the recipe is for that",
+          fix="num_generations at the top of the recipe, and no trainer.num_return_sequences"),
+    fault("stop strings", None, "trainer.generation_kwargs={stop_strings: [x]}", what="needs a tokenizer that TRL does not give", fix="no trainer.generation_kwargs.stop_strings"),
+    fault("token healing", None, "trainer.generation_kwargs={token_healing: true}", what="generation_kwargs has 'token_healing'", fix="no trainer.generation_kwargs.token_healing"),
+    fault("PPO with a filter", None, "objective=ppo", "trainer.top_p=0.9", "trainer.replay_support=true", what="needs π_old too", fix="anchor: sampler"),
+    fault("fp16", None, "trainer.fp16=true", what="fp16 is none of the precisions", fix="train_precision: bf16 at the top of the recipe, and no trainer.fp16"),
+    fault("bf16", None, "trainer.bf16=true", what="bf16 follows from the recipe", fix="train_precision: bf16 at the top of the recipe, and no trainer.bf16"),
+    fault("GRPO's clip", None, "trainer.epsilon=0.3", what="epsilon=0.3 would have no effect", fix="objective: {name: ppo, clip_low: 0.2}, and no trainer.epsilon"),
+    fault("options of a loaded model", None, "trainer.model_init_kwargs={dtype: bfloat16}", what="would have no effect", fix="no trainer.model_init_kwargs"),
+    fault("weights of rewards", None, "trainer.reward_weights=[1.0, 2.0]", what="trainer: reward_weights", fix="no trainer.reward_weights"),
+    fault("misspelt optimizer", None, "trainer.optim=adamm", what="adamm is not a valid OptimizerNames", fix="'adamw_torch'"),
+    fault("half a schedule", None, "trainer.lr_scheduler_type=cosine_with_min_lr", what="should be set through", fix="trainer.lr_scheduler_kwargs: {min_lr_rate: 0.1}", rollout=True),
+    fault("options that are no JSON", None, "trainer.chat_template_kwargs='{a: 1}'", what="trainer.chat_template_kwargs: got", fix="trainer.chat_template_kwargs: a mapping"),
+    fault("audit of rounding", None, "audit_threshold=1.0e-9", verdict="warning", what="audit_threshold 1e-09 nats is less than rounding", fix="at least 1e-05"),
     fault("no engine", None, "trainer.use_vllm=true", "trainer.vllm_mode=colocate",
           what="trainer.use_vllm: vllm is not installed", fix="pip install 'trl[vllm]'"),
     fault("no server", None, "trainer.use_vllm=true", "trainer.vllm_mode=server", "trainer.vllm_server_port=9",
-          what="trainer.use_vllm: no server answers at 0.0.0.0:9", fix="trl vllm-serve"),
+          what="trainer.use_vllm: no server answers at http://0.0.0.0:9", fix="trl vllm-serve --model"),
     fault("no reporter", None, "trainer.report_to=trackio", what="trainer.report_to: trackio is not installed", fix="pip install trackio"),
+    fault("misspelt compiler", None, "trainer.torch_compile_backend=indctor", what="trainer.torch_compile_backend: unknown backend", fix="'inductor'"),
+    fault("misspelt mode of the compiler", None, "trainer.torch_compile_mode=max-autotun", what="trainer.torch_compile_mode: unknown mode", fix="'max-autotune'"),
     fault("misspelt reporter", None, "trainer.report_to=wandbb", what="unknown reporter 'wandbb'", fix="'wandb'"),
     fault("unknown adapters", None, "lora={target_modules: nonexistent}", what="lora: Target modules", fix="all-linear"),
 ]  # fmt: skip
@@ -190,6 +219,7 @@ IN_ENVIRONMENTS = [
     fault("missing extra", installed(peft=None), "lora={}", what="lora: peft is not installed", fix="pip install 'drpo[lora]'"),
     fault("missing torchao", installed(torchao=None), "rollout_precision=int8",
           what="rollout_precision: int8: torchao is not installed", fix="pip install 'drpo[low-precision]'"),
+    fault("no extra, and some of what belongs to it", installed(verl=None, nvtx=None), verdict="ok", what="not installed: verl", fix=""),
     fault("half an extra", installed(nvtx=None), verdict="warning",
           what="packages: nvtx is not installed (extra verl)", fix="pip install 'drpo[verl]'"),
     fault("plug-in off", lambda _, patch: patch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none"), verdict="warning",
@@ -199,6 +229,8 @@ IN_ENVIRONMENTS = [
 ]  # fmt: skip
 
 IN_MODELS = [
+    fault("adapters alone", lambda here, _: (here / "model" / "config.json").rename(here / "model" / "adapter_config.json"),
+          what="has adapters and no model", fix="merge_and_unload()"),
     fault("missing model", None, "model=./nowhere", what="model: cannot load './nowhere'", fix="a folder saved by Transformers"),
     fault("dropout", edit("config.json", attention_dropout=0.1), what="dropout: attention_dropout=0.1", fix="attention_dropout: 0.0 in"),
     fault("dropout modules", gpt2, what="dropout: ", fix="resid_pdrop: 0.0"),
@@ -213,18 +245,24 @@ IN_MODELS = [
     fault("n-grams left out", edit("generation_config.json", no_repeat_ngram_size=3),
           what="has no_repeat_ngram_size=3", fix="no no_repeat_ngram_size in"),
     fault("quantised", edit("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
-          what="is quantised (awq)", fix="adapters (lora: {})"),
+          what="is quantised (awq)", fix="the model that it was made from"),
     fault("few positions", edit("config.json", max_position_embeddings=30),
           what="of the model's 30 positions", fix="max_completion_length: 1"),
     fault("template differs", template(CHAT, chat_template="{{ messages[0].content }}"),
           what="chat template: chat_template.jinja and tokenizer_config.json", fix="chat_template.jinja alone"),
-    fault("template fails", template("{{ raise_exception('no') }}"), what="chat template: fails on a prompt", fix="chat_template in"),
+    fault("template fails", template("{{ raise_exception('no') }}"), what="chat template: fails on a prompt", fix="that takes one message"),
     fault("template without prompt", template("<|user|>"), what="chat template: leaves the prompt out", fix="chat_template in"),
     fault("template without a turn", template("{{ messages[0].content }}"), verdict="warning",
           what="chat template: has no generation prompt", fix="add_generation_prompt"),
     fault("template without an end", template(CHAT.replace("{{ eos_token }}", "<pad>")), verdict="warning",
           what="chat template: ends a turn with '<pad>', which ends no completion", fix="eos_token_id: [0, 1] in"),
+    fault("template that ends nothing", template(CHAT.replace("{{ eos_token }}", "")), verdict="warning",
+          what="chat template: ends no turn", fix="{{ eos_token }} after the content"),
+    fault("template that ends with text", template(CHAT.replace("{{ eos_token }}", "+")), verdict="warning",
+          what="chat template: ends an answer with '+', without '<eos>'", fix="{{ eos_token }} after the content"),
     fault("unread option", template(CHAT), "trainer.chat_template_kwargs={enable_thinking: false}", verdict="warning",
+          what="chat template: does not read enable_thinking", fix="no trainer.chat_template_kwargs.enable_thinking"),
+    fault("unread option in JSON", template(CHAT), """trainer.chat_template_kwargs='{"enable_thinking": false}'""", verdict="warning",
           what="chat template: does not read enable_thinking", fix="no trainer.chat_template_kwargs.enable_thinking"),
     fault("two templates", template(CHAT), "task.template=<eos>{prompt}",
           what="prompt: has '<eos>' in its text, and the chat template is put around it", fix="task.template"),
@@ -232,7 +270,22 @@ IN_MODELS = [
           what="prompt: begins with '<unk>' twice", fix="task.template without <unk>"),
     fault("missing weights", edit("config.json", num_hidden_layers=9, layer_types=["full_attention"] * 9),
           what="of the weights that its config.json asks for, model.layers.", fix="the config.json that belongs to them", rollout=True),
-    fault("damaged weights", truncated, what="model: cannot load", fix="a folder saved by Transformers", rollout=True),
+    fault("damaged weights", truncated, what="weights: ", fix="model.safetensors copied or downloaded once more"),
+    fault("no weights", lambda here, _: (here / "model" / "model.safetensors").unlink(), what="weights: there are none in", fix="model.safetensors in"),
+    fault("a shard that is missing", lambda here, _: (here / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+          what="names b.safetensors, not in the folder", fix="b.safetensors copied"),
+    fault("settings that are no JSON", lambda here, _: (here / "model" / "generation_config.json").write_text("{"),
+          what="generation_config.json cannot be read", fix="valid JSON in"),
+    fault("no vocabulary", lambda here, _: [file.unlink() for file in (here / "model").glob("tokenizer*")],
+          what="tokenizer: makes no tokens of text", fix="such as tokenizer.json"),
+    fault("code in the folder", edit("config.json", model_type="own", auto_map={"AutoConfig": "own.Config"}),
+          what="contains custom code", fix="none is run from its folder"),
+    fault("weights of another shape", edit("config.json", intermediate_size=99), rollout=True,
+          what="model: cannot load", fix="the config.json that belongs to the weights"),
+    fault("stop strings of the model", edit("generation_config.json", stop_strings=["="]), rollout=True,
+          what="generation_config.json of the model has stop_strings=['=']", fix="no stop_strings in"),
+    fault("completions a prompt of the model", edit("generation_config.json", num_return_sequences=2), rollout=True,
+          what="has num_return_sequences=2", fix="no num_return_sequences in"),
 ]  # fmt: skip
 
 IN_DATA = [
@@ -246,14 +299,36 @@ IN_DATA = [
           what="task.heldout: 32 of 32 prompts are in task.train too", fix="drpo data NAME --against"),
     fault("answers in words", rows("train.jsonl", *[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)]), "reward=gsm8k",
           verdict="warning", what="gsm8k does not recognise 8 of 16 reference answers as right, the first 'two'", fix="task.answer"),
-    fault("reward for nothing", module("always", "def one(completions, **_):\n    return [1.0] * len(completions)\n"), "reward=always:one",
-          what="grader: one gives 1 to the reference answer of a problem and 1 to another's", fix="a reward that reads them"),
-    fault("reward for any number", module("digits", "def any(completions, **_):\n    return [float('1' in c) for c in completions]\n"), "reward=digits:any",
-          "task.train=ones.jsonl", what="grader: any gives 1 to the reference answer of a problem and 1 to another's", fix="a reward that reads them"),
+    *(fault(f"reward for {what} of {of}", [module(f"sloppy_{name}", f"def score(completions, **_):\n    return [float({test}) for c in completions]\n"), answers],
+            f"reward=sloppy_{name}:score", "prompts_per_rollout=1", what="grader: score gives 1 to", fix="a reward that reads them")
+      for name, what, test in (("any", "anything", "True"), ("digit", "digits", "any(map(str.isdigit, c))"), ("box", "a box", "'boxed' in c"))
+      for of, answers in (("different answers", rows("train.jsonl", *[(f"{n}+1=", str(n + 1)) for n in range(16)])),
+                          ("numbers and words", rows("train.jsonl", *[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)])),
+                          ("the same answer", rows("train.jsonl", *[(f"{n}-{n}=", "0") for n in range(16)])),
+                          ("one problem", rows("train.jsonl", ("1+1=", "2"))),
+                          ("pairs", rows("train.jsonl", *[(f"{n}+1-{n % 2}=", str(n + 1 - n % 2)) for n in range(16)])))),
+    fault("reward for a digit", [module("ones", "def score(completions, **_):\n    return [float('1' in c) for c in completions]\n"),
+                                 rows("train.jsonl", *[(f"{n}+1=", str(n + 1)) for n in range(16)])], "reward=ones:score",
+          what="grader: score gives 1 to", fix="a reward that reads them"),
+    *(fault(f"reward of {value}", module(f"of_{name}", f"def score(completions, **_):\n    return [float('{value}')] * len(completions)\n"), f"reward=of_{name}:score",
+            what=f"grader: score gives {value} to", fix="a finite number from score, or None") for name, value in (("nan", "nan"), ("inf", "inf"), ("minus_inf", "-inf"))),
+    fault("reward of nan for wrong answers", module("nan_if_wrong", "def score(completions, answer, **_):\n    return [1.0 if c == a else float('nan') for c, a in zip(completions, answer)]\n"),
+          "reward=nan_if_wrong:score", what="grader: score gives nan to", fix="a finite number from score, or None"),
     fault("reward that raises", module("raises", "def no(completions, **_):\n    raise OSError('disk')\n"), "reward=raises:no",
           what="grader: no fails on", fix="returns a number or None for each completion"),
     fault("reward of another length", module("short", "def one(completions, **_):\n    return [1.0]\n"), "reward=short:one",
           what="returned 1 scores for 32 completions", fix="a number or None for each"),
+    *(fault(f"right answers that weigh {weight}", None, f"reward=[{{name: exact_answer, weight: {weight}}}, {{name: format, weight: 0.5}}]",
+            what="reward: the sum gives", fix="a weight > 0 for the one") for weight in (0.0, -1.0)),
+    fault("half a point", module("half", "def score(completions, answer, **_):\n    return [0.5 * (c == a) for c, a in zip(completions, answer)]\n"), "reward=half:score",
+          verdict="warning", what="grader: score gives 0.5 at most", fix="1 for a right answer"),
+    fault("reward that exits", module("exits", "def score(completions, answer, **_):\n    raise SystemExit(3)\n"), "reward=exits:score",
+          what="grader: score fails on", fix="returns a number or None"),
+    fault("class for a reward", module("classes", "class Score:\n    pass\n"), "reward=classes:Score", what="'classes:Score' is a class", fix="a function"),
+    fault("unknown characters", rows("train.jsonl", *[(f"é{n}=", str(n)) for n in range(16)]), verdict="warning",
+          what="prompt: 16 of 16 have characters that the tokenizer does not know", fix="without what becomes <unk>"),
+    fault("byte order mark", lambda here, _: (here / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "1+1=", "answer": "2"}'),
+          what="is not JSON in UTF-8", fix="without a byte order mark"),
     fault("missing reward", None, "reward=nowhere:score", what="reward: cannot load 'nowhere:score'", fix="a module nowhere that imports"),
     fault("misspelt reward", None, "reward=exact_anwser", what="unknown reward 'exact_anwser'", fix="'exact_answer'"),
 ]  # fmt: skip
@@ -271,6 +346,8 @@ IN_ROLLOUTS = [
           what="log-probs: the sampler's are in bf16", fix="in fp32"),
     fault("n-grams in a rollout", edit("generation_config.json", no_repeat_ngram_size=3), rollout=True,
           what="μ against π", fix="no_repeat_ngram_size=3 changes what is sampled from"),
+    fault("reward of inf in a rollout", module("at_times", "def score(completions, answer, **_):\n    return [float('inf') if len(completions) == 8 else float(c == a) for c, a in zip(completions, answer)]\n"),
+          "reward=at_times:score", rollout=True, what="rollout: reward of completion", fix="a finite number from the reward"),
     fault("learning rate", None, "learning_rate=1.0e+30", rollout=True, what="update: ", fix="a smaller learning_rate"),
 ]  # fmt: skip
 
@@ -282,13 +359,13 @@ IN_ROLLOUTS = [
 def test_a_planted_fault_is_found_with_its_fix(
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
-    plant: Plant | None,
+    plant: Plant | list[Plant] | None,
     overrides: tuple[str, ...],
     rollout: bool,
     expected: Finding,
 ) -> None:
-    if plant is not None:
-        plant(here, monkeypatch)
+    for one in plant if isinstance(plant, list) else [plant] if plant else []:
+        one(here, monkeypatch)
     own = ["model=model", "task.train=train.jsonl", "task.heldout=heldout.jsonl", "rollouts=2"]
     findings = examine(None, [*own, *overrides], rollout=rollout)
     said = "\n".join(f"{f.verdict} {f.what} | {f.fix}" for f in findings)
@@ -329,11 +406,104 @@ def test_of_the_built_in_recipe_all_is_well(here: Path) -> None:
         ["lora={}"],
         ["objective=ppo"],
         ["updates_per_rollout=16"],
+        ["trainer.torch_compile=true"],
+        ["trainer.disable_dropout='true'"],
+        ["reward=[{name: math}, {name: format, weight: 0.1}]"],
     ],
     ids=" ".join,
 )
 def test_of_other_healthy_recipes_too(here: Path, overrides: list[str]) -> None:
+    began = time.monotonic()
     assert [f for f in examine(None, overrides) if f.verdict != "ok"] == []
+    assert time.monotonic() - began < 30
+
+
+SAME = '{"enable_thinking": true}'
+
+
+@pytest.mark.parametrize(
+    ("plant", "overrides"),
+    [
+        pytest.param(template(CHAT), (), id="one template"),
+        pytest.param(template(CHAT + "\n", chat_template=CHAT), (), id="a line break at the end of one of two"),
+        pytest.param(template(CHAT, chat_template=[{"name": "default", "template": CHAT}]), (), id="a list of one"),
+        pytest.param(template(CHAT + "{% if enable_thinking %}{% endif %}"), (f"trainer.chat_template_kwargs='{SAME}'",), id="options in JSON"),
+        pytest.param(rows("train.jsonl", ("1+1=", "2")), ("prompts_per_rollout=1", "rollouts=1"), id="one problem"),
+    ],
+)  # fmt: skip
+def test_of_models_and_data_that_are_unusual_and_right_all_is_well(
+    here: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant, overrides: tuple[str, ...]
+) -> None:
+    plant(here, monkeypatch)
+    findings = examine(None, ["model=model", "task.train=train.jsonl", "rollouts=2", *overrides])
+    assert [f for f in findings if f.verdict != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "fix", "mended"),
+    [
+        (["lora={}", "rollout_lag=2"], "no rollout_lag", ["lora={}"]),
+        (["objective=ppo", "trainer.top_p=0.9", "trainer.replay_support=true"], "anchor: sampler",
+         ["objective=ppo", "trainer.top_p=0.9", "trainer.replay_support=true", "anchor=sampler"]),
+        (["objective=drpo_topk", "trainer.top_p=0.9", "trainer.replay_support=true"], "objective: {name: drpo, delta: 0.2}",
+         ["objective={name: drpo, delta: 0.2}", "trainer.top_p=0.9", "trainer.replay_support=true"]),
+        (["trainer.top_k=20"], "trainer.replay_support: true", ["trainer.top_k=20", "trainer.replay_support=true"]),
+        (["trainer.epsilon=0.3"], "objective: {name: ppo, clip_low: 0.2}", ["objective={name: ppo, clip_low: 0.2}"]),
+        (["trainer.fp16=true"], "train_precision: bf16", ["train_precision=bf16"]),
+        (["trainer.lr_scheduler_type=cosine_with_min_lr"], "trainer.lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+         ["trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_kwargs={min_lr_rate: 0.1}"]),
+        (["trainer.optim=adamm"], "'adamw_torch'", ["trainer.optim=adamw_torch"]),
+        (["trainer.torch_compile_backend=indctor"], "'inductor'", ["trainer.torch_compile_backend=inductor"]),
+        (["trainer.num_return_sequences=4"], "num_generations at the top", ["num_generations=4"]),
+        (["updates_per_rollout=3"], "a divisor of 128", ["updates_per_rollout=2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_fix_that_is_applied_leaves_nothing_to_mend(
+    here: Path, broken: list[str], fix: str, mended: list[str]
+) -> None:
+    first, *_ = [f for f in examine(None, broken) if f.verdict == "stop"]
+    assert fix in (first.fix or "")
+    assert [f for f in examine(None, mended) if f.verdict != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "temperature", "verdict", "what", "fix"),
+    [
+        ((200, "raw_logprobs"), 0.7, "stop", "returns raw_logprobs, log-probs at temperature 1, and tokens are drawn at 0.7", "trl vllm-serve --model"),
+        ((200, "raw_logprobs"), 1, None, "", ""),
+        ((200, "processed_logprobs"), 0.7, None, "", ""),
+        ((404, ""), 1, "stop", "does not say how it is set up (/server_info: 404)", "trl vllm-serve --model"),
+        ((200, None), 1, "warning", "is no vLLM server that TRL knows", "trl vllm-serve --model"),
+    ],
+    ids=["before the temperature", "temperature 1", "after the temperature", "no development endpoints", "another server"],
+)  # fmt: skip
+def test_a_server_is_asked_what_log_probs_it_returns(
+    here: Path, answer: tuple[int, str | None], temperature: float, verdict: str | None, what: str, fix: str
+) -> None:
+    status, mode = answer
+    said = {"vllm_config": {"model_config": {"logprobs_mode": mode}}} if mode else {}
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/server_info?config_format=json"
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"trainer.vllm_server_base_url=http://127.0.0.1:{server.server_port}"
+        options = ["trainer.use_vllm=true", "trainer.vllm_mode=server", address, f"temperature={temperature}"]
+        found = [f for f in examine(None, options, rollout=False) if f.what.startswith("trainer.use_vllm: ")]
+        server.shutdown()
+    missing, *others = found
+    assert missing.what == "trainer.use_vllm: vllm is not installed"
+    assert [f.verdict for f in others] == ([verdict] if verdict else [])
+    assert all(what in f.what and fix in (f.fix or "") for f in others)
 
 
 @pytest.fixture
@@ -374,6 +544,43 @@ def test_json_is_all_there_is_on_both_streams_and_a_stop_is_exit_code_1(
         assert row["what"]
         assert "\n" not in row["what"]
         assert row["verdict"] == "ok" or row["fix"]
+
+
+LOUD = """
+import atexit, ctypes, os, subprocess, sys
+
+SAID = sys.stdout
+atexit.register(print, "at exit")
+
+
+def say():
+    print("print")
+    SAID.write("a stream that was kept\\n")
+    os.write(1, b"os.write\\n")
+    ctypes.CDLL(None).puts(b"puts")
+    subprocess.run(["echo", "a subprocess"])
+
+
+say()
+
+
+def score(completions, answer, **_):
+    say()
+    return [float(c == a) for c, a in zip(completions, answer)]
+"""
+
+
+def test_what_rewards_plug_ins_and_their_subprocesses_print_is_not_on_standard_output(here: Path) -> None:
+    (here / "loud.py").write_text(LOUD)
+    command = [sys.executable, "-m", "drpo", "doctor", "--json", "--set", "reward=loud:score"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert {row["verdict"] for row in json.loads(ended.stdout)} == {"ok"}
+
+
+def test_without_a_standard_output_the_exit_code_is_what_there_is(here: Path) -> None:
+    line = f"{sys.executable} -m drpo doctor --no-rollout --set objective.delta=-1 >&-"
+    assert subprocess.run(line, shell=True, capture_output=True).returncode == 1
 
 
 def test_people_see_a_line_a_finding_and_its_fix_below(doctor: Any) -> None:

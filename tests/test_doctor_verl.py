@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,18 @@ def test_the_command_prints_json_and_exits_with_1_where_something_stops() -> Non
     wrong = CliRunner().invoke(app, [*arguments, "--set", "trainer.use_v1=false"])
     assert wrong.exit_code == 1
     assert "stop" in {row["verdict"] for row in json.loads(wrong.stdout)}
+
+
+def test_what_a_plug_in_of_verl_prints_is_not_on_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loud.py").write_text("import os; os.write(1, b'loaded\\n'); os.system('echo loaded')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "loud")
+    config = RECIPES / "qwen3-4b-base.yaml"
+    command = [sys.executable, "-m", "drpo", "doctor", "--verl", str(config), "--no-workers", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert {row["verdict"] for row in json.loads(ended.stdout)} == {"ok", "warning"}
 
 
 @pytest.mark.parametrize(

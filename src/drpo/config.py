@@ -79,7 +79,6 @@ GENERATION_KWARGS = {
     "max_time",
     "pad_token_id",
     "prefill_chunk_size",
-    "stop_strings",
     "temperature",
     "use_cache",
 }
@@ -194,6 +193,11 @@ class DRPOConfig(GRPOConfig):
         self.generation_batch_size = None
         super().__post_init__()
         for name in self.generation_kwargs or {}:
+            if name == "stop_strings":
+                raise ValueError(
+                    "generation_kwargs has 'stop_strings', for which Transformers needs a tokenizer that TRL does not give "
+                    "it; leave it out, or use eos_token_id"
+                )
             if name not in GENERATION_KWARGS:
                 raise ValueError(
                     f"generation_kwargs has {name!r}, which may change what is sampled from, while the trainer scores "

@@ -5,14 +5,19 @@ class UserError(Exception):
     """A mistake in a recipe, a file or an option; its message is one line that says where, what, and what was expected.
 
     The command line prints the message and exits with 2.
+
+    Args:
+        message: what is wrong.
+        fix: what to write instead, for ``drpo doctor``, where the message does not end in it.
     """
 
     LONGEST = 1000
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
         # What the user gave is quoted in it, line breaks and megabytes included.
         line = " ".join(message.split())
         super().__init__(line if len(line) <= self.LONGEST else line[: self.LONGEST] + "...")
+        self.fix = fix
 
     @property
     def lines(self) -> list[str]:

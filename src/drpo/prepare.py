@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import datasets
 import torch
 import transformers
 from datasets import Dataset
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PrinterCallback
 from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
-from drpo.names import unknown_name
+from drpo.options import AT_THE_TOP, check_option, refuse_together
 from drpo.pretrained import load_pretrained
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
@@ -144,33 +142,20 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         # Without a GPU, Transformers lets bf16 pass only where the CPU is asked for.
         "use_cpu": not torch.accelerator.is_available(),
     }
-    for name, value in recipe.trainer.items():
-        check_option(name, value)
-        if name in settings:
-            raise UserError(f"trainer: {name} follows from the recipe and its run folder; leave it out")
+    options = {name: check_option(name, value) for name, value in recipe.trainer.items()}
+    for name in options.keys() & settings.keys():
+        instead = f"{AT_THE_TOP[name]} at the top of the recipe, and " if name in AT_THE_TOP else ""
+        raise UserError(
+            f"trainer: {name} follows from the recipe and its run folder; leave it out",
+            fix=f"{instead}no trainer.{name}",
+        )
+    refuse_together(recipe, options)
     try:
-        config = DRPOConfig(**{**defaults, **settings, **recipe.trainer})
-    except (ValueError, TypeError, ImportError) as error:
+        config = DRPOConfig(**{**defaults, **settings, **options})
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"trainer: {error}") from error
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
     return config
-
-
-def check_option(name: str, value: Any) -> None:
-    """Refuse an option of ``trainer`` that DRPOConfig does not have, or a value of another type than its own."""
-    types = get_type_hints(DRPOConfig)
-    known = sorted(field.name for field in dataclasses.fields(DRPOConfig))
-    if name not in known:
-        raise UserError(
-            f"trainer: {unknown_name('option', name, known).split(' Known:')[0]} (the options are those of DRPOConfig)"
-        )
-    try:
-        TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        expected = " or ".join(
-            dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
-        )
-        raise UserError(f"trainer.{name}: got {value!r}; expected {expected}") from error
 
 
 def make_lora(recipe: Recipe) -> Any:

@@ -299,6 +299,7 @@ def _first_mistake(error: ValidationError) -> str:
     if kind == "missing":
         return f"{field}: is missing; it has no default"
     message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.replace("String should have at least 1 character", "text that is not empty")
     if kind == "value_error":
         return f"{field}: {message}" if field else message
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."

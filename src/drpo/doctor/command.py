@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from drpo.doctor.findings import Finding, show
+from drpo.doctor.quiet import nothing_more_on_stdout, nothing_on_stdout
 from drpo.errors import UserError
 
 
@@ -47,17 +48,24 @@ def doctor(
     """
     if recipe is not None and verl is not None:
         raise UserError(f"{recipe} and --verl {verl}: expected one of them")
-    if verl is not None:
-        from drpo.doctor.verl import examine
+    # The libraries that are imported here may speak too.
+    with nothing_on_stdout():
+        findings = (
+            _of_verl(verl, overrides or [], workers) if verl else _of_recipe(recipe, overrides or [], rollout, as_json)
+        )
+    code = show(findings, as_json)
+    nothing_more_on_stdout()
+    raise typer.Exit(code)
 
-        findings = examine(verl, overrides or [], workers=workers)
-    else:
-        findings = _examine(recipe, overrides or [], rollout, as_json)
-    raise typer.Exit(show(findings, as_json))
 
-
-def _examine(recipe: Path | None, overrides: list[str], rollout: bool, as_json: bool) -> list[Finding]:
+def _of_recipe(recipe: Path | None, overrides: list[str], rollout: bool, as_json: bool) -> list[Finding]:
     with Console(stderr=True, quiet=as_json).status("loading") as status:
         from drpo.doctor.examine import examine
 
         return examine(recipe, overrides, rollout=rollout, begin=status.update)
+
+
+def _of_verl(config: Path, overrides: list[str], workers: bool) -> list[Finding]:
+    from drpo.doctor.verl import examine
+
+    return examine(config, overrides, workers=workers)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import Any
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.model import Blank
 from drpo.recipe import Recipe
 from drpo.rewards import Reward, scores_of
 from drpo.tasks import Problem, as_prompt, builtin_problems
@@ -16,8 +19,10 @@ TOKENISED = 200
 GRADED = 50
 """Problems whose reference answers are graded."""
 
+Spelt = list[list[tuple[str, float]]]
+"""Of each problem, the spellings of an answer and their scores."""
+
 _SPELLINGS = ("{answer}", "\\boxed{{{answer}}}", "Answer: {answer}", "#### {answer}")
-_WRONG = "I do not know."
 
 
 def stand_ins() -> list[Problem]:
@@ -25,17 +30,17 @@ def stand_ins() -> list[Problem]:
     return builtin_problems("train", GRADED, seed=0)
 
 
-def prompt_lengths(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -> list[int]:
+def prompt_lengths(problems: Sequence[Problem], blank: Blank) -> list[int]:
     """Tokens of the longest prompts, as the trainer sees them."""
     longest = sorted(problems, key=lambda problem: len(problem.prompt))[-TOKENISED:]
-    return [len(_token_ids(problem, tokenizer, recipe)) for problem in longest]
+    return [len(_token_ids(problem, blank)) for problem in longest]
 
 
-def _token_ids(problem: Problem, tokenizer: Any, recipe: Recipe) -> list[int]:
+def _token_ids(problem: Problem, blank: Blank) -> list[int]:
+    tokenizer, options = blank.tokenizer, blank.template_options
     prompt = as_prompt(problem, tokenizer)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    options = recipe.trainer.get("chat_template_kwargs") or {}
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
 
 
@@ -61,9 +66,9 @@ def check_problems(recipe: Recipe, train: Sequence[Problem], heldout: Sequence[P
         yield Finding("ok", f"task: {len(train):,} problems, {len(heldout):,} held out")
 
 
-def check_prompts(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -> Iterator[Finding]:
+def check_prompts(problems: Sequence[Problem], blank: Blank) -> Iterator[Finding]:
     """Whether a prompt has the marks of a conversation once."""
-    problem = problems[0]
+    problem, tokenizer = problems[0], blank.tokenizer
     special = [t for t in tokenizer.all_special_tokens if len(t) > 2 and t in problem.prompt]
     if tokenizer.chat_template and special:
         yield Finding(
@@ -72,10 +77,19 @@ def check_prompts(problems: Sequence[Problem], tokenizer: Any, recipe: Recipe) -
             "task.template and data without the marks of a chat template",
         )
         return
-    ids, bos = _token_ids(problem, tokenizer, recipe), tokenizer.bos_token_id
+    ids, bos = _token_ids(problem, blank), tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         yield Finding(
             "stop", f"prompt: begins with {tokenizer.bos_token!r} twice", f"task.template without {tokenizer.bos_token}"
+        )
+        return
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and (met := [p for p in problems[:TOKENISED] if unknown in _token_ids(p, blank)]):
+        yield Finding(
+            "warning",
+            f"prompt: {len(met)} of {len(problems[:TOKENISED])} have characters that the tokenizer does not know, the first "
+            f"{met[0].prompt[:60]!r}",
+            f"data and task.template without what becomes {tokenizer.unk_token}, or another model",
         )
         return
     shown = tokenizer.decode(ids)
@@ -88,40 +102,108 @@ def check_grader(reward: Reward, problems: Sequence[Problem], tokenizer: Any) ->
     name = getattr(judge, "__name__", type(judge).__name__)
     asked = list(problems[:GRADED])
     own = [problem.answer for problem in asked]
-    others = [other if other != answer else _WRONG for answer, other in zip(own, own[1:] + own[:1], strict=True)]
+    others = wrong_answers(own)
     try:
-        right, wrong = (_best(judge, answers, asked, tokenizer) for answers in (own, others))
-    except Exception as error:  # a reward of the user's can raise anything
+        right, wrong = (_scores(judge, answers, asked, tokenizer) for answers in (own, others))
+    except (Exception, SystemExit) as error:  # a reward of the user's can raise anything
         yield Finding(
             "stop",
             f"grader: {name} fails on {own[0]!r} ({type(error).__name__}: {str(error)[:200]})",
-            "a reward that takes completions and answer, and returns a number or None for each completion",
+            "a reward that takes completions, answer and **others, and returns a number or None for each completion",
         )
         return
-    if not any(score > other for score, other in zip(right, wrong, strict=True)):
+    unfit = [(text, score) for scored in (right, wrong) for row in scored for text, score in row if not isfinite(score)]
+    if unfit:
+        text, score = unfit[0]
         yield Finding(
             "stop",
-            f"grader: {name} gives {max(right):g} to the reference answer of a problem and {max(wrong):g} to another's",
+            f"grader: {name} gives {score} to {text[:60]!r}",
+            f"a finite number from {name}, or None for a completion that cannot be scored",
+        )
+        return
+    pairs = _best(right, wrong)
+    # Where not even the reference answer is right, its score says nothing of the others.
+    fooled = [n for n, (mine, other) in enumerate(pairs) if other >= mine >= 1]
+    unmet = [problem for problem, (mine, _) in zip(asked, pairs, strict=True) if mine < 1]
+    if not any(mine > other for mine, other in pairs) or len(fooled) > (len(asked) - len(unmet)) / 2:
+        n = fooled[0] if fooled else 0
+        yield Finding(
+            "stop",
+            f"grader: {name} gives {pairs[n][0]:g} to {own[n][:60]!r}, the reference answer of a problem, and "
+            f"{pairs[n][1]:g} to {others[n][:60]!r}",
             "task.answer, the field with the reference answers, or a reward that reads them",
         )
-    elif unmet := [problem for problem, score in zip(asked, right, strict=True) if score < 1]:
+    elif len(unmet) == len(asked):
+        yield Finding(
+            "warning",
+            f"grader: {name} gives {max(mine for mine, _ in pairs):g} at most to a reference answer, and held-out accuracy "
+            "counts rewards of at least 1",
+            f"1 for a right answer from {name}",
+        )
+    elif unmet:
         yield Finding(
             "warning",
             f"grader: {name} does not recognise {len(unmet)} of {len(asked)} reference answers as right, the first "
             f"{unmet[0].answer[:60]!r}",
             "task.answer, or rows without such answers",
         )
+    elif judge is not reward and (sums := _compared(reward, own, others, asked, tokenizer)):
+        yield sums
     else:
         yield Finding("ok", f"grader: {name} tells the reference answers of {len(asked)} problems from others")
 
 
-def _best(judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:
-    """Of each answer's spellings, the score of the one that the judge likes best."""
-    scores = [
-        _grade(judge, [spelling.format(answer=answer) for answer in answers], problems, tokenizer)
-        for spelling in _SPELLINGS
+def _compared(
+    reward: Reward, own: Sequence[str], others: Sequence[str], asked: Sequence[Problem], tokenizer: Any
+) -> Finding | None:
+    """What is wrong with a sum of rewards of which one says whether an answer is right."""
+    pairs = _best(*(_scores(reward, answers, asked, tokenizer) for answers in (own, others)))
+    if any(mine > other for mine, other in pairs):
+        return None
+    mine, other = pairs[0]
+    return Finding(
+        "stop",
+        f"reward: the sum gives {mine:g} to {own[0][:60]!r}, a right answer, and {other:g} to {others[0][:60]!r}",
+        "reward: a weight > 0 for the one that says whether an answer is right",
+    )
+
+
+def wrong_answers(answers: Sequence[str]) -> list[str]:
+    """To each answer one that is not, and looks like one: the next of the data, or the same with another number."""
+    return [
+        next(
+            (other for other in (*answers[n + 1 :], *answers[:n]) if _is_another(answer, other)),
+            re.sub(r"\d(?=\D*$)", lambda last: str((int(last[0]) + 1) % 10), answer) if _has_digits(answer) else "7",
+        )
+        for n, answer in enumerate(answers)
     ]
-    return [max(row) for row in zip(*scores, strict=True)]
+
+
+def _is_another(answer: str, other: str) -> bool:
+    """Whether the other answer means something else, and is in numbers or in words alike."""
+    try:
+        return float(answer) != float(other)
+    except ValueError:
+        is_same = answer.strip().casefold() == other.strip().casefold()
+        return not is_same and _has_digits(answer) == _has_digits(other)
+
+
+def _has_digits(answer: str) -> bool:
+    return re.search(r"\d", answer) is not None
+
+
+def _best(right: Spelt, wrong: Spelt) -> list[tuple[float, float]]:
+    """The score of each problem's own answer and of the wrong one, each in the spelling that is liked best."""
+    return [(max(s for _, s in mine), max(s for _, s in other)) for mine, other in zip(right, wrong, strict=True)]
+
+
+def _scores(judge: Reward, answers: Sequence[str], problems: Sequence[Problem], tokenizer: Any) -> Spelt:
+    """To each answer its spellings and their scores."""
+    texts = [[spelling.format(answer=answer) for answer in answers] for spelling in _SPELLINGS]
+    scores = [_grade(judge, completions, problems, tokenizer) for completions in texts]
+    return [
+        list(zip(*row, strict=True)) for row in zip(zip(*texts, strict=True), zip(*scores, strict=True), strict=True)
+    ]
 
 
 def _grade(judge: Reward, completions: list[str], problems: Sequence[Problem], tokenizer: Any) -> list[float]:

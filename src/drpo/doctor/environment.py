@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from packaging.requirements import Requirement
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from drpo.config import DRPOConfig
-from drpo.doctor.findings import Finding, refused
+from drpo.doctor.findings import Finding
+from drpo.doctor.fixes import refused
 from drpo.doctor.memory import available, gib
 from drpo.doctor.verl_worker import MODULE, routes
+from drpo.doctor.vllm import check_vllm
 from drpo.names import unknown_name
 from drpo.precision import BY_TORCHAO
 from drpo.recipe import Recipe
 
-EXTRAS = {
-    "lora": "lora",
-    "low-precision": "train_precision and rollout_precision fp8 and int8",
-    "verl": "--engine verl",
-}
-"""Extras of this package for users, and what in a recipe or on the command line each is for."""
+EXTRAS = {"lora": "peft", "low-precision": "torchao", "verl": "verl"}
+"""Extras of this package for users, and the package that each is there for."""
 
 REPORTERS = ("clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb")
 """Those of Transformers that are modules of the same name."""
@@ -43,14 +42,12 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_extras() -> Iterator[Finding]:
-    """Which extras are there; those that are there in part are a warning."""
+    """Which extras are there; one whose package is there and not what goes with it is a warning."""
     absent, present = [], []
-    for extra in EXTRAS:
-        wanted = _declared(extra)
-        missing = [requirement for requirement in wanted if _installed(requirement.name) is None]
-        if len(missing) == len(wanted):
+    for extra, package in EXTRAS.items():
+        if _installed(package) is None:
             absent.append(extra)
-        elif wrong := list(_wrong(wanted)):
+        elif wrong := list(_wrong(_declared(extra))):
             yield from (Finding("warning", f"{found.what} (extra {extra})", _install(extra)) for found in wrong)
         else:
             present.append(extra)
@@ -107,43 +104,38 @@ def check_needs(recipe: Recipe, config: DRPOConfig | None) -> Iterator[Finding]:
     for name in ("train_precision", "rollout_precision"):
         if (precision := getattr(recipe, name)) in BY_TORCHAO:
             yield from _missing("low-precision", f"{name}: {precision}")
-    reporters = recipe.trainer.get("report_to") or []
-    for package in [reporters] if isinstance(reporters, str) else reporters:
-        if package in ("none", "all"):
-            continue
+    for name in ("fsdp", "deepspeed"):
+        if recipe.trainer.get(name):
+            yield Finding(
+                "warning",
+                f"trainer.{name}: shards over several processes; the doctor is one, and looks at the run without it",
+                "accelerate launch -m drpo train, which starts them",
+            )
+    if config is None:
+        return
+    reporters: Any = config.report_to  # a list by now
+    for package in reporters:
         if package not in INTEGRATION_TO_CALLBACK:
             yield refused(ValueError(unknown_name("reporter", package, INTEGRATION_TO_CALLBACK)), "trainer.report_to")
         elif package in REPORTERS and find_spec(package) is None:
             yield Finding("stop", f"trainer.report_to: {package} is not installed", f"pip install {package}")
-    if recipe.trainer.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+    if config.use_liger_kernel and find_spec("liger_kernel") is None:
         yield Finding("stop", "trainer.use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel")
-    if recipe.trainer.get("use_vllm"):
-        yield from _vllm(config)
+    if config.torch_compile:
+        yield from _compiler(config)
+    if config.use_vllm:
+        yield from check_vllm(recipe, config)
 
 
-def _vllm(config: DRPOConfig | None) -> Iterator[Finding]:
-    if find_spec("vllm") is None:
-        yield Finding(
-            "stop",
-            "trainer.use_vllm: vllm is not installed",
-            "pip install 'trl[vllm]', or trainer.use_vllm: false to sample with Transformers",
-        )
-    if config is None:
-        return
-    if config.vllm_mode == "colocate":
-        if not torch.cuda.is_available():
-            yield Finding(
-                "stop", "trainer.use_vllm: vLLM beside the trainer needs a GPU", "trainer.use_vllm: false, or a GPU"
-            )
-        return
-    try:
-        socket.create_connection((config.vllm_server_host, config.vllm_server_port), timeout=2).close()
-    except OSError as error:
-        yield Finding(
-            "stop",
-            f"trainer.use_vllm: no server answers at {config.vllm_server_host}:{config.vllm_server_port} ({error})",
-            "trl vllm-serve --model MODEL in another process, or trainer.vllm_mode: colocate",
-        )
+def _compiler(config: DRPOConfig) -> Iterator[Finding]:
+    """Names alone: compiling takes most of a minute, and the doctor's rollout does without."""
+    from torch._inductor import list_mode_options
+
+    backend, mode = config.torch_compile_backend, config.torch_compile_mode
+    backends, modes = [known.value.lower() for known in DynamoBackend], ["default", *list_mode_options()]
+    for name, value, known in (("torch_compile_backend", backend, backends), ("torch_compile_mode", mode, modes)):
+        if value is not None and value.lower() not in known:
+            yield refused(ValueError(unknown_name(name.rpartition("_")[2], value, known)), f"trainer.{name}")
 
 
 def _missing(extra: str, needed_by: str) -> Iterator[Finding]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from drpo.config import DRPOConfig
 from drpo.doctor import environment, model
 from drpo.doctor import recipe as of_recipe
 from drpo.doctor.chat_template import check_chat_template
 from drpo.doctor.data import check_grader, check_problems, check_prompts, prompt_lengths, stand_ins
-from drpo.doctor.findings import Finding, refused
+from drpo.doctor.findings import Finding
+from drpo.doctor.fixes import refused
 from drpo.doctor.memory import check_memory
 from drpo.doctor.rollout import check_rollout
+from drpo.doctor.weights import check_weights
 from drpo.errors import UserError
+from drpo.options import refuse_together
 from drpo.prepare import load_problems, make_config, quiet_libraries
 from drpo.recipe import Recipe, load_recipe
 
@@ -67,10 +70,10 @@ def examine(
 
 
 def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> None:
-    config = checks.attempt("trainer", lambda: make_config(recipe, scratch, processes=1))
+    config = checks.attempt("trainer", lambda: _config(recipe, scratch))
     has_needs = checks.run("needs", lambda: environment.check_needs(recipe, config))
     checks.run("objective", lambda: of_recipe.check_objective(recipe))
-    checks.run("anchor", lambda: of_recipe.check_anchor(recipe))
+    checks.run("anchor", lambda: of_recipe.check_anchor(recipe, config))
     checks.run("audit", lambda: of_recipe.check_threshold(recipe))
     reward = checks.attempt("reward", recipe.make_reward)
 
@@ -81,30 +84,43 @@ def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> No
     problems = train or stand_ins()
 
     # Adapters that cannot be made are among the needs.
-    blank = checks.attempt("model", lambda: model.load_blank(recipe)) if has_needs or recipe.lora is None else None
+    blank = (
+        checks.attempt("model", lambda: model.load_blank(recipe, config)) if has_needs or recipe.lora is None else None
+    )
+    is_templated = is_graded = fits = False
     if blank is not None:
-        checks.run("tokenizer", lambda: model.check_tokenizer(blank))
-        is_templated = checks.run("chat template", lambda: check_chat_template(blank, recipe))
+        fits = checks.run("tokenizer", lambda: model.check_tokenizer(blank))
+        is_templated = checks.run("chat template", lambda: check_chat_template(blank))
         checks.run("dropout", lambda: model.check_dropout(blank))
         if reward is not None:
-            checks.run("grader", lambda: check_grader(reward, problems, blank.tokenizer))
+            is_graded = checks.run("grader", lambda: check_grader(reward, problems, blank.tokenizer))
         if is_templated:
-            checks.run("prompt", lambda: check_prompts(problems, blank.tokenizer, recipe))
+            checks.run("prompt", lambda: check_prompts(problems, blank))
     if config is not None:
         checks.run("updates", lambda: of_recipe.check_updates(recipe, config))
-    fits = True
     if blank is not None and config is not None:
         checks.run("sampling", lambda: model.check_sampling(blank, config))
-        checks.run("weights", lambda: model.check_weights(blank, recipe, config))
-        lengths = checks.attempt("prompt", lambda: prompt_lengths(problems, blank.tokenizer, recipe)) or [0]
-        checks.run("length", lambda: model.check_positions(blank, config, lengths))
-        fits = checks.run("memory", lambda: check_memory(blank.policy, config, max(lengths)))
+        if not config.use_vllm:
+            fits &= checks.run("sampling", lambda: model.check_generation(blank))
+        checks.run("lora", lambda: model.check_adapters(blank, recipe))
+        fits &= checks.run("weights", lambda: check_weights(blank, recipe, config))
+        lengths = checks.attempt("prompt", lambda: prompt_lengths(problems, blank)) if is_templated else None
+        if lengths:
+            fits &= checks.run("length", lambda: model.check_positions(blank, config, lengths))
+        fits &= checks.run("memory", lambda: check_memory(blank.policy, config, max(lengths or [0])))
     if not rollout:
         return
-    if reward is None or blank is None or config is None or not (has_needs and fits):
-        checks.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
-    else:
+    if reward is not None and config is not None and has_needs and is_templated and is_graded and fits:
         checks.run("rollout", lambda: check_rollout(recipe, reward, problems, scratch))
+    else:
+        checks.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
+
+
+def _config(recipe: Recipe, scratch: str) -> DRPOConfig:
+    refuse_together(recipe, recipe.trainer)
+    # DeepSpeed's settings change how every model of the process is loaded from then on.
+    trainer = {name: value for name, value in recipe.trainer.items() if name != "deepspeed"}
+    return make_config(recipe.model_copy(update={"trainer": trainer}), scratch, processes=1)
 
 
 class _Checks:
@@ -121,7 +137,7 @@ class _Checks:
             return make()
         except UserError as error:
             self.findings.append(refused(error))
-        except Exception as error:  # a fault that nobody thought of is a finding too
+        except (Exception, SystemExit) as error:  # a fault that nobody thought of is a finding too
             self.findings.append(refused(RuntimeError(f"{type(error).__name__}: {str(error)[:500]}"), name))
         return None
 
@@ -134,12 +150,12 @@ class _Checks:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Findings are all there is to say: no library's notices, and nothing on standard output."""
+    """Findings are all there is to say, and no library's notices."""
     quiet_libraries()
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)

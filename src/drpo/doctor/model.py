@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from trl.trainer.utils import disable_dropout_in_model
 from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
-from drpo.policy_head import why_not_fused
 from drpo.prepare import make_lora
 from drpo.recipe import Recipe
 from drpo.rollout.audit import FILTERS, NEUTRAL, find_dropout, sampling_mismatches
@@ -29,12 +30,14 @@ class Blank:
         tokenizer: of the model.
         policy: on the device ``meta``, with the recipe's adapters.
         generation: what generation_config.json says, or what follows from config.json without one.
+        template_options: what the trainer gives to the chat template.
     """
 
     name: str
     tokenizer: Any
     policy: Any
     generation: GenerationConfig
+    template_options: dict[str, Any]
 
     @property
     def file(self) -> str:
@@ -49,28 +52,37 @@ class Blank:
         return [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *ids]) if i is not None]
 
 
-def load_blank(recipe: Recipe) -> Blank:
+def load_blank(recipe: Recipe, config: DRPOConfig | None) -> Blank:
     """Read everything of a model but its weights.
+
+    Args:
+        recipe: that names it.
+        config: of its trainer, if there is one.
 
     Raises:
         UserError: it cannot be read, or is of a kind that cannot be trained.
     """
     source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    _check_settings(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        config = AutoConfig.from_pretrained(source)
+        # Transformers would ask whether to run the code in a folder, and wait for an answer.
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
-            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            policy = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(
             f"model: cannot load {recipe.model!r} ({str(error)[:200]}); expected {', '.join(BUILTIN_MODELS)}, a folder "
-            "saved by Transformers, or a model on the Hugging Face hub that is reachable or in its cache"
+            "saved by Transformers, or a model on the Hugging Face hub that is reachable or in its cache",
+            fix=f"a config.json in which both agree, as it was saved with the model in {source}"
+            if "Class validation error" in str(error)
+            else None,
         ) from error
     try:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:
         generation = policy.generation_config
-    if recipe.trainer.get("disable_dropout"):
+    if config is not None and config.disable_dropout:
         disable_dropout_in_model(policy)
     if lora := make_lora(recipe):
         from peft import get_peft_model
@@ -79,13 +91,38 @@ def load_blank(recipe: Recipe) -> Blank:
             policy = get_peft_model(policy, lora)
         except ValueError as error:
             raise UserError(f"lora: {error}; expected target_modules of this model, or all-linear") from error
-    return Blank(recipe.model, tokenizer, policy, generation)
+    options: Any = config and config.chat_template_kwargs
+    return Blank(recipe.model, tokenizer, policy, generation, options or {})
+
+
+def _check_settings(folder: Path) -> None:
+    """Some of these Transformers needs, and others it leaves out without a word if they cannot be read."""
+    adapters = folder / "adapter_config.json"
+    if adapters.is_file() and not (folder / "config.json").exists():
+        raise UserError(
+            f"model: {folder} has adapters and no model",
+            fix="the folder of the model that they belong to, saved after merge_and_unload() of the two",
+        )
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        file = folder / name
+        try:
+            if file.is_file():
+                json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model: {file} cannot be read ({error})", fix=f"valid JSON in {file}") from error
 
 
 def check_tokenizer(blank: Blank) -> Iterator[Finding]:
     """Special tokens, and whether every token has a row of the embedding."""
     tokenizer, found = blank.tokenizer, False
     settings = f"{blank.file}tokenizer_config.json"
+    if not tokenizer("1", add_special_tokens=False)["input_ids"]:
+        yield Finding(
+            "stop",
+            "tokenizer: makes no tokens of text",
+            f"the tokenizer's files, such as tokenizer.json, in {blank.name}",
+        )
+        return
     if not blank.eos_ids:
         found = True
         yield Finding(
@@ -137,6 +174,35 @@ def check_dropout(blank: Blank) -> Iterator[Finding]:
     )
 
 
+_UNUSABLE = (
+    ("stop_strings", (None,), "for which Transformers needs a tokenizer that TRL does not give it"),
+    ("num_return_sequences", (None, 1), "and TRL counts one completion for each prompt that it gives"),
+)
+"""Settings of generation that no rollout works with, and the values at which they are nothing."""
+
+
+def check_generation(blank: Blank) -> Iterator[Finding]:
+    """Whether Transformers can sample with what the model brings, for TRL."""
+    for name, neutral, why in _UNUSABLE:
+        if (value := getattr(blank.generation, name, None)) not in neutral:
+            yield Finding(
+                "stop",
+                f"sampling: generation_config.json of the model has {name}={value}, {why}",
+                f"no {name} in {blank.file}generation_config.json",
+            )
+
+
+def check_adapters(blank: Blank, recipe: Recipe) -> Iterator[Finding]:
+    """Whether each of several names of modules is one; peft is content with the first."""
+    wanted = recipe.lora.target_modules if recipe.lora is not None else ()
+    modules = [name for name, _ in blank.policy.named_modules()]
+    for target in wanted if isinstance(wanted, (list, tuple)) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            yield Finding(
+                "warning", f"lora: the model has no module {target!r}", f"lora.target_modules without {target!r}"
+            )
+
+
 def check_sampling(blank: Blank, config: DRPOConfig) -> Iterator[Finding]:
     """Whether samples come from the distribution that the trainer scores."""
     asked = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
@@ -164,35 +230,6 @@ def check_sampling(blank: Blank, config: DRPOConfig) -> Iterator[Finding]:
         filters = [f"{n}={asked[n]}" for n in NEUTRAL if asked.get(n) not in NEUTRAL[n]]
         said = f"{', '.join(filters)} on both sides (replay_support)" if filters else "no filters"
         yield Finding("ok", f"sampling: temperature {config.temperature:g} on both sides, {said}")
-
-
-def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
-    """What the weights are, and what turns hidden states into log-probs."""
-    quantisation = getattr(blank.policy.config, "quantization_config", None)
-    if quantisation and recipe.lora is None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        yield Finding(
-            "stop",
-            f"weights: {recipe.model} is quantised ({method}), and quantised weights get no updates",
-            "the model that it was made from, or adapters (lora: {})",
-        )
-        return
-    count = sum(parameter.numel() for parameter in blank.policy.parameters())
-    trained = sum(parameter.numel() for parameter in blank.policy.parameters() if parameter.requires_grad)
-    rollout = config.rollout_precision or ("vLLM's" if config.use_vllm else "the trainer's")
-    yield Finding(
-        "ok",
-        f"weights: {count:,}"
-        + (f", {trained:,} trained" if trained < count else "")
-        + f", in fp32; training computes in {config.train_precision}, rollouts in {rollout}",
-    )
-    base = blank.policy.get_base_model() if recipe.lora is not None else blank.policy
-    if not config.fused_loss or config.replay_support:
-        return
-    if reason := why_not_fused(base):
-        yield Finding("ok", f"loss: not fused with the LM head, as {reason}; TRL's takes its place")
-    else:
-        yield Finding("ok", "loss: fused with the LM head")
 
 
 def check_positions(blank: Blank, config: DRPOConfig, lengths: Sequence[int]) -> Iterator[Finding]:

@@ -16,6 +16,10 @@ _ANCHORS = {
 }
 
 
+_ROUNDING = 1e-5
+"""Nats; ten times what two computations of one log-prob in fp32 differ by."""
+
+
 def check_objective(recipe: Recipe) -> Iterator[Finding]:
     """Which objective, and whether its trust region has an edge."""
     objective = recipe.objective.make()
@@ -38,7 +42,7 @@ def check_objective(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def check_anchor(recipe: Recipe) -> Iterator[Finding]:
+def check_anchor(recipe: Recipe, config: DRPOConfig | None) -> Iterator[Finding]:
     """What the ratio is taken against, and whether anything makes up for what that leaves out."""
     anchor = recipe.anchor or recipe.objective.make().anchor
     lower = recipe.rollout_precision not in (None, recipe.train_precision)
@@ -46,7 +50,7 @@ def check_anchor(recipe: Recipe) -> Iterator[Finding]:
         what
         for applies, what in (
             (lower, f"rollouts are in {recipe.rollout_precision}"),
-            (recipe.trainer.get("use_vllm"), "vLLM samples"),
+            (config is not None and config.use_vllm, "vLLM samples"),
             (recipe.rollout_lag, f"samples are {recipe.rollout_lag} rollouts old"),
         )
         if applies
@@ -82,10 +86,19 @@ def check_updates(recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
 
 
 def check_threshold(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the audit of the run itself can still fail."""
-    if recipe.audit_threshold is not None and recipe.audit_threshold > APPROXIMATE_THRESHOLD:
+    """Whether the audit of the run itself can fail, and can pass."""
+    threshold = recipe.audit_threshold
+    if threshold is None:
+        return
+    if threshold > APPROXIMATE_THRESHOLD:
         yield Finding(
             "warning",
-            f"audit: audit_threshold {recipe.audit_threshold:g} nats lets a wrong sampler pass; bf16 engines differ by 0.01 to 0.03",
+            f"audit: audit_threshold {threshold:g} nats lets a wrong sampler pass; bf16 engines differ by 0.01 to 0.03",
             f"no audit_threshold, or at most {APPROXIMATE_THRESHOLD:g}",
+        )
+    elif threshold < _ROUNDING:
+        yield Finding(
+            "warning",
+            f"audit: audit_threshold {threshold:g} nats is less than rounding in fp32, about 1e-6",
+            f"no audit_threshold, or at least {_ROUNDING:g}",
         )

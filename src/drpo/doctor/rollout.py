@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.fixes import fix_of
 from drpo.prepare import make_trainer
 from drpo.recipe import Recipe
 from drpo.rewards import Reward
@@ -18,7 +19,14 @@ from drpo.rollout.token_log import TokenLog
 from drpo.tasks import Problem
 
 PROMPTS, GENERATIONS, TOKENS = 2, 4, 24
-"""Of the rollout: the shortest prompts of the recipe's data, completions of each, tokens of each at most."""
+"""Of the rollout: at most so many prompts, the recipe's shortest, completions of each, tokens of each at most."""
+
+
+SET_ASIDE = (
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("deepspeed", "fsdp", "fsdp_config"),
+)
+"""Options of the trainer that make the same numbers, slowly at first or in several processes."""
 
 
 class _Logs(TrainerCallback):
@@ -30,17 +38,18 @@ class _Logs(TrainerCallback):
             self.rows.append(logs)
 
 
-def cut_down(recipe: Recipe) -> Recipe:
-    """The recipe with one rollout of a few short completions, that tells nobody."""
+def cut_down(recipe: Recipe, prompts: int) -> Recipe:
+    """The recipe with one rollout of a few short completions by one process, that is not compiled and tells nobody."""
+    trainer = {name: value for name, value in recipe.trainer.items() if name not in SET_ASIDE}
     return recipe.model_copy(
         update={
             "rollouts": 1,
-            "prompts_per_rollout": PROMPTS,
+            "prompts_per_rollout": prompts,
             "num_generations": GENERATIONS,
             "updates_per_rollout": min(2, recipe.updates_per_rollout),
             "micro_batch_size": None,
             "max_completion_length": min(TOKENS, recipe.max_completion_length),
-            "trainer": {**recipe.trainer, "report_to": "none"},
+            "trainer": {**trainer, "report_to": "none"},
         }
     )
 
@@ -52,7 +61,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
         UserError: there is no such trainer.
     """
     few = sorted(problems, key=lambda problem: len(problem.prompt))[:PROMPTS]
-    trainer = make_trainer(cut_down(recipe), reward, few, scratch, processes=1)
+    trainer = make_trainer(cut_down(recipe, len(few)), reward, few, scratch, processes=1)
     trainer.args.save_strategy = "no"
     trainer.token_log = TokenLog()
     logs = _Logs()
@@ -63,8 +72,9 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
     except AuditError as error:
         stopped = error
     except ValueError as error:
-        # A rollout without log-probs, or with some that are none: the trainer's own words.
-        yield Finding("stop", f"rollout: {error}", _fix_of(str(error)))
+        # A rollout without log-probs, or with some that are none, or a reward's: the trainer's own words.
+        said = " ".join(f"rollout: {error}".split())
+        yield Finding("stop", said, _fix_of(str(error)) or fix_of(error, said))
         return
     audit = trainer.audit
     if audit is None:
@@ -83,8 +93,12 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
     yield from _updates(logs.rows)
 
 
-def _fix_of(message: str) -> str:
-    return message.rpartition("; ")[2] if "log-probs" in message else "a sampler whose log-probs are finite numbers"
+def _fix_of(message: str) -> str | None:
+    if message.startswith("reward of"):
+        return "a finite number from the reward for every completion, or None for one that cannot be scored"
+    if "the sampler's log-prob" in message:
+        return "a sampler whose log-probs are finite numbers"
+    return message.rpartition("; ")[2] if "no log-probs" in message else None
 
 
 def _log_probs(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:

@@ -109,6 +109,7 @@ def _load_function(name: str) -> Reward:
         found = getattr(import_module(module), function)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         raise UserError(f"reward: cannot load {name!r}: {type(error).__name__}: {error}") from error
-    if callable(found):
+    if callable(found) and not isinstance(found, type):
         return cast(Reward, found)
-    raise UserError(f"reward: {name!r} is a {type(found).__name__}; expected a function")
+    kind = "class" if isinstance(found, type) else type(found).__name__
+    raise UserError(f"reward: {name!r} is a {kind}; expected a function")

@@ -13,7 +13,7 @@ from verl.trainer.config import RolloutCorrectionConfig
 from drpo.config import DRPOConfig
 from drpo.errors import UserError
 from drpo.integrations.verl.config import LOSS_MODES, TARGET, PolicyLoss
-from drpo.prepare import check_option
+from drpo.options import check_option
 from drpo.recipe import Recipe
 from drpo.tasks import BUILTIN_MODELS
 
