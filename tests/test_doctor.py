@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -93,6 +94,13 @@ def module(name: str, text: str) -> Plant:
         patch.syspath_prepend(here)
 
     return plant
+
+
+def without(module: str) -> Plant:
+    """A module that cannot be imported."""
+    return lambda _, patch: patch.setattr(
+        environment, "find_spec", lambda name: None if name == module else find_spec(name)
+    )
 
 
 def installed(**versions: str | None) -> Plant:
@@ -184,9 +192,9 @@ IN_RECIPES = [
           what="lora: the model has no module 'nonexistent'", fix="without 'nonexistent'"),
     fault("shards", None, "trainer.fsdp=true", verdict="warning", what="trainer.fsdp: shards over several processes", fix="accelerate launch"),
     fault("shards of a copy", None, "trainer.fsdp=full_shard", "rollout_lag=2", what="trainer.fsdp: rollout_lag would sample", fix="no rollout_lag, or no trainer.fsdp"),
-    fault("no DeepSpeed", None, "trainer.deepspeed={}", "trainer.deepspeed.zero_optimization={stage: 2}",
+    fault("no DeepSpeed", without("deepspeed"), "trainer.deepspeed={}", "trainer.deepspeed.zero_optimization={stage: 2}",
           what="trainer.deepspeed: deepspeed is not installed", fix="pip install deepspeed"),
-    fault("no Liger", None, "trainer.use_liger_kernel=true", what="liger-kernel is not installed", fix="pip install liger-kernel"),
+    fault("no Liger", without("liger_kernel"), "trainer.use_liger_kernel=true", what="liger-kernel is not installed", fix="pip install liger-kernel"),
     fault("answers taken away", None, "trainer.remove_unused_columns=true", what="takes the reference answers away", fix="no trainer.remove_unused_columns"),
     fault("completions by another name", None, "trainer.num_return_sequences=4", what="num_generations at the top of the recipe is for that",
           fix="num_generations at the top of the recipe, and no trainer.num_return_sequences"),

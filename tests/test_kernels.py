@@ -248,11 +248,95 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
             "PDM looks at the sampler's likeliest tokens",
         ),
         ({"behavior_logp": torch.full((37,), torch.nan)}, "behavior_logp is nan"),
+        ({"bias": torch.zeros(1)}, r"bias has shape \(1,\); expected \(101,\)"),
+        ({"token_ids": torch.full((37,), 101)}, "token_ids has 101; expected tokens of the vocabulary, 0 to 100"),
+        ({"token_ids": torch.full((37,), -100)}, "token_ids has -100; expected tokens"),
+        ({"token_ids": torch.zeros(37)}, "token_ids has dtype torch.float32; expected torch.int64"),
+        ({"top_k_ids": torch.full((37, 5), 200)}, "top_k_ids has 200; expected tokens"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected a number > 0"),
+        ({"softcap": -5.0}, "softcap is -5.0; expected a number > 0"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fused_policy_loss(**{**case(0), "objective": make_objective("drpo"), **change})
+
+
+def test_an_objective_is_an_objective() -> None:
+    with pytest.raises(TypeError, match=r"objective is 'drpo'; expected an Objective, as drpo\.make_objective makes"):
+        fused_policy_loss(**{**case(0), "objective": "drpo"})
+
+
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over() -> None:
+    drpo.kernels.head.workspace.cache_clear()
+    given = {**case(0), "objective": make_objective("drpo")}
+    with torch.inference_mode():
+        seen = fused_policy_loss(**given)
+    torch.testing.assert_close(differentiated(fused_policy_loss, given)["logp"], seen.logp, rtol=0, atol=0)
+
+
+def test_where_nothing_is_differentiated_the_head_is_the_only_product() -> None:
+    given = {**case(0), "objective": make_objective("drpo")}
+    given["hidden"].requires_grad_()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fused_policy_loss(**given)
+    assert counter.get_total_flops() == 2 * 37 * 16 * 101
+
+
+def test_a_graph_of_the_gradient_is_refused() -> None:
+    given = {**case(0), "objective": make_objective("drpo")}
+    hidden = given["hidden"].requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(fused_policy_loss(**given).loss, hidden, create_graph=True)
+
+
+def test_the_scale_of_a_loss_keeps_fp16_gradients_within_their_range() -> None:
+    # Of a million tokens each counts 1e-6, below half of whose gradient fp16 has nothing.
+    given = {**case(0), "objective": make_objective("drpo"), "scale": torch.full((37,), 1e-6), "bias": None}
+    given = {name: value.float() if name in ("advantage", "behavior_logp") else value for name, value in given.items()}
+    gradients = []
+    for function, dtype in ((fused_policy_loss, torch.float16), (reference_policy_loss, torch.float64)):
+        leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in ("hidden", "lm_head_weight")}
+        (function(**{**given, **leaves}).loss * 2**16).backward()
+        gradients.append([leaf.grad.double() for leaf in leaves.values() if leaf.grad is not None])
+    for fused, reference in zip(*gradients, strict=True):
+        assert (fused - reference).norm() < 0.01 * reference.norm()
+
+
+def test_fp16_gradients_of_the_head_add_up_beyond_the_range_of_their_terms() -> None:
+    tokens, width, vocabulary = 4096, 4, 7
+    hidden = torch.full((tokens, width), 40.0)
+    given = {
+        "token_ids": torch.full((tokens,), 3),
+        "behavior_logp": torch.full((tokens,), -2.0),
+        "advantage": torch.ones(tokens),
+        "scale": torch.full((tokens,), 1 / tokens),
+        "objective": make_objective("pg"),
+    }
+    weights = {}
+    for function, dtype in ((fused_policy_loss, torch.float16), (reference_policy_loss, torch.float64)):
+        weight = torch.zeros(vocabulary, width, dtype=dtype, requires_grad=True)
+        function(hidden=hidden.to(dtype), lm_head_weight=weight, **given).loss.backward()
+        assert weight.grad is not None
+        weights[dtype] = weight.grad.double()
+    torch.testing.assert_close(weights[torch.float16], weights[torch.float64], rtol=2e-3, atol=1e-3)
+
+
+def test_the_triton_kernel_takes_strided_ids_and_logits_of_minus_infinity() -> None:
+    pytest.importorskip("triton")
+    from drpo.kernels.triton_rows import differentiate_rows
+
+    logits = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0))
+    # All of the kernel's first block.
+    logits[:, :4096] = -torch.inf
+    token_ids = torch.tensor([[5000, 0], [6000, 1], [7000, 2]])[:, 0]
+    logp, entropy, gradient = torch.empty(3), torch.empty(3), torch.empty(3, 9000)
+    differentiate_rows(logits, token_ids, LogitTransform(), logp, entropy, gradient)
+    expected = logits[:, 4096:].log_softmax(dim=1)
+    torch.testing.assert_close(logp, expected.gather(1, token_ids.unsqueeze(1) - 4096).squeeze(1))
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(dim=1))
+    assert not gradient[:, :4096].any()
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -10,27 +10,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drpo.micro_batches import Work, left_aligned, lengths, select, split_by_length
+from drpo.micro_batches import Pace, Work, left_aligned, lengths, select, split_by_length
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50), st.booleans()), min_size=1, max_size=30),
     st.one_of(st.none(), st.integers(1, 300)),
+    st.booleans(),
 )
 def test_every_kept_sequence_is_in_one_group_within_the_budget(
-    sequences: list[tuple[int, bool]], budget: int | None
+    sequences: list[tuple[int, int, bool]], budget: int | None, apart: bool
 ) -> None:
-    sizes = torch.tensor([length for length, _ in sequences])
-    keep = torch.tensor([kept for _, kept in sequences])
-    groups = split_by_length(sizes, keep, budget)
+    widths = torch.tensor([(prompt, completion) for prompt, completion, _ in sequences])
+    keep = torch.tensor([kept for _, _, kept in sequences])
+    sizes = widths.sum(dim=1)
+    # Prompts and completions may be padded each by itself.
+    padded = widths if apart else sizes.unsqueeze(1)
+    groups = split_by_length(padded, keep, budget)
     assert sorted(torch.cat([*groups, torch.zeros(0)]).tolist()) == keep.nonzero().squeeze(1).tolist()
     for group in groups:
-        padded = len(group) * sizes[group].max().item()
-        assert budget is None or padded <= budget or len(group) == 1
+        tokens = len(group) * padded[group].amax(dim=0).sum().item()
+        assert budget is None or tokens <= budget or len(group) == 1
     for longer, shorter in itertools.pairwise(groups):
         assert sizes[longer].min() >= sizes[shorter].max()
         # The next one did not fit.
-        assert (len(longer) + 1) * sizes[longer].max() > (budget or 0)
+        together = torch.cat([padded[longer], padded[shorter[:1]]])
+        assert len(together) * together.amax(dim=0).sum() > (budget or 0)
     assert budget is not None or len(groups) <= 1
 
 
@@ -78,12 +83,34 @@ def test_left_aligned_pads_a_model_s_input_to_a_multiple_of_16_or_the_longest(lo
     assert not places[:, 7:].any()
 
 
-def test_work_says_what_was_saved_at_the_pace_of_what_was_not() -> None:
-    # 300 of 400 tokens were left out; the 100 others took 2 seconds.
-    work = Work(sequences=8, dropped=4, padded_tokens=400, computed_tokens=100, seconds=2.0)
-    assert work.metrics() == {
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([], 0.0),
+        ([(0, 1.0)], 0.0),
+        # Steps of one size tell nothing of what takes time whatever is in them.
+        ([(100, 2.0), (100, 2.0)], 0.02),
+        # 1 s and 0.01 s a token.
+        ([(100, 2.0), (10, 1.1), (50, 1.5)], 0.01),
+        # Noise: less than nothing, and more than all.
+        ([(100, 1.0), (10, 2.0)], 0.0),
+        ([(100, 9.0), (10, 0.1)], 9.1 / 110),
+    ],
+)
+def test_the_pace_of_a_token_leaves_out_what_a_step_takes_anyway(
+    steps: list[tuple[int, float]], expected: float
+) -> None:
+    pace = Pace()
+    for tokens, seconds in steps:
+        pace.add(tokens, seconds)
+    assert pace.seconds_per_token == pytest.approx(expected)
+
+
+def test_work_says_which_share_was_saved() -> None:
+    work = Work(sequences=8, dropped=4, padded_tokens=400, computed_tokens=100, saved_seconds=6.0)
+    assert work.metrics(ranks=2) == {
         "work/dropped_sequences": 0.5,
         "work/saved_tokens": pytest.approx(0.75),
-        "work/saved_seconds": pytest.approx(6.0),
+        "work/saved_seconds": pytest.approx(3.0),
     }
     assert Work().metrics() == {}

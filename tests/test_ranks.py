@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support import rollouts
+from support import fsdp, rollouts
 
 ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
 
@@ -59,6 +59,18 @@ def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path, 
     difference = torch.cat([(two[name] - one[name]).flatten() for name in one])
     assert two.keys() == one.keys()
     assert difference.norm() <= 1e-6 * torch.cat([g.flatten() for g in one.values()]).norm()
+
+
+@pytest.mark.parametrize("head", ["apart", "with the rest"])
+def test_a_head_that_fsdp_has_sharded_gets_the_gradient_of_all_ranks(head: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", fsdp.__file__, head],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("objective", ["drpo", "drpo_topk"])

@@ -600,6 +600,17 @@ class TestTraining:
         assert trainer.audit is not None
         assert trainer.audit.maximum < 1e-4
 
+    @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+    def test_with_learned_prompts_updates_them_alone(self, tmp_path: Path, problems: Dataset, kind: str) -> None:
+        peft = pytest.importorskip("peft")
+        adapters = getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        trainer = make_trainer(tmp_path, problems, peft_config=adapters, learning_rate=1e-2, max_steps=4)
+        before = _weights(trainer)
+        trainer.train()
+        moved = {name for name, after in _weights(trainer).items() if not torch.equal(before[name], after)}
+        assert moved
+        assert all("prompt_encoder" in name for name in moved)
+
     def test_resumed_between_rollouts_ends_with_the_same_weights(self, tmp_path: Path, problems: Dataset) -> None:
         settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
         whole = make_trainer(tmp_path / "whole", problems, **settings)

@@ -26,28 +26,59 @@ class Work:
         dropped: those of them that were never computed.
         padded_tokens: tokens the batches hold as they come, padding included.
         computed_tokens: tokens that went through the model, padding included.
-        seconds: time spent on those.
+        saved_seconds: an estimate of what the difference would have taken.
     """
 
     sequences: float = 0
     dropped: float = 0
     padded_tokens: float = 0
     computed_tokens: float = 0
-    seconds: float = 0
+    saved_seconds: float = 0
+
+    @property
+    def saved_tokens(self) -> float:
+        return self.padded_tokens - self.computed_tokens
 
     def sums(self) -> list[float]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def metrics(self) -> dict[str, float]:
-        """Shares of sequences and of tokens left out, and the seconds that they would have taken at the pace of the others."""
+    def metrics(self, ranks: int = 1) -> dict[str, float]:
+        """Shares of sequences and of tokens left out, and the seconds saved on each of the ranks that the sums are over."""
         if not self.computed_tokens:
             return {}
-        saved = self.padded_tokens - self.computed_tokens
         return {
             "work/dropped_sequences": self.dropped / self.sequences,
-            "work/saved_tokens": saved / self.padded_tokens,
-            "work/saved_seconds": self.seconds * saved / self.computed_tokens,
+            "work/saved_tokens": self.saved_tokens / self.padded_tokens,
+            "work/saved_seconds": self.saved_seconds / ranks,
         }
+
+
+class Pace:
+    """The seconds that a token more in a training step takes: the slope of a line through all steps so far.
+
+    What a step takes whatever is in it would have been taken without anything left out too.
+    """
+
+    def __init__(self) -> None:
+        self._steps = self._tokens = self._seconds = self._squares = self._products = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._steps += 1
+        self._tokens += tokens
+        self._seconds += seconds
+        self._squares += tokens * tokens
+        self._products += tokens * seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Between 0 and the mean, which it is where all steps have as many tokens."""
+        if not self._tokens:
+            return 0.0
+        mean = self._seconds / self._tokens
+        spread = self._squares - self._tokens**2 / self._steps
+        if spread <= 1e-9 * self._squares:
+            return mean
+        return min(max((self._products - self._tokens * self._seconds / self._steps) / spread, 0.0), mean)
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -56,16 +87,21 @@ def loss_mask(inputs: dict[str, Any]) -> Tensor:
     return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
 
 
+def widths(inputs: dict[str, Any]) -> Tensor:
+    """Tokens of each sequence's prompt and of its completion, [B, 2]."""
+    return torch.stack([inputs["prompt_mask"].sum(dim=1), inputs["completion_mask"].sum(dim=1)], dim=1)
+
+
 def lengths(inputs: dict[str, Any]) -> Tensor:
     """Tokens of each sequence, prompt and completion, [B]."""
-    return inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+    return widths(inputs).sum(dim=1)
 
 
-def split_by_length(sequence_lengths: Tensor, keep: Tensor, budget: int | None) -> list[Tensor]:
+def split_by_length(sequence_widths: Tensor, keep: Tensor, budget: int | None) -> list[Tensor]:
     """The kept sequences, longest first, in as few groups as hold ``budget`` tokens with their padding.
 
     Args:
-        sequence_lengths: [B].
+        sequence_widths: [B, parts], tokens of each part of a sequence that is padded by itself.
         keep: [B], bool.
         budget: tokens; a longer sequence is a group of its own. None makes one group.
 
@@ -73,15 +109,17 @@ def split_by_length(sequence_lengths: Tensor, keep: Tensor, budget: int | None) 
         The indices of each group's sequences.
     """
     kept = keep.nonzero().squeeze(1)
-    ordered = kept[sequence_lengths[kept].argsort(descending=True, stable=True)]
+    ordered = kept[sequence_widths[kept].sum(dim=1).argsort(descending=True, stable=True)]
     groups: list[list[int]] = []
-    longest = 0
-    for index, length in zip(ordered.tolist(), sequence_lengths[ordered].tolist(), strict=True):
-        if groups and (budget is None or (len(groups[-1]) + 1) * longest <= budget):
+    widest: list[int] = []
+    for index, own in zip(ordered.tolist(), sequence_widths[ordered].tolist(), strict=True):
+        together = [max(pair) for pair in zip(widest or own, own, strict=True)]
+        if groups and (budget is None or (len(groups[-1]) + 1) * sum(together) <= budget):
             groups[-1].append(index)
+            widest = together
         else:
             groups.append([index])
-            longest = length
+            widest = own
     return [torch.tensor(group, device=keep.device) for group in groups]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from drpo.kernels import fused_policy_loss
 from drpo.objectives import Objective
@@ -78,7 +78,10 @@ def add_policy_loss(model: Any, temperature: float) -> None:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """The parameter, gathered where FSDP2 has it sharded as a module of its own; its gradient is the ranks' mean, as FSDP's are."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _transform(text_config: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from drpo.aggregation import Counts, token_scale
 from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
 from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
-from drpo.micro_batches import Work, lengths, loss_mask, select, split_by_length
+from drpo.micro_batches import Pace, Work, lengths, loss_mask, select, split_by_length, widths
 from drpo.policy_head import add_policy_loss, why_not_fused
 from drpo.precision import train_in_fp8
 from drpo.rollout.audit import (
@@ -99,6 +99,8 @@ class DRPOTrainer(RolloutTrainer):
         self.token_log: TokenLog | None = None
         self._why_not_fused = self._fuse(base)
         self._work = Work()
+        self._pace = Pace()
+        self._computed = 0
         self._began = 0.0
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences = Differences()
@@ -113,6 +115,10 @@ class DRPOTrainer(RolloutTrainer):
             (self.aux_loss_enabled, "a load-balancing loss is wanted beside it"),
             (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32 is TRL's fused head's"),
             (self.args.replay_support, "log-probs over the sampler's support need all logits"),
+            (
+                _lengthens_prompts(self.accelerator.unwrap_model(self.model)),
+                "its adapters put tokens before the prompt",
+            ),
             (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
         )
         reason = next((text for applies, text in reasons if applies), None) or why_not_fused(base)
@@ -146,7 +152,7 @@ class DRPOTrainer(RolloutTrainer):
         self._count([inputs])
         log_probs = torch.zeros_like(inputs["sampling_per_token_logps"])
         counted = loss_mask(inputs).bool()
-        for rows in split_by_length(lengths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch):
+        for rows in split_by_length(self._widths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch):
             part = select(inputs, rows)
             sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
             log_probs[rows] = log_probs[rows].masked_scatter(counted[rows], sampled.logp[sampled.mask])
@@ -189,7 +195,7 @@ class DRPOTrainer(RolloutTrainer):
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
-        self._work.seconds += time.perf_counter() - self._began
+        self._pace.add(self._computed, time.perf_counter() - self._began)
         return loss
 
     def _micro_batches(self, inputs: dict[str, Any], mode: str) -> list[dict[str, Any]]:
@@ -203,25 +209,30 @@ class DRPOTrainer(RolloutTrainer):
         can_drop = self.args.drop_zero_advantage and not self.objective.acts_without_advantage
         if can_drop and self.state.global_step > 0:
             keep = counted & (inputs["advantages"] != 0)
-        sizes = lengths(inputs)
         # DeepSpeed counts backward passes itself.
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         budget = None if is_deepspeed else self.args.tokens_per_micro_batch
-        groups = split_by_length(sizes, keep, budget)
+        groups = split_by_length(self._widths(inputs), keep, budget)
         wanted = max(1, len(groups))
         if self.accelerator.num_processes > 1:
             # Every rank takes part in as many forward passes as the one with the most work.
             wanted = int(self.accelerator.gather(torch.tensor([wanted], device=keep.device)).max())
         micro_batches = [select(inputs, rows) for rows in groups]
         if len(groups) < wanted:
-            idle = select(inputs, sizes.argmin().unsqueeze(0))
+            idle = select(inputs, lengths(inputs).argmin().unsqueeze(0))
             idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
             micro_batches = [idle] * (wanted - len(groups)) + micro_batches
         self._work.sequences += len(keep)
         self._work.dropped += len(keep) - int(keep.sum())
         self._work.padded_tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
-        self._work.computed_tokens += sum(len(b["completion_ids"]) * int(lengths(b).amax()) for b in micro_batches)
+        widest = [self._widths(batch).amax(dim=0).sum() * len(batch["completion_ids"]) for batch in micro_batches]
+        self._computed = int(torch.stack(widest).sum())
+        self._work.computed_tokens += self._computed
         return micro_batches
+
+    def _widths(self, inputs: dict[str, Any]) -> Tensor:
+        """Of each sequence, the tokens of what is padded by itself: TRL's head takes prompts and completions apart."""
+        return widths(inputs) if self._why_not_fused else lengths(inputs).unsqueeze(1)
 
     def _loss(self, model: Any, inputs: dict[str, Any], mode: str) -> Tensor:
         """The share of a micro-batch in the loss of the update; what its tokens say of the policy is measured on the way."""
@@ -311,8 +322,10 @@ class DRPOTrainer(RolloutTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "train":
+            self._work.saved_seconds = self._pace.seconds_per_token * self._work.saved_tokens
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
-            self._metrics[mode].update({n: [v] for n, v in Work(*sums.sum(dim=0).tolist()).metrics().items()})
+            work = Work(*sums.sum(dim=0).tolist()).metrics(self.accelerator.num_processes)
+            self._metrics[mode].update({name: [value] for name, value in work.items()})
             self._work = Work()
             if self._split is not None:
                 origins = self._split.take(self.accelerator.gather)
@@ -323,6 +336,12 @@ class DRPOTrainer(RolloutTrainer):
         if mode == "train":
             self.trust_region = measured
         super().log(logs, start_time)
+
+
+def _lengthens_prompts(model: Any) -> bool:
+    """Whether peft's prompt tuning is on; prefix tuning has its tokens in the cache, out of the states."""
+    adapters = getattr(model, "peft_config", {}).values()
+    return any(adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING" for adapter in adapters)
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from drpo.kernels.flat import FlatTokens
 from drpo.kernels.head import Gradients, Head
@@ -82,8 +81,12 @@ def fused_policy_loss(
         top_k_behavior_logp: [N, K], their log μ.
 
     Raises:
-        ValueError: shapes that do not fit, or what the objective needs is missing.
+        TypeError: an objective that is none.
+        ValueError: shapes or values that do not fit, or what the objective needs is missing.
+        RuntimeError: in backward, when a graph of it is asked for (``create_graph=True``).
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective is {objective!r}; expected an Objective, as drpo.make_objective makes")
     tokens = FlatTokens(
         token_ids, advantage, scale, behavior_logp, sampler_logp, sequence_ids, top_k_ids, top_k_behavior_logp
     )
@@ -98,8 +101,30 @@ def fused_policy_loss(
         raise ValueError(f"sequence_ids is missing; {name} looks at whole sequences")
     if isinstance(objective, TopKObjective) and top_k_ids is None:
         raise ValueError(f"top_k_ids is missing; {name} looks at the sampler's likeliest tokens")
+    if bias is not None and bias.shape != lm_head_weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; expected ({len(lm_head_weight)},), as lm_head_weight has"
+        )
+    for what, ids in (("token_ids", token_ids), ("top_k_ids", top_k_ids)):
+        if ids is not None:
+            _check_ids(what, ids, len(lm_head_weight))
     transform = LogitTransform(temperature, logit_scale, softcap)
-    return FusedLoss(*_FusedPolicyLoss.apply(hidden, lm_head_weight, bias, tokens, objective, transform))
+    # Autograd turns gradients off within a function's forward.
+    differentiated = torch.is_grad_enabled()
+    return FusedLoss(
+        *_FusedPolicyLoss.apply(hidden, lm_head_weight, bias, tokens, objective, transform, differentiated)
+    )
+
+
+def _check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64")
+    if not ids.numel():
+        return
+    least, greatest = torch.stack(ids.aminmax()).tolist()
+    if least < 0 or greatest >= vocabulary:
+        wrong = least if least < 0 else greatest
+        raise ValueError(f"{name} has {wrong}; expected tokens of the vocabulary, 0 to {vocabulary - 1}")
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
@@ -112,39 +137,49 @@ class _FusedPolicyLoss(torch.autograd.Function):
         tokens: FlatTokens,
         objective: Objective,
         transform: LogitTransform,
+        differentiated: bool,
     ) -> FusedLoss:
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.save_for_backward(hidden, weight, bias)
         ctx.arguments = tokens, objective, transform
+        ctx.needed = tuple(differentiated and needed for needed in ctx.needs_input_grad[:3])
         result, ctx.gradients = _evaluate(ctx, hidden, weight, bias)
         ctx.mark_non_differentiable(*result[1:])
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("fused_policy_loss is differentiable once; create_graph=True asks for more")
         # Handed over, so that autograd need not copy them; a second backward computes them anew.
         gradients = ctx.gradients or _evaluate(ctx, *ctx.saved_tensors)[1]
         ctx.gradients = None
         # The head's is large: not multiplied where there is nothing to multiply by.
         if grad_outputs[0] != 1:
             gradients = tuple(None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients)
-        return *gradients, None, None, None
+        rounded = (
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, ctx.saved_tensors, strict=True)
+        )
+        return *rounded, None, None, None, None
 
 
 def _evaluate(
     ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[FusedLoss, tuple[Tensor | None, ...]]:
-    """The loss, and its gradients by hidden states, weight and bias, each in the dtype of its tensor."""
+    """The loss, and its gradients by hidden states, weight and bias, each in the dtype of its tensor but for fp16.
+
+    To that they are rounded when they have the scale of the loss, which is there to keep them within its range.
+    """
     tokens, objective, transform = ctx.arguments
     states = hidden.to(ctx.dtype)
     head = Head(weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), transform)
-    gradients = Gradients(states, head, ctx.needs_input_grad[:3])
+    gradients = Gradients(states, head, ctx.needed)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         result = _compute(states, head, tokens, objective, gradients)
     by = (
-        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        gradient if gradient is None or tensor is None or tensor.dtype == torch.float16 else gradient.to(tensor.dtype)
         for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
     )
     return result._replace(loss=result.loss.to(result.logp.dtype)), tuple(by)

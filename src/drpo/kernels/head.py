@@ -64,7 +64,9 @@ class Head(NamedTuple):
 @lru_cache(maxsize=1)
 def workspace(thread: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The chunk of a thread, kept from one call to the next: a CPU takes a while to hand out fresh memory."""
-    return _apart(rows, columns, dtype)
+    # What is made in inference mode can be written to only there.
+    with torch.inference_mode(False):
+        return _apart(rows, columns, dtype)
 
 
 def _apart(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -141,7 +143,8 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, scale: Tensor) -> T
     if a.dtype.itemsize >= 4:
         b = b * scale
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    # The largest scale stays outside, for it may exceed fp16's range.
-    largest = scale.abs().amax()
-    added = _product(a, (b * (scale / largest)).to(a.dtype)).float()
-    return added.mul_(largest) if total is None else total.addcmul_(added, largest)
+    # What may exceed fp16's range stays outside: the largest scale, and as |a| ≤ 1, the largest sum there can be.
+    scaled = b * scale
+    outside = torch.maximum(scale.abs().amax(), scaled.abs().sum(dim=0).amax() / 2**15)
+    added = _product(a, (scaled / outside).to(a.dtype)).float()
+    return added.mul_(outside) if total is None else total.addcmul_(added, outside)

@@ -26,6 +26,11 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("softcap", self.softcap)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; expected a number > 0")
+
     @property
     def slope(self) -> float:
         """∂z/∂x where the cap has no effect."""
@@ -54,7 +59,7 @@ class Rows(NamedTuple):
 def differentiate(logits: Tensor, token_ids: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Rows:
     """Score tokens and differentiate their log-probs by the logits.
 
-    On a GPU by a Triton kernel, elsewhere by PyTorch; both compute in fp32, or in fp64 of fp64 logits.
+    On a GPU by a Triton kernel in fp32, elsewhere and of fp64 logits by PyTorch, in fp64 of those.
 
     Args:
         logits: [M, V], the LM head's output x; destroyed.
@@ -65,7 +70,7 @@ def differentiate(logits: Tensor, token_ids: Tensor, transform: LogitTransform, 
     gradient = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     precise = torch.promote_types(logits.dtype, torch.float32)
     logp, entropy = (torch.empty(len(logits), dtype=precise, device=logits.device) for _ in range(2))
-    if logits.is_cuda:
+    if logits.is_cuda and logits.dtype != torch.float64:
         from drpo.kernels.triton_rows import differentiate_rows
 
         differentiate_rows(logits, token_ids, transform, logp, entropy, gradient)
@@ -78,7 +83,7 @@ def _differentiate_blocks(
     logits: Tensor, token_ids: Tensor, transform: LogitTransform, logp: Tensor, entropy: Tensor, gradient: Tensor
 ) -> None:
     size = max(1, BLOCK_BYTES // (logits.shape[1] * logp.element_size()))
-    scratch, softmax = torch.empty(2, min(size, len(logits)), logits.shape[1], dtype=logp.dtype)
+    scratch, softmax = logp.new_empty(2, min(size, len(logits)), logits.shape[1])
     for x, ids, block_logp, block_entropy, block in zip(
         *(tensor.split(size) for tensor in (logits, token_ids.unsqueeze(1), logp, entropy, gradient)), strict=True
     ):

@@ -24,7 +24,7 @@ def differentiate_rows(
     kernel[(len(logits),)](
         logits,
         logits.stride(0),
-        token_ids,
+        token_ids.contiguous(),
         logp,
         entropy,
         gradient,
@@ -78,10 +78,12 @@ def _differentiate(
         x = tl.load(logits_row + columns, mask=inside, other=0.0).to(tl.float32)
         z = _transformed(x, slope, inner, outer, HAS_SOFTCAP)
         new_largest = tl.maximum(largest, tl.max(tl.where(inside, z, -float("inf")), axis=0))
-        shrink = tl.exp(largest - new_largest)
-        mass = tl.where(inside, tl.exp(z - new_largest), 0.0)
+        # Where all logits so far are −inf there is no mass, and no difference of infinities either.
+        reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+        shrink = tl.exp(largest - reference)
+        mass = tl.where(inside, tl.exp(z - reference), 0.0)
         total = total * shrink + tl.sum(mass, axis=0)
-        total_logit = total_logit * shrink + tl.sum(mass * z, axis=0)
+        total_logit = total_logit * shrink + tl.sum(mass * tl.where(mass > 0, z, 0.0), axis=0)
         largest = new_largest
     # Differences from the largest logit keep the digits that log Σ exp z has not.
     tl.store(logp_ptr + row, token_logit - largest - tl.log(total))
