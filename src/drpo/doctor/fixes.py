@@ -57,7 +57,8 @@ _FIXES = (
     (r"row (\d+): (\w+) is .+; expected (.+)$", "{1} in row {0}: {2}"),
     (r"([\w.]+): got .+?; expected (.+)$", "{}: {}"),
     (r"\bexpected (.+?)(?:, (?:but )?got .+)?$", "{}"),
-    (r"[:;,] (set .+)$", "{}"),
+    (r"(?:[:;,]|Please) (set .+?)\.?$", "{}"),
+    (r"Invalid (\w+): ", "another {}"),
     (r"trainer: (\w+)=\S+ (?:would have no effect|contradicts)", "no trainer.{}"),
     (r"(\w+): is missing", "a value for {}"),
     (r"Known: (.{1,120})\.$", "one of {}"),
@@ -102,8 +103,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _own(error: BaseException | None) -> str | None:
-    while error is not None:
+    seen: list[BaseException] = []
+    # An error that was raised once more from what it was the cause of is its own cause.
+    while error is not None and error not in seen:
         if fix := getattr(error, "fix", None):
             return fix
+        seen.append(error)
         error = error.__cause__
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.doctor.findings import Finding
+from drpo.doctor.fixes import refused
 from drpo.doctor.verl_values import ACTOR, ROLLOUT, wrong_values
 from drpo.doctor.verl_worker import in_a_worker
 from drpo.errors import UserError
@@ -100,7 +101,7 @@ def _loss(config: Any) -> Iterator[Finding]:
 
     mode = _mode(config)
     if mode not in POLICY_LOSS_REGISTRY:
-        yield Finding("stop", f"{LOSS}.loss_mode: {unknown_name('loss_mode', mode, POLICY_LOSS_REGISTRY)}")
+        yield refused(ValueError(unknown_name("loss_mode", mode, POLICY_LOSS_REGISTRY)), f"{LOSS}.loss_mode")
         return
     if mode not in LOSS_MODES:
         if _get(config, f"{LOSS}._target_") == TARGET:
@@ -118,7 +119,7 @@ def _loss(config: Any) -> Iterator[Finding]:
     try:
         loss = _policy_loss(config)
     except ValueError as error:
-        yield Finding("stop", str(error), str(error).rpartition("expected ")[2] if "expected " in str(error) else None)
+        yield refused(error)
     else:
         objective = loss.make_objective()
         values = ", ".join(f"{name} = {value:g}" for name, value in asdict(objective).items())
@@ -292,12 +293,12 @@ def _as_verl_checks(config: Any, found: Sequence[Finding]) -> Iterator[Finding]:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
             validate_config(config, need_reference_policy(config), need_critic(config))
     except InstantiationException as error:
-        yield Finding("stop", f"verl refuses: {error.__cause__ or error}")
+        yield refused(RuntimeError(error.__cause__ or error), "verl refuses")
     except Exception as error:  # an assertion or any other, each in its own words
         # Of the engine, which only has to be where verl's trainer runs.
         if "vllm version None" in str(error):
             yield Finding("warning", f"verl refuses here: {error}", "pip install 'verl[vllm]', where its trainer runs")
         else:
-            yield Finding("stop", f"verl refuses: {error}")
+            yield refused(error, "verl refuses")
     else:
         yield Finding("ok", "verl's own checks pass")

@@ -89,18 +89,18 @@ def wrong_values(config: Any) -> Iterator[Finding]:
             value = OmegaConf.select(config, key, default=_ABSENT)
         except OmegaConfBaseException as error:
             wrong.append(key)
-            yield Finding("stop", f"{key}: {str(error).splitlines()[0]}")
+            yield Finding("stop", f"{key}: {str(error).splitlines()[0]}", f"{key}: {kind.expected}")
             continue
         if value is _ABSENT and key in WHERE_GIVEN:
             continue
         if value is _ABSENT or not kind.holds(value):
             wrong.append(key)
             said = "is missing" if value is _ABSENT else f"is {'null' if value is None else value}"
-            yield Finding("stop", f"{key} {said}; expected {kind.expected}")
+            yield Finding("stop", f"{key} {said}; expected {kind.expected}", f"{key}: {kind.expected}")
     if wrong:
         return
     try:
         # As verl's trainer begins.
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        yield Finding("stop", str(error).splitlines()[0])
+        yield Finding("stop", str(error).splitlines()[0], "a value in place of what refers to nothing")
