@@ -23,8 +23,11 @@ def load_pretrained(name: str, dtype: torch.dtype, *, field: str, expected: str)
         UserError: it cannot be loaded, or lacks weights, of which Transformers would draw random ones.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        # Code that a folder brings along is refused; without a word here Transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
         model, found = loaded
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(
