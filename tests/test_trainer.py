@@ -174,6 +174,7 @@ class TestBehaviorLogProbs:
             ("logprobs", lambda rows: -1.0, "returned -1.0 as logprobs; expected a list for each"),
             ("logprobs", lambda rows: [[[p] for p in row] for row in rows], r"logprobs\[0\] is \[\[.*\]; expected one"),
             ("completion_ids", lambda rows: [[], *rows[1:]], r"completion_ids\[0\] is \[\]; expected token ids"),
+            ("completion_ids", lambda rows: [[-1], *rows[1:]], r"completion_ids\[0\] is \[-1\]; expected token ids"),
             ("prompt_ids", lambda rows: [["a"], *rows[1:]], r"prompt_ids\[0\] is \['a'\]; expected token ids"),
             ("env_mask", lambda _: [[1, 0] * 30] * 16, r"env_mask\[0\] has 60 values and completion"),
         ],
@@ -188,6 +189,15 @@ class TestBehaviorLogProbs:
         given = {"reward_funcs": made_up_reward, "audit_threshold": 100.0}
         with pytest.raises(ValueError, match=expected):
             make_trainer(tmp_path, problems, rollout_func=wrong, **given).train()
+
+    def test_of_a_rollout_function_count_or_do_not(self, tmp_path: Path, problems: Dataset) -> None:
+        def half(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+            made_up = made_up_rollout(prompts, trainer)
+            return {**made_up, "env_mask": [[0.5] * len(ids) for ids in made_up["completion_ids"]]}
+
+        trainer = make_trainer(tmp_path, problems, rollout_func=half, reward_funcs=made_up_reward)
+        with pytest.raises(ValueError, match=r"env_mask\[0\] is \[0\.5.*\]; expected 0 or 1 for each token"):
+            trainer.train()
 
 
 class Watching(DRPOTrainer):

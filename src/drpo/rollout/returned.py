@@ -56,7 +56,7 @@ def _rows(name: str, value: Any, expected: int) -> list[list[Any]]:
 
 def _check_ids(name: str, rows: list[list[Any]]) -> None:
     for number, ids in enumerate(rows):
-        if not ids or not _all_are(Integral, ids):
+        if not ids or not _all_are(Integral, ids) or min(ids) < 0:
             raise ValueError(f"rollout_func: {name}[{number}] is {reprlib.repr(ids)}; expected token ids, at least one")
 
 
@@ -71,6 +71,10 @@ def _check_numbers(name: str, rows: list[list[Any]], completions: list[list[Any]
         if not _all_are((Real, type(None)), values):
             raise ValueError(
                 f"rollout_func: {name}[{number}] is {reprlib.repr(values)}; expected one {_PER_TOKEN[name]} a token, a number"
+            )
+        if name == "env_mask" and not set(values) <= {0, 1}:
+            raise ValueError(
+                f"rollout_func: env_mask[{number}] is {reprlib.repr(values)}; expected 0 or 1 for each token"
             )
 
 
