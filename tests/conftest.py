@@ -8,3 +8,6 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 if not torch.cuda.is_available():
     # Triton reads it when it is imported: kernels then run on the CPU, slowly.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# After what libraries read when they are imported.
+from support.model_folder import here  # noqa: F401

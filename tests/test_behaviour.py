@@ -17,8 +17,7 @@ from drpo import DRPOTrainer
 from drpo.precision import make_rollout_model, quantised, train_in_fp8
 from drpo.rollout.token_log import TokenLog
 from drpo.tasks import builtin_problems
-from support.rollouts import config, load_model
-from test_trainer import make_trainer
+from support.rollouts import config, load_model, make_trainer
 
 # What one fp32 model differs from itself by, in batches of other shapes.
 ROUNDING = 1e-5

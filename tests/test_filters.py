@@ -19,8 +19,7 @@ from drpo.rollout.record import NOT_IN_SUPPORT, record_log_probs
 from drpo.rollout.token_log import TokenLog
 from drpo.scoring import score_support
 from drpo.tasks import builtin_problems
-from support.rollouts import config, load_model, made_up_rollout
-from test_trainer import make_trainer
+from support.rollouts import config, load_model, made_up_rollout, make_trainer
 
 FILTERS = [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 4, "temperature": 0.7}]
 

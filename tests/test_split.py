@@ -13,7 +13,7 @@ from drpo import TokenBatch
 from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.rollout.token_log import TokenLog
 from drpo.tasks import builtin_problems
-from test_trainer import make_trainer
+from support.rollouts import make_trainer
 
 ROUNDING = 1e-5
 

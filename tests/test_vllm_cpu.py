@@ -17,10 +17,9 @@ from drpo.run import RunFolder, read_jsonl
 from drpo.tasks import builtin_problems
 from drpo.train import train
 from support.browser import BROWSER, opened
-from support.rollouts import MODEL, load_model
+from support.rollouts import MODEL, load_model, make_trainer
 from support.vllm_cpu.engine import PYTHON, Engine
 from test_report import parse
-from test_trainer import make_trainer
 
 pytestmark = [
     pytest.mark.long,

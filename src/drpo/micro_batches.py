@@ -42,7 +42,7 @@ class Work:
     def sums(self) -> list[float]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def metrics(self, ranks: int = 1) -> dict[str, float]:
+    def metrics(self, ranks: int) -> dict[str, float]:
         """Shares of sequences and of tokens left out, and the seconds saved on each of the ranks that the sums are over."""
         if not self.computed_tokens:
             return {}

@@ -10,7 +10,7 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,7 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from drpo import DRPOConfig, DRPOTrainer
+from drpo.rewards import exact_answer
 from drpo.tasks import BUILTIN_MODELS, builtin_problems
+
+T = TypeVar("T", bound=DRPOTrainer)
 
 SEQUENCES, GROUP = 64, 8
 MODEL = str(BUILTIN_MODELS["arithmetic"])
@@ -59,6 +62,28 @@ class GradientKeeper(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         named = model.named_parameters()
         self.gradient = {n.removeprefix("module."): p.grad.detach().clone() for n, p in named if p.grad is not None}
+
+
+def make_trainer(output: Path, problems: Dataset, kind: type[T] = DRPOTrainer, model: Any = None, **kwargs: Any) -> T:
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "updates_per_rollout": 2, "max_steps": 2}
+    extra = {
+        name: kwargs.pop(name)
+        for name in ("peft_config", "callbacks", "rollout_func", "reward_funcs")
+        if name in kwargs
+    }
+    loaded, tokenizer = load_model()
+    return kind(
+        model=model or loaded,
+        reward_funcs=extra.pop("reward_funcs", exact_answer),
+        args=config(output, **{**settings, **kwargs}),
+        train_dataset=problems,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+def weights(trainer: DRPOTrainer) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
 
 
 def made_up_rollout(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
