@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import drpo.kernels.head
+import drpo.kernels.products
 from builders import EVERY, objective_of
 from drpo import make_objective
 from drpo.kernels import FusedLoss, fused_policy_loss
@@ -56,7 +58,7 @@ LEAVES = ("hidden", "lm_head_weight", "bias")
 
 def differentiated(function: Any, given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Loss, log-probs, entropies and three times the loss's gradients, with states and head in ``dtype``."""
-    leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in LEAVES}
+    leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in LEAVES if given[name] is not None}
     result: FusedLoss = function(**{**given, **leaves})
     (3 * result.loss).backward()
     grads = {f"by {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -108,6 +110,57 @@ def test_its_error_is_within_the_budget_of_plain_pytorch_in_the_same_dtype(dtype
     for what, pairs in errors.items():
         of_fused, of_plain = torch.stack(pairs).mean(dim=0).tolist()
         assert of_fused <= 1.5 * of_plain, what
+
+
+class OneDNN(TorchDispatchMode):
+    """Counts the products of oneDNN, none of which has a stride between rows."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "mkldnn::_linear_pointwise":
+            a, b = args[:2]
+            assert a.is_contiguous()
+            assert b.is_contiguous() or b.t().is_contiguous()
+            self.products += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN is for CPUs with AVX-512")
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("block", [1, 30, 2048])
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(37, 16, 101), (1, 1, 1), (20, 7, 2), (0, 3, 5)])
+def test_onednn_multiplies_as_pytorch_does(
+    tokens: int, width: int, vocabulary: int, block: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ONEDNN_FROM", 0), ("ONEDNN_OUTER_ROWS", 0), ("BLOCK", block)):
+        monkeypatch.setattr(drpo.kernels.products, name, value)
+    monkeypatch.setitem(drpo.kernels.head.CHUNK_BYTES, "cpu", 10 * vocabulary * 4)
+    given = {**case(0, tokens, width, vocabulary), "objective": make_objective("drpo"), "softcap": 1.5}
+    given |= {name: given[name].float().double() for name in LEAVES} | {"advantage": torch.ones(tokens)}
+    if not biased:
+        given["bias"] = None
+    truth = differentiated(reference_policy_loss, given)
+    with OneDNN() as onednn:
+        fused = differentiated(fused_policy_loss, given, torch.float32)
+    assert onednn.products == 3 * math.ceil(tokens / 10) * math.ceil(vocabulary / block)
+    for what, expected in truth.items():
+        torch.testing.assert_close(
+            fused[what].double(), expected, rtol=1e-5, atol=3e-6, msg=lambda m, w=what: f"{w}: {m}"
+        )
+
+
+@pytest.mark.usefixtures("chunks_of_ten")
+def test_a_head_that_is_a_view_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ONEDNN_FROM", "ONEDNN_OUTER_ROWS"):
+        monkeypatch.setattr(drpo.kernels.products, name, 0)
+    given = {**case(0), "objective": make_objective("drpo")}
+    given |= {name: given[name].float() for name in LEAVES}
+    wide = torch.cat([given["lm_head_weight"]] * 2, dim=1)
+    whole = fused_policy_loss(**given)
+    with OneDNN():
+        view = fused_policy_loss(**{**given, "lm_head_weight": wide[:, :16]})
+    torch.testing.assert_close(view.logp, whole.logp)
 
 
 @pytest.mark.parametrize("name", ["drpo", "spo", "pg", "drpo_topk", "drpo_unweighted"])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drpo.kernels.products import add_outer, multiply_hidden, multiply_weight
 from drpo.kernels.rows import LogitTransform
 
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 768 * 2**20}
@@ -51,13 +52,7 @@ class Head(NamedTuple):
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             logits = buffer[: rows.stop - start]
-            if self.bias is None or wide:
-                _product(hidden[rows], self.weight.t(), out=logits)
-            else:
-                # Rounded once, the bias included.
-                torch.addmm(self.bias, hidden[rows], self.weight.t(), out=logits)
-            if self.bias is not None and wide:
-                logits.add_(self.bias)
+            multiply_hidden(hidden[rows], self.weight, self.bias, out=logits)
             yield rows, logits
 
 
@@ -104,13 +99,13 @@ class Gradients:
         gradient = gradient[: len(kept)]
         coefficient = (coefficient[kept].unsqueeze(1) * self._head.transform.slope).to(self._precise)
         if self._hidden is not None:
-            by_hidden = _product(gradient, self._head.weight) * coefficient
+            by_hidden = multiply_weight(gradient, self._head.weight) * coefficient
             self._hidden[rows].index_copy_(0, kept, by_hidden.to(self._hidden.dtype))
         if self._bias is not None:
             self._bias += coefficient.squeeze(1) @ gradient.to(self._precise)
         if self._needs_weight:
             states = self._states[rows][kept]
-            self._weight = _add_product(self._weight, gradient.t(), states, coefficient)
+            self._weight = add_outer(self._weight, gradient, states, coefficient)
 
     def __iter__(self) -> Iterator[Tensor | None]:
         """By hidden states, weight and bias; None where it was not needed."""
@@ -129,22 +124,3 @@ def _to_front(rows: Tensor, keep: Tensor) -> Tensor:
     rows[gaps] = rows[movers]
     order[gaps] = movers
     return order[:count]
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, where the device can in fp32 of half-precision inputs."""
-    if a.is_cuda and a.dtype.itemsize < 4:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """total + a @ (b · scale), in place; total is fp32 at least, None where nothing was added yet."""
-    if a.dtype.itemsize >= 4:
-        b = b * scale
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    # What may exceed fp16's range stays outside: the largest scale, and as |a| ≤ 1, the largest sum there can be.
-    scaled = b * scale
-    outside = torch.maximum(scale.abs().amax(), scaled.abs().sum(dim=0).amax() / 2**15)
-    added = _product(a, (scaled / outside).to(a.dtype)).float()
-    return added.mul_(outside) if total is None else total.addcmul_(added, outside)

@@ -1,0 +1,96 @@
+"""The matrix products of an LM head: its logits, and what the gradients of hidden states and weight are made of.
+
+On a GPU half-precision numbers are multiplied into fp32. On a CPU with AVX-512 large fp32 products are oneDNN's, which
+PyTorch compiles into its models but gives to MKL in ``torch.mm``; on AMD's EPYC (Zen 5) MKL takes twice as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ONEDNN_FROM = 2**28
+"""Multiplications of a product that is worth oneDNN, which prepares for half a millisecond for each new shape."""
+
+ONEDNN_OUTER_ROWS = 64
+"""Rows of a sum of outer products that is worth oneDNN, which adds it to the total in a step of its own."""
+
+BLOCK = 2048
+"""Tokens of the vocabulary that oneDNN takes at a time. It returns new memory, which is cheap while it is little."""
+
+
+def multiply_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [M, V] = hidden [M, D] @ weight [V, D]ᵀ + bias [V]; out is fp32 where the product can be."""
+    if out.dtype != hidden.dtype:
+        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+        if bias is not None:
+            out.add_(bias)
+    elif _suits_onednn(out.numel() * hidden.shape[1], weight):
+        for block in _blocks(weight):
+            out[:, block] = _onednn(hidden, weight[block], None if bias is None else bias[block])
+    elif bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        # Rounded once, the bias included.
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def multiply_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient [M, V] @ weight [V, D], fp32 where the product can be."""
+    if _suits_onednn(gradient.numel() * weight.shape[1], weight):
+        total = gradient.new_zeros(len(gradient), weight.shape[1])
+        for block in _blocks(weight):
+            total += _onednn(gradient[:, block], weight[block].t())
+        return total
+    return _mm(gradient, weight)
+
+
+def add_outer(total: Tensor | None, gradient: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
+    """total [V, D] + gradient [M, V]ᵀ @ (hidden [M, D] · scale [M, 1]), in place; fp32 at least, None for a total of 0."""
+    if gradient.dtype.itemsize < 4:
+        # What may exceed fp16's range stays outside: the largest scale, and as |gradient| ≤ 1, the largest sum there can be.
+        scaled = hidden * scale
+        outside = torch.maximum(scale.abs().amax(), scaled.abs().sum(dim=0).amax() / 2**15)
+        added = _mm(gradient.t(), (scaled / outside).to(gradient.dtype)).float()
+        return added.mul_(outside) if total is None else total.addcmul_(added, outside)
+    hidden = hidden * scale
+    if len(hidden) < ONEDNN_OUTER_ROWS or not _suits_onednn(gradient.numel() * hidden.shape[1], hidden):
+        return torch.mm(gradient.t(), hidden) if total is None else total.addmm_(gradient.t(), hidden)
+    result = gradient.new_empty(gradient.shape[1], hidden.shape[1]) if total is None else total
+    for block in _blocks(result):
+        added = _onednn(gradient[:, block].t(), hidden.t())
+        if total is None:
+            result[block] = added
+        else:
+            result[block] += added
+    return result
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda and a.dtype.itemsize < 4:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+def _suits_onednn(multiplications: int, b: Tensor) -> bool:
+    """Whether a product is oneDNN's, which is given ``b`` as it lies in memory."""
+    return (
+        multiplications >= ONEDNN_FROM
+        and b.device.type == "cpu"
+        and b.dtype == torch.float32
+        and b.is_contiguous()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ bᵀ + bias. With a stride between rows oneDNN falls back to plain loops, a thousand times as slow."""
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
+
+
+def _blocks(tensor: Tensor) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, len(tensor))) for start in range(0, len(tensor), BLOCK))
