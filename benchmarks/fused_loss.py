@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from matplotlib.figure import Figure
@@ -208,11 +209,12 @@ def growth(rows: list[dict[str, str]], by: str) -> list[tuple[int, float, float]
     return sorted((int(row[by]), float(row["seconds"]), float(row["extra_mib"])) for row in line)
 
 
-def exponent(line: list[tuple[int, float, float]]) -> float:
-    """Of the power of the size that fits the seconds best; 1 where they are proportional."""
-    sizes, times = (torch.tensor([point[i] for point in line], dtype=torch.float64).log() for i in (0, 1))
-    deviation = sizes - sizes.mean()
-    return ((deviation @ times) / (deviation @ deviation)).item()
+def fit(line: list[tuple[int, float, float]]) -> tuple[float, float, float]:
+    """Seconds at size 0 and for each more of it, by least squares, and R²: 1 where the points are on that line."""
+    sizes, times = (np.array([point[i] for point in line]) for i in (0, 1))
+    slope, intercept = np.polyfit(sizes, times, 1)
+    unexplained = np.square(times - intercept - slope * sizes).sum() / np.square(times - times.mean()).sum()
+    return float(intercept), float(slope), 1 - float(unexplained)
 
 
 def plot(rows: list[dict[str, str]]) -> Figure:
@@ -228,13 +230,15 @@ def plot(rows: list[dict[str, str]]) -> Figure:
     for axis, by in ((middle, "tokens"), (right, "vocabulary")):
         line = growth(rows, by)
         sizes, seconds, mib = zip(*line, strict=True)
-        axis.plot(sizes, seconds, "o-", color="#2b5c8a", label="seconds (left)")
+        intercept, slope, r_squared = fit(line)
+        axis.plot(sizes, seconds, "o", color="#2b5c8a", label="seconds (left)")
+        axis.plot([0, sizes[-1]], [intercept, intercept + slope * sizes[-1]], color="#2b5c8a", label="line fitted")
         memory = axis.twinx()
         memory.plot(sizes, mib, "s--", color="#b0662f", label="extra MiB (right)")
         axis.set_ylim(bottom=0)
         memory.set_ylim(0, 100)
         axis.set_xlabel(by)
-        axis.set_title(f"drpo: seconds ∝ {by}^{exponent(line):.2f}")
+        axis.set_title(f"drpo: {intercept:.3f} s + {1000 * slope:.4f} s for 1,000\n(R² = {r_squared:.4f})", fontsize=10)
     middle.legend(handles=[*middle.get_lines(), *memory.get_lines()], loc="upper left", fontsize=8)
     return figure
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from drpo.kernels.products import add_outer, multiply_hidden, multiply_weight
 from drpo.kernels.rows import LogitTransform
 
-CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 768 * 2**20}
+CHUNK_BYTES = {"cpu": 40 * 2**20, "cuda": 768 * 2**20}
 """Logits and their gradient in memory at once, by device type. More makes the products more efficient."""
 
 CACHE_LINE = 64
