@@ -31,6 +31,8 @@ PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl
 SEQUENCE = 128
 """Tokens of a sequence, for the peer that wants sequences."""
 
+FLOORS = ("three products", "three products, oneDNN")
+
 OBJECTIVE = make_objective("drpo", delta=0.2)
 TRL_VOCABULARY_CHUNK = 32_768
 """As TRL 1.16 sets it (``trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE``)."""
@@ -153,8 +155,8 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         given.backward(given.loss_of(logp))
 
     return {
-        "three products": three_products,
-        "three products, oneDNN": three_products_of_onednn,
+        FLOORS[0]: three_products,
+        FLOORS[1]: three_products_of_onednn,
         "drpo": drpo,
         "PyTorch": pytorch,
         "TRL": trl,
@@ -166,40 +168,48 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
 
 def run(command: str, rounds: int = 7) -> list[dict[str, Any]]:
     provenance = tables.provenance(command, PACKAGES)
-    rows = []
-    for shape in track(shapes(), description="fused loss"):
+    timed = [(shape, _timed(shape, rounds)) for shape in track(shapes(), description="fused loss: time")]
+    for shape, rows in track(timed, description="fused loss: memory"):
         given = Tensors.of(shape)
-        peers, why_not = {}, {}
-        for name, function in _peers(given).items():
-            try:
-                function()
-                peers[name] = function
-            except Exception as error:  # a peer that does not run here is a row that says so
-                why_not[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
-        times = measure.seconds(peers, rounds)
-        gradients = given.hidden.nbytes + given.weight.nbytes
-        for name in (*peers, *why_not):
-            given.hidden.grad = given.weight.grad = None
-            workspace.cache_clear()
-            row: dict[str, Any] = {
-                "peer": name,
-                "tokens": shape.tokens,
-                "width": shape.width,
-                "vocabulary": shape.vocabulary,
-                "dtype": str(shape.dtype).removeprefix("torch."),
-                "time_over_products": "",
-                "seconds": "",
-                "extra_mib": "",
-                "rounds": rounds,
-                "note": why_not.get(name, ""),
-            }
-            if name in peers:
-                row["time_over_products"] = f"{measure.ratio(times[name], times['three products']):.3f}"
-                row["seconds"] = f"{statistics.median(times[name]):.4f}"
-            if name in peers and not name.startswith("three products"):
-                row["extra_mib"] = f"{(measure.peak_bytes(peers[name]) - gradients) / 2**20:.1f}"
-            rows.append({**row, **provenance})
-    return rows
+        peers = _peers(given)
+        for row in rows:
+            if row["seconds"] and row["peer"] not in FLOORS:
+                row["extra_mib"] = f"{_extra_bytes(given, peers[row['peer']]) / 2**20:.1f}"
+    return [{**row, **provenance} for _, rows in timed for row in rows]
+
+
+def _timed(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    peers, why_not = {}, {}
+    for name, function in _peers(Tensors.of(shape)).items():
+        try:
+            function()
+            peers[name] = function
+        except Exception as error:  # a peer that does not run here is a row that says so
+            why_not[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+    times = measure.seconds(peers, rounds)
+    floor = times[FLOORS[0]]
+    return [
+        {
+            "peer": name,
+            "tokens": shape.tokens,
+            "width": shape.width,
+            "vocabulary": shape.vocabulary,
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "time_over_products": f"{measure.ratio(times[name], floor):.3f}" if name in peers else "",
+            "seconds": f"{statistics.median(times[name]):.4f}" if name in peers else "",
+            "extra_mib": "",
+            "rounds": rounds,
+            "note": why_not.get(name, ""),
+        }
+        for name in (*peers, *why_not)
+    ]
+
+
+def _extra_bytes(given: Tensors, peer: Callable[[], object]) -> int:
+    """Memory at the peak of a call beyond inputs and gradients."""
+    given.hidden.grad = given.weight.grad = None
+    workspace.cache_clear()
+    return measure.peak_bytes(peer) - given.hidden.nbytes - given.weight.nbytes
 
 
 def growth(rows: list[dict[str, str]], by: str) -> list[tuple[int, float, float]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 Work = Callable[[], object]
+MMAP_THRESHOLD = -3
+"""``M_MMAP_THRESHOLD`` of glibc's ``mallopt``."""
 
 
 def seconds(work: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
@@ -36,7 +38,8 @@ def ratio(times: list[float], reference: list[float]) -> float:
 def peak_bytes(work: Work) -> int:
     """Memory that a call takes at its peak beyond what is there before it, what it leaves behind included.
 
-    Of the GPU if there is one, else of the process: Linux alone resets and reports its peak.
+    Of the GPU if there is one, else of the process: Linux alone resets and reports its peak. From then on the
+    process takes all large memory anew, so times are to be measured before.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -46,8 +49,10 @@ def peak_bytes(work: Work) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Freed memory that the process holds would be taken again unseen.
-    ctypes.CDLL(None).malloc_trim(0)
+    # Freed memory that malloc keeps would be taken again unseen: what is large is to come from the system and go back.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 2**16)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     work()
