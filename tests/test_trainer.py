@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
@@ -27,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from drpo import OBJECTIVES, DRPOConfig, DRPOTrainer
 from drpo.config import REFUSED
+from drpo.policy_head import why_not_fused
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
 from drpo.tasks import builtin_problems
@@ -216,6 +218,28 @@ class TestFusedLoss:
             assert trainer._why_not_fused is None
             assert trainer.audit is not None
             assert trainer.audit.maximum < 1e-4, type(model)
+
+    @pytest.mark.parametrize("architecture", ["HyperCLOVAX", "ModernBertDecoder", "RecurrentGemma"])
+    def test_is_left_out_where_logits_are_not_what_the_config_says(self, architecture: str) -> None:
+        """Of another factor, of a layer between body and head, of a soft-cap under another name."""
+        config = getattr(transformers, f"{architecture}Config")(
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            **({"logits_scaling": 3.0} if architecture == "HyperCLOVAX" else {}),
+        )
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config).train()
+        torch.nn.init.normal_(model.get_output_embeddings().weight)
+        reason = why_not_fused(model)
+        assert reason is not None
+        assert "times their largest away from those of its body and LM head" in reason
+        assert model.training
 
 
 class TestAudit:

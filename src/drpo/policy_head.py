@@ -8,14 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from drpo.kernels import fused_policy_loss
+from drpo.kernels.rows import LogitTransform
 from drpo.objectives import Objective
 
-# What models call the factor on their logits. Granite and MiniCPM3 divide by logits_scaling, HyperCLOVA X multiplies.
+# What models call the factor on their logits.
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+LOGIT_TOLERANCE = 0.02
+"""Of :func:`why_not_fused`, over the largest logit: above bf16's rounding of a head's output and a soft-cap."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,26 @@ def why_not_fused(model: Any) -> str | None:
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
     if model.base_model is model:
         return "its body cannot be told from its LM head"
-    if model.config.get_text_config().model_type == "hyperclovax":
-        return "its logits_scaling multiplies, where other models' divides"
+    if not head.weight.is_meta and not (error := _logit_error(model)) <= LOGIT_TOLERANCE:
+        return f"its logits are {error:.2g} times their largest away from those of its body and LM head"
     return None
+
+
+@torch.no_grad()
+def _logit_error(model: Any) -> float:
+    """How far the model's logits of a few tokens are from what the fused loss takes them to be, over the largest of them.
+
+    There are models that have more between body and head, or another factor, than can be read from their config.
+    """
+    head = model.get_output_embeddings()
+    ids = torch.linspace(0, head.out_features - 1, 8, device=head.weight.device).long().unsqueeze(0)
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
+    transform = _transform(model.config.get_text_config())
+    return ((transform(head(states).float()) - logits).abs().amax() / logits.abs().amax()).item()
 
 
 def add_policy_loss(model: Any, temperature: float) -> None:
@@ -51,8 +74,7 @@ def add_policy_loss(model: Any, temperature: float) -> None:
     Within the model's forward pass, so that what wraps it (DDP, FSDP2, autocast) sees an ordinary one.
     """
     forward: Callable[..., Any] = model.forward
-    text_config = model.config.get_text_config()
-    transform = {"temperature": temperature, **_transform(text_config)}
+    transform = _transform(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)
     def with_policy_loss(
@@ -69,7 +91,9 @@ def add_policy_loss(model: Any, temperature: float) -> None:
             _whole(head.weight),
             bias=None if head.bias is None else _whole(head.bias),
             objective=scored.objective,
-            **transform,
+            temperature=temperature,
+            logit_scale=transform.scale,
+            softcap=transform.softcap,
             **scored.tokens,
         )
 
@@ -84,10 +108,10 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def _transform(text_config: Any) -> dict[str, Any]:
+def _transform(text_config: Any) -> LogitTransform:
     factor = next((value for name in _FACTORS if (value := getattr(text_config, name, None)) is not None), 1.0)
     divisor = getattr(text_config, "logits_scaling", None)
-    return {
-        "logit_scale": factor if divisor is None else 1 / divisor,
-        "softcap": getattr(text_config, "final_logit_softcapping", None),
-    }
+    return LogitTransform(
+        scale=factor if divisor is None else 1 / divisor,
+        softcap=getattr(text_config, "final_logit_softcapping", None),
+    )

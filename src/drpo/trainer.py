@@ -9,7 +9,7 @@ import time
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -122,6 +122,8 @@ class DRPOTrainer(RolloutTrainer):
             (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
         )
         reason = next((text for applies, text in reasons if applies), None) or why_not_fused(base)
+        # Other ranks may have no weights yet to find out with.
+        [reason] = broadcast_object_list([reason])
         if reason is None:
             add_policy_loss(base, self.temperature)
         elif self.accelerator.is_main_process:
