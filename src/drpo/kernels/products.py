@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ONEDNN_FROM = 2**28
 """Multiplications of a product that is worth oneDNN, which prepares for half a millisecond for each new shape."""
@@ -17,8 +17,8 @@ ONEDNN_FROM = 2**28
 ONEDNN_OUTER_ROWS = 64
 """Rows of a sum of outer products that is worth oneDNN, which adds it to the total in a step of its own."""
 
-BLOCK = 2048
-"""Tokens of the vocabulary that oneDNN takes at a time. It returns new memory, which is cheap while it is little."""
+BLOCK_NUMBERS = 2**20
+"""That oneDNN returns, or is given a copy of, at a time: a block of the vocabulary. Little new memory is cheap."""
 
 
 def multiply_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -28,8 +28,10 @@ def multiply_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Te
         if bias is not None:
             out.add_(bias)
     elif _suits_onednn(out.numel() * hidden.shape[1], weight):
-        for block in _blocks(weight):
-            out[:, block] = _onednn(hidden, weight[block], None if bias is None else bias[block])
+        padded = _padded(hidden)
+        for block in _blocks(weight, len(padded)):
+            logits = _onednn(padded, weight[block], None if bias is None else bias[block])
+            out[:, block] = logits[: len(hidden)]
     elif bias is None:
         torch.mm(hidden, weight.t(), out=out)
     else:
@@ -41,8 +43,8 @@ def multiply_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [M, V] @ weight [V, D], fp32 where the product can be."""
     if _suits_onednn(gradient.numel() * weight.shape[1], weight):
         total = gradient.new_zeros(len(gradient), weight.shape[1])
-        for block in _blocks(weight):
-            total += _onednn(gradient[:, block], weight[block].t())
+        for block in _blocks(weight, _padded_length(len(gradient))):
+            total += _onednn(_padded(gradient[:, block]), weight[block].t())[: len(gradient)]
         return total
     return _mm(gradient, weight)
 
@@ -59,8 +61,9 @@ def add_outer(total: Tensor | None, gradient: Tensor, hidden: Tensor, scale: Ten
     if len(hidden) < ONEDNN_OUTER_ROWS or not _suits_onednn(gradient.numel() * hidden.shape[1], hidden):
         return torch.mm(gradient.t(), hidden) if total is None else total.addmm_(gradient.t(), hidden)
     result = gradient.new_empty(gradient.shape[1], hidden.shape[1]) if total is None else total
-    for block in _blocks(result):
-        added = _onednn(gradient[:, block].t(), hidden.t())
+    hidden = _padded(hidden)
+    for block in _blocks(result, max(hidden.shape)):
+        added = _onednn(_padded(gradient[:, block]).t(), hidden.t())
         if total is None:
             result[block] = added
         else:
@@ -81,6 +84,7 @@ def _suits_onednn(multiplications: int, b: Tensor) -> bool:
         and b.device.type == "cpu"
         and b.dtype == torch.float32
         and b.is_contiguous()
+        and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -92,5 +96,19 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
 
 
-def _blocks(tensor: Tensor) -> Iterator[slice]:
-    return (slice(start, min(start + BLOCK, len(tensor))) for start in range(0, len(tensor), BLOCK))
+def _padded_length(rows: int) -> int:
+    """The next of eight numbers a doubling. oneDNN keeps half a megabyte for each shape it meets, so there are few."""
+    step = 2 ** max(4, rows.bit_length() - 4)
+    return rows + -rows % step
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """With rows of zeros below."""
+    missing = _padded_length(len(rows)) - len(rows)
+    return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _blocks(rows: Tensor, numbers: int) -> Iterator[slice]:
+    """Of as many rows as have ``BLOCK_NUMBERS``, at so many each."""
+    size = max(1, BLOCK_NUMBERS // numbers)
+    return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
