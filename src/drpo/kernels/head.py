@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo.kernels.products import add_outer, multiply_hidden, multiply_weight
+from drpo.kernels.products import add_outer, last_size, multiply_hidden, multiply_weight, next_size
 from drpo.kernels.rows import LogitTransform
 
 CHUNK_BYTES = {"cpu": 40 * 2**20, "cuda": 768 * 2**20}
@@ -38,11 +38,11 @@ class Head(NamedTuple):
         dtype = torch.float32 if wide else hidden.dtype
         per_logit = dtype.itemsize + (hidden.dtype.itemsize if wide else 0)
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        most = max(1, budget // (len(self.weight) * per_logit))
+        most = max(1, last_size(budget // (len(self.weight) * per_logit)))
         chunks = math.ceil(len(hidden) / most)
         if not chunks:
             return
-        size = math.ceil(len(hidden) / chunks)
+        size = min(next_size(math.ceil(len(hidden) / chunks)), most, len(hidden))
         if hidden.device.type != "cpu":
             buffer = hidden.new_empty(size, len(self.weight), dtype=dtype)
         elif chunks > 1:

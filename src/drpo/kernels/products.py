@@ -17,8 +17,22 @@ ONEDNN_FROM = 2**28
 ONEDNN_OUTER_ROWS = 64
 """Rows of a sum of outer products that is worth oneDNN, which adds it to the total in a step of its own."""
 
-BLOCK_NUMBERS = 2**20
+BLOCK_NUMBERS = 2**19
 """That oneDNN returns, or is given a copy of, at a time: a block of the vocabulary. Little new memory is cheap."""
+
+
+def next_size(rows: int) -> int:
+    """The next of eight numbers of rows a doubling. oneDNN keeps half a megabyte for each shape it meets: so they are few."""
+    return rows + -rows % _step(rows)
+
+
+def last_size(rows: int) -> int:
+    """The last of those numbers; below the first of them the number itself."""
+    return rows - rows % _step(rows) or rows
+
+
+def _step(rows: int) -> int:
+    return 2 ** max(4, rows.bit_length() - 4)
 
 
 def multiply_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -43,7 +57,7 @@ def multiply_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [M, V] @ weight [V, D], fp32 where the product can be."""
     if _suits_onednn(gradient.numel() * weight.shape[1], weight):
         total = gradient.new_zeros(len(gradient), weight.shape[1])
-        for block in _blocks(weight, _padded_length(len(gradient))):
+        for block in _blocks(weight, next_size(len(gradient))):
             total += _onednn(_padded(gradient[:, block]), weight[block].t())[: len(gradient)]
         return total
     return _mm(gradient, weight)
@@ -96,15 +110,9 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
 
 
-def _padded_length(rows: int) -> int:
-    """The next of eight numbers a doubling. oneDNN keeps half a megabyte for each shape it meets, so there are few."""
-    step = 2 ** max(4, rows.bit_length() - 4)
-    return rows + -rows % step
-
-
 def _padded(rows: Tensor) -> Tensor:
     """With rows of zeros below."""
-    missing = _padded_length(len(rows)) - len(rows)
+    missing = next_size(len(rows)) - len(rows)
     return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
