@@ -11,3 +11,4 @@ if not torch.cuda.is_available():
 
 # After what libraries read when they are imported.
 from support.model_folder import here  # noqa: F401
+from support.rollouts import problems  # noqa: F401

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -13,57 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import drpo.kernels.head
-import drpo.kernels.products
 from builders import EVERY, objective_of
 from drpo import make_objective
-from drpo.kernels import FusedLoss, fused_policy_loss
+from drpo.kernels import fused_policy_loss
 from drpo.kernels.reference import reference_policy_loss
 from drpo.kernels.rows import LogitTransform, _differentiate_blocks
-
-HEAD = {"temperature": 0.7, "logit_scale": 1.3}
-
-
-def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, top_k: int = 5) -> dict[str, Any]:
-    """Arguments of the fused loss in fp64, a third of the advantages 0; sequences of seven tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    hidden, weight, bias = normal(tokens, width), normal(vocabulary, width) * width**-0.5, 0.1 * normal(vocabulary)
-    token_ids = torch.randint(vocabulary, (tokens,), generator=generator)
-    logits = (hidden @ weight.t() + bias) * HEAD["logit_scale"] / HEAD["temperature"]
-    behavior = (logits + 0.3 * normal(tokens, vocabulary)).log_softmax(dim=1)
-    behavior_logp = behavior.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    likeliest = behavior.topk(min(top_k, vocabulary), dim=1)
-    advantage = normal(tokens) * (torch.rand(tokens, generator=generator) > 1 / 3)
-    return {
-        "hidden": hidden,
-        "lm_head_weight": weight,
-        "bias": bias,
-        "token_ids": token_ids,
-        "behavior_logp": behavior_logp,
-        "sampler_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
-        "advantage": advantage,
-        "scale": torch.rand(tokens, generator=generator, dtype=torch.float64) / max(tokens, 1),
-        "sequence_ids": torch.arange(tokens) // 7,
-        "top_k_ids": likeliest.indices,
-        "top_k_behavior_logp": likeliest.values,
-        **HEAD,
-    }
-
-
-LEAVES = ("hidden", "lm_head_weight", "bias")
-
-
-def differentiated(function: Any, given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Loss, log-probs, entropies and three times the loss's gradients, with states and head in ``dtype``."""
-    leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in LEAVES if given[name] is not None}
-    result: FusedLoss = function(**{**given, **leaves})
-    (3 * result.loss).backward()
-    grads = {f"by {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    assert len(grads) == len(leaves)
-    return {**{name: value.detach() for name, value in result._asdict().items()}, **grads}
+from support.fused import LEAVES, case, differentiated, relative_error
 
 
 @pytest.fixture
@@ -81,10 +35,6 @@ def test_it_equals_the_reference_in_fp64(name: str, tight: bool, softcap: float 
         for what, expected in reference.items():
             atol = 1e-12 * expected.abs().max().item()
             torch.testing.assert_close(fused[what], expected, rtol=1e-9, atol=atol, msg=lambda m, w=what: f"{w}: {m}")
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -110,88 +60,6 @@ def test_its_error_is_within_the_budget_of_plain_pytorch_in_the_same_dtype(dtype
     for what, pairs in errors.items():
         of_fused, of_plain = torch.stack(pairs).mean(dim=0).tolist()
         assert of_fused <= 1.5 * of_plain, what
-
-
-@pytest.fixture
-def onednn_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ONEDNN_FROM", "ONEDNN_OUTER_ROWS"):
-        monkeypatch.setattr(drpo.kernels.products, name, 0)
-
-
-class OneDNN(TorchDispatchMode):
-    """Counts the products of oneDNN, none of which has a stride between rows, and their shapes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-        self.shapes: set[tuple[torch.Size, torch.Size]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() == "mkldnn::_linear_pointwise":
-            a, b = args[:2]
-            assert a.is_contiguous()
-            assert b.is_contiguous() or b.t().is_contiguous()
-            self.products += 1
-            self.shapes.add((a.shape, b.shape))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN is for CPUs with AVX-512")
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("block", [1, 30, 101])
-@pytest.mark.usefixtures("onednn_for_all")
-@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(37, 16, 101), (1, 1, 1), (20, 7, 2), (0, 3, 5)])
-def test_onednn_multiplies_as_pytorch_does(
-    tokens: int, width: int, vocabulary: int, block: int, biased: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(drpo.kernels.products, "BLOCK_NUMBERS", 16 * block)
-    monkeypatch.setitem(drpo.kernels.head.CHUNK_BYTES, "cpu", 10 * vocabulary * 4)
-    given = {**case(0, tokens, width, vocabulary), "objective": make_objective("drpo"), "softcap": 1.5}
-    given |= {name: given[name].float().double() for name in LEAVES} | {"advantage": torch.ones(tokens)}
-    if not biased:
-        given["bias"] = None
-    truth = differentiated(reference_policy_loss, given)
-    with OneDNN() as onednn:
-        fused = differentiated(fused_policy_loss, given, torch.float32)
-    assert onednn.products == 3 * math.ceil(tokens / 10) * math.ceil(vocabulary / block)
-    for what, expected in truth.items():
-        torch.testing.assert_close(
-            fused[what].double(), expected, rtol=1e-5, atol=3e-6, msg=lambda m, w=what: f"{w}: {m}"
-        )
-
-
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN is for CPUs with AVX-512")
-@pytest.mark.usefixtures("onednn_for_all")
-def test_onednn_meets_few_shapes_however_many_tokens_there_are() -> None:
-    """It keeps code for each: up to 256 tokens sixteen numbers of rows, then eight a doubling, of three products."""
-    with OneDNN() as onednn:
-        for tokens in range(1, 385):
-            given = {**case(0, tokens, 3, 5), "objective": make_objective("drpo"), "advantage": torch.ones(tokens)}
-            differentiated(fused_policy_loss, given, torch.float32)
-    assert onednn.products == 3 * 384
-    assert len(onednn.shapes) == 3 * (16 + 4)
-
-
-@pytest.mark.usefixtures("onednn_for_all")
-def test_it_compiles() -> None:
-    given = {**case(0), "objective": make_objective("drpo")}
-    eager, compiled = (
-        differentiated(function, given, torch.float32)
-        for function in (fused_policy_loss, torch.compile(fused_policy_loss))
-    )
-    for what, expected in eager.items():
-        torch.testing.assert_close(compiled[what], expected, msg=lambda m, w=what: f"{w}: {m}")
-
-
-@pytest.mark.usefixtures("chunks_of_ten", "onednn_for_all")
-def test_a_head_that_is_a_view_goes_to_pytorch() -> None:
-    given = {**case(0), "objective": make_objective("drpo")}
-    given |= {name: given[name].float() for name in LEAVES}
-    wide = torch.cat([given["lm_head_weight"]] * 2, dim=1)
-    whole = fused_policy_loss(**given)
-    with OneDNN():
-        view = fused_policy_loss(**{**given, "lm_head_weight": wide[:, :16]})
-    torch.testing.assert_close(view.logp, whole.logp)
 
 
 @pytest.mark.parametrize("name", ["drpo", "spo", "pg", "drpo_topk", "drpo_unweighted"])

@@ -12,13 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
 
 from drpo import DRPOTrainer
 from drpo.rollout.record import record_log_probs
-from drpo.tasks import builtin_problems
 from support.rollouts import load_model, made_up_reward, made_up_rollout, make_trainer, weights
-
-
-@pytest.fixture(scope="module")
-def problems() -> Dataset:
-    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 32, seed=0)])
 
 
 class TestBehaviorLogProbs:

@@ -9,31 +9,21 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from drpo import OBJECTIVES, DRPOConfig, DRPOTrainer
+from drpo import OBJECTIVES, DRPOTrainer
 from drpo.config import REFUSED
-from drpo.policy_head import why_not_fused
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
-from drpo.tasks import builtin_problems
 from support.rollouts import (
     config,
+    flat,
     gradient_of_one_update,
     load_model,
     made_up_reward,
@@ -41,11 +31,6 @@ from support.rollouts import (
     make_trainer,
     weights,
 )
-
-
-@pytest.fixture(scope="module")
-def problems() -> Dataset:
-    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 32, seed=0)])
 
 
 class Watching(DRPOTrainer):
@@ -85,7 +70,7 @@ class TestAnchor:
 
     def test_at_the_only_update_of_a_rollout_is_the_policy_itself(self, tmp_path: Path) -> None:
         gradients = [
-            _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **settings))
+            flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **settings))
             for settings in ({"objective": "ppo"}, {"objective": "pg", "anchor": "old"}, {"objective": "pg"})
         ]
         assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
@@ -93,7 +78,7 @@ class TestAnchor:
 
     def test_with_a_correction_weighs_tokens_by_what_it_and_the_sampler_differ_by(self, tmp_path: Path) -> None:
         gradients = [
-            _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **settings))
+            flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **settings))
             for settings in (
                 # At r = π_old/π_old = 1, ρ·r is π/μ: a truncation that is never reached makes it the surrogate.
                 {"objective": "ppo", "correction": "token_truncate", "correction_kwargs": {"cap": 1e9}},
@@ -138,108 +123,6 @@ class TestTopK:
     ) -> None:
         with pytest.raises(ValueError, match=f"objective='pdm' needs log-probs of .* does not work with {what}"):
             make_trainer(tmp_path, problems, objective="pdm", **settings)
-
-
-class TestFusedLoss:
-    @pytest.mark.parametrize("objective", ["drpo", "drpo_topk", "gspo", "ppo"])
-    def test_scores_and_gradient_are_those_of_the_plain_path(
-        self, tmp_path: Path, problems: Dataset, objective: str
-    ) -> None:
-        torch.manual_seed(0)
-        ids = torch.randint(3, 12, (4, 9))
-        inputs = {
-            "prompt_ids": ids[:, :4],
-            "prompt_mask": torch.ones(4, 4, dtype=torch.long),
-            "completion_ids": ids[:, 4:],
-            "completion_mask": torch.ones(4, 5, dtype=torch.long),
-            "advantages": torch.tensor([0.5, -1.0, 0.0, 2.0]),
-            "sampling_per_token_logps": -3 * torch.rand(4, 5),
-            "old_per_token_logps": -3 * torch.rand(4, 5),
-            "top_k_ids": torch.randint(3, 12, (4, 5, 2)),
-            "top_k_sampling_logps": -3 - torch.rand(4, 5, 2),
-        }
-        inputs["prompt_mask"][1, :2] = 0
-        inputs["completion_mask"][2, 3:] = 0
-        counted = inputs["completion_mask"].bool()
-        found = []
-        for fused in (True, False):
-            trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8, fused_loss=fused)
-            trainer._count([inputs])
-            scored = trainer._score(trainer.model, inputs, counted / 17)
-            scored.loss.backward()
-            tokens = (scored.sampled.logp, scored.gradient_weight, scored.entropy)
-            tokens = [t.squeeze(0) if fused else t[counted] for t in tokens]
-            gradient = _flat({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
-            found.append([scored.loss.detach(), *tokens, gradient])
-        for fused, plain in zip(*found, strict=True):
-            assert (fused - plain).norm() <= 1e-5 * plain.norm()
-
-    @pytest.mark.parametrize(
-        ("change", "reason"),
-        [
-            ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 is TRL's"),
-            ({"head": torch.nn.Sequential()}, "its LM head is a Sequential, not a plain Linear"),
-        ],
-    )
-    def test_is_left_out_in_one_line_where_the_model_does_not_allow_it(
-        self,
-        tmp_path: Path,
-        problems: Dataset,
-        caplog: pytest.LogCaptureFixture,
-        change: dict[str, Any],
-        reason: str,
-    ) -> None:
-        model, _ = load_model()
-        if (head := change.pop("head", None)) is not None:
-            head.append(model.lm_head)
-            head.weight = model.lm_head.weight
-            model.get_output_embeddings = lambda: head
-        trainer = make_trainer(tmp_path, problems, model=model, **change)
-        assert f"No fused loss for this model: {reason}" in caplog.text
-        assert "scored" not in str(trainer.model.forward)
-
-    def test_reads_what_a_model_does_to_its_logits(self, tmp_path: Path, problems: Dataset) -> None:
-        """A model with a scale, a cap or a bias: the audit of what it sampled is passed."""
-        small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1}
-        for model in (
-            CohereForCausalLM(CohereConfig(**small, logit_scale=0.3, bos_token_id=2)),
-            GraniteForCausalLM(GraniteConfig(**small, logits_scaling=3.0)),
-            Gemma2ForCausalLM(
-                Gemma2Config(**small, head_dim=16, final_logit_softcapping=0.5, attn_implementation="eager")
-            ),
-            PhiForCausalLM(PhiConfig(**small | {"num_key_value_heads": 2}, resid_pdrop=0.0)),
-        ):
-            torch.nn.init.normal_(model.lm_head.weight)
-            if model.lm_head.bias is not None:
-                torch.nn.init.normal_(model.lm_head.bias)
-            trainer = make_trainer(tmp_path, problems, model=model)
-            trainer.train()
-            assert trainer._why_not_fused is None
-            assert trainer.audit is not None
-            assert trainer.audit.maximum < 1e-4, type(model)
-
-    @pytest.mark.parametrize("architecture", ["HyperCLOVAX", "ModernBertDecoder", "RecurrentGemma"])
-    def test_is_left_out_where_logits_are_not_what_the_config_says(self, architecture: str) -> None:
-        """Of another factor, of a layer between body and head, of a soft-cap under another name."""
-        config = getattr(transformers, f"{architecture}Config")(
-            vocab_size=99,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-            **({"logits_scaling": 3.0} if architecture == "HyperCLOVAX" else {}),
-        )
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config).train()
-        torch.nn.init.normal_(model.get_output_embeddings().weight)
-        reason = why_not_fused(model)
-        assert reason is not None
-        assert "times their largest away from those of its body and LM head" in reason
-        assert model.training
 
 
 class TestAudit:
@@ -320,7 +203,7 @@ class TestGradient:
     @pytest.fixture(scope="class")
     @staticmethod
     def whole(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-        return _flat(gradient_of_one_update(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=64))
+        return flat(gradient_of_one_update(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=64))
 
     @pytest.mark.parametrize(
         "settings",
@@ -339,7 +222,7 @@ class TestGradient:
         ],
     )
     def test_is_the_same(self, tmp_path: Path, whole: Tensor, settings: dict[str, Any]) -> None:
-        split = _flat(gradient_of_one_update(tmp_path, **settings))
+        split = flat(gradient_of_one_update(tmp_path, **settings))
         assert (split - whole).norm() <= 1e-6 * whole.norm()
 
     @pytest.mark.parametrize(
@@ -352,8 +235,8 @@ class TestGradient:
         ids=lambda a: a["aggregation"],
     )
     def test_is_the_same_for_every_aggregation(self, tmp_path: Path, aggregation: dict[str, Any]) -> None:
-        whole = _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **aggregation))
-        split = _flat(
+        whole = flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, **aggregation))
+        split = flat(
             gradient_of_one_update(
                 tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=16, **aggregation
             )
@@ -384,14 +267,14 @@ class TestGradient:
         shared = {name: settings[name] for name in ("objective", "aggregation") if name in settings}
         plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None, **shared}
         size = {"per_device_train_batch_size": 64, "max_steps": 2}
-        whole = _flat(gradient_of_one_update(tmp_path / "whole", dtype, **size, **plain))
-        less = _flat(gradient_of_one_update(tmp_path / "less", dtype, **{**size, **settings}))
+        whole = flat(gradient_of_one_update(tmp_path / "whole", dtype, **size, **plain))
+        less = flat(gradient_of_one_update(tmp_path / "less", dtype, **{**size, **settings}))
         assert whole.norm() > 0
         assert (less - whole).norm() <= tolerance * whole.norm()
 
     def test_differs_between_objectives(self, tmp_path: Path, whole: Tensor) -> None:
         for name in ("ppo", "spo", "dppo_tv", "pg"):
-            other = _flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, objective=name))
+            other = flat(gradient_of_one_update(tmp_path, per_device_train_batch_size=64, objective=name))
             assert (other - whole).norm() > 1e-3 * whole.norm(), name
 
 
@@ -501,90 +384,6 @@ class TestTraining:
         assert all(torch.equal(expected[name], weight) for name, weight in weights(resumed).items())
 
 
-class TestConfig:
-    def test_derives_the_rollout_from_one_knob(self, tmp_path: Path) -> None:
-        args = config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, updates_per_rollout=4)
-        assert (args.steps_per_generation, args.generation_batch_size, args.num_iterations) == (8, 64, 1)
-
-    def test_takes_only_checkpoints_between_rollouts_and_says_so(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        assert config(tmp_path, updates_per_rollout=4, save_strategy="steps", save_steps=6).save_steps == 8
-        assert "save_steps=6 is rounded up to 8" in caplog.text
-
-    @pytest.mark.parametrize("settings", [{"top_k": -1}, {"min_p": 0.0}, {"generation_kwargs": {"use_cache": True}}])
-    def test_takes_what_changes_nothing(self, tmp_path: Path, settings: dict[str, Any]) -> None:
-        config(tmp_path, **settings)
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            (
-                {"steps_per_generation": 3, "updates_per_rollout": 4},
-                r"steps_per_generation=3 contradicts updates_per_rollout=4 × .* = 4",
-            ),
-            (
-                {"generation_batch_size": 64, "per_device_train_batch_size": 8},
-                r"generation_batch_size=64 contradicts .* = 32",
-            ),
-            ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected a whole number, at least 1"),
-            ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'dro' or 'drpo'"),
-            ({"objective_kwargs": {"delte": 1}}, "did you mean 'delta'"),
-            ({"aggregation": "token-men"}, "did you mean 'token-mean'"),
-            ({"aggregation": "seq-mean-token-sum-norm"}, "horizon is None"),
-            ({"advantage": "mean-sd"}, "did you mean 'mean-std'"),
-            ({"temperature": 0.0}, "temperature is 0.0; expected a finite number > 0"),
-            ({"audit_threshold": float("nan")}, "audit_threshold is nan"),
-            (
-                {"tokens_per_micro_batch": 0},
-                "tokens_per_micro_batch is 0; expected a whole number, at least 1, or None",
-            ),
-            ({"updates_per_rollout": 2.5}, "updates_per_rollout is 2.5"),
-            ({"objective_kwargs": [1]}, r"objective_kwargs is \[1\]; expected a mapping"),
-            ({"anchor": "olt"}, "unknown anchor 'olt'; did you mean 'old'"),
-            ({"objective": "ppo", "correction": "token_cap"}, "unknown correction 'token_cap'"),
-            ({"correction": "token_mask"}, "correction: TokenMask weighs by π_old/μ .* against μ already"),
-            ({"objective": "ppo", "correction_kwargs": {"cap": 2}}, "correction_kwargs is .* without a correction"),
-            (
-                {"objective": "ppo", "correction": "token_mask", "correction_kwargs": {"cap": 2}},
-                "unknown hyperparameter of token_mask 'cap'",
-            ),
-            ({"objective": "icepop", "correction": "token_mask"}, "IcePop weighs tokens by π_old/μ itself"),
-            ({"objective": "icepop", "anchor": "sampler"}, "anchor: got 'sampler' with IcePop"),
-            ({"objective": "pdm", "anchor": "old"}, "anchor: got 'old' with PDM"),
-            (
-                {"objective": "drpo_topk", "anchor": "old", "correction": "token_mask"},
-                "anchor: got 'old' with DRPOTopK",
-            ),
-            ({"objective": "ppo", "correction": ""}, "unknown correction ''"),
-            ({"max_steps": 6}, "max_steps=6 ends within a rollout of updates_per_rollout=4"),
-            ({"save_strategy": "best"}, "save_strategy='best'"),
-            ({"generation_kwargs": {"do_sample": False}}, "generation_kwargs has 'do_sample'"),
-            ({"generation_kwargs": {"top_k": 20}}, "generation_kwargs has 'top_k'"),
-        ],
-    )
-    def test_refuses_contradictions(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            config(tmp_path, **settings)
-
-    @pytest.mark.parametrize("name", list(REFUSED))
-    def test_refuses_what_it_would_ignore(self, tmp_path: Path, name: str) -> None:
-        default = DRPOConfig.__dataclass_fields__[name].default
-        other = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.5
-        with pytest.raises(ValueError, match=f"{name}=.* would have no effect"):
-            config(tmp_path, **{name: other})
-
-    def test_is_asked_for(self, tmp_path: Path) -> None:
-        model, tokenizer = load_model()
-        with pytest.raises(TypeError, match="args is a GRPOConfig; expected a DRPOConfig"):
-            DRPOTrainer(
-                model=model,
-                reward_funcs=exact_answer,
-                args=GRPOConfig(str(tmp_path), bf16=False),
-                processing_class=tokenizer,
-            )  # type: ignore[arg-type]
-
-
 class TestTRL:
     """What the trainer leans on: when TRL changes it, these fail before a run goes wrong."""
 
@@ -660,7 +459,3 @@ class TestTRL:
 
 def _first_cause(error: AuditError) -> str:
     return str(error).split("\n  1. ")[1].split("\n")[0]
-
-
-def _flat(gradient: dict[str, Tensor]) -> Tensor:
-    return torch.cat([gradient[name].flatten() for name in sorted(gradient)])

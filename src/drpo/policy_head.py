@@ -51,6 +51,12 @@ def why_not_fused(model: Any) -> str | None:
     return None
 
 
+def lengthens_prompts(model: Any) -> bool:
+    """Whether peft's prompt tuning is on; prefix tuning has its tokens in the cache, out of the states."""
+    adapters = getattr(model, "peft_config", {}).values()
+    return any(adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING" for adapter in adapters)
+
+
 @torch.no_grad()
 def _logit_error(model: Any) -> float:
     """How far the model's logits of a few tokens are from what the fused loss takes them to be, over the largest of them.

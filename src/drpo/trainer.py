@@ -18,7 +18,7 @@ from drpo.config import DRPOConfig
 from drpo.metrics import TrustRegion, TrustRegionMetrics
 from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.micro_batches import Pace, Work, lengths, loss_mask, select, split_by_length, widths
-from drpo.policy_head import add_policy_loss, why_not_fused
+from drpo.policy_head import add_policy_loss, lengthens_prompts, why_not_fused
 from drpo.precision import train_in_fp8
 from drpo.rollout.audit import (
     APPROXIMATE_THRESHOLD,
@@ -116,7 +116,7 @@ class DRPOTrainer(RolloutTrainer):
             (self.args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32 is TRL's fused head's"),
             (self.args.replay_support, "log-probs over the sampler's support need all logits"),
             (
-                _lengthens_prompts(self.accelerator.unwrap_model(self.model)),
+                lengthens_prompts(self.accelerator.unwrap_model(self.model)),
                 "its adapters put tokens before the prompt",
             ),
             (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
@@ -338,12 +338,6 @@ class DRPOTrainer(RolloutTrainer):
         if mode == "train":
             self.trust_region = measured
         super().log(logs, start_time)
-
-
-def _lengthens_prompts(model: Any) -> bool:
-    """Whether peft's prompt tuning is on; prefix tuning has its tokens in the cache, out of the states."""
-    adapters = getattr(model, "peft_config", {}).values()
-    return any(adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING" for adapter in adapters)
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""DRPOConfig: what it derives, takes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import GRPOConfig
+
+from drpo import DRPOConfig, DRPOTrainer
+from drpo.config import REFUSED
+from drpo.rewards import exact_answer
+from support.rollouts import config, load_model
+
+
+def test_derives_the_rollout_from_one_knob(tmp_path: Path) -> None:
+    args = config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, updates_per_rollout=4)
+    assert (args.steps_per_generation, args.generation_batch_size, args.num_iterations) == (8, 64, 1)
+
+
+def test_takes_only_checkpoints_between_rollouts_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert config(tmp_path, updates_per_rollout=4, save_strategy="steps", save_steps=6).save_steps == 8
+    assert "save_steps=6 is rounded up to 8" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"top_k": -1}, {"min_p": 0.0}, {"generation_kwargs": {"use_cache": True}}])
+def test_takes_what_changes_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"steps_per_generation": 3, "updates_per_rollout": 4},
+            r"steps_per_generation=3 contradicts updates_per_rollout=4 × .* = 4",
+        ),
+        (
+            {"generation_batch_size": 64, "per_device_train_batch_size": 8},
+            r"generation_batch_size=64 contradicts .* = 32",
+        ),
+        ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected a whole number, at least 1"),
+        ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'dro' or 'drpo'"),
+        ({"objective_kwargs": {"delte": 1}}, "did you mean 'delta'"),
+        ({"aggregation": "token-men"}, "did you mean 'token-mean'"),
+        ({"aggregation": "seq-mean-token-sum-norm"}, "horizon is None"),
+        ({"advantage": "mean-sd"}, "did you mean 'mean-std'"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected a finite number > 0"),
+        ({"audit_threshold": float("nan")}, "audit_threshold is nan"),
+        (
+            {"tokens_per_micro_batch": 0},
+            "tokens_per_micro_batch is 0; expected a whole number, at least 1, or None",
+        ),
+        ({"updates_per_rollout": 2.5}, "updates_per_rollout is 2.5"),
+        ({"objective_kwargs": [1]}, r"objective_kwargs is \[1\]; expected a mapping"),
+        ({"anchor": "olt"}, "unknown anchor 'olt'; did you mean 'old'"),
+        ({"objective": "ppo", "correction": "token_cap"}, "unknown correction 'token_cap'"),
+        ({"correction": "token_mask"}, "correction: TokenMask weighs by π_old/μ .* against μ already"),
+        ({"objective": "ppo", "correction_kwargs": {"cap": 2}}, "correction_kwargs is .* without a correction"),
+        (
+            {"objective": "ppo", "correction": "token_mask", "correction_kwargs": {"cap": 2}},
+            "unknown hyperparameter of token_mask 'cap'",
+        ),
+        ({"objective": "icepop", "correction": "token_mask"}, "IcePop weighs tokens by π_old/μ itself"),
+        ({"objective": "icepop", "anchor": "sampler"}, "anchor: got 'sampler' with IcePop"),
+        ({"objective": "pdm", "anchor": "old"}, "anchor: got 'old' with PDM"),
+        (
+            {"objective": "drpo_topk", "anchor": "old", "correction": "token_mask"},
+            "anchor: got 'old' with DRPOTopK",
+        ),
+        ({"objective": "ppo", "correction": ""}, "unknown correction ''"),
+        ({"max_steps": 6}, "max_steps=6 ends within a rollout of updates_per_rollout=4"),
+        ({"save_strategy": "best"}, "save_strategy='best'"),
+        ({"generation_kwargs": {"do_sample": False}}, "generation_kwargs has 'do_sample'"),
+        ({"generation_kwargs": {"top_k": 20}}, "generation_kwargs has 'top_k'"),
+    ],
+)
+def test_refuses_contradictions(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refuses_what_it_would_ignore(tmp_path: Path, name: str) -> None:
+    default = DRPOConfig.__dataclass_fields__[name].default
+    other = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.5
+    with pytest.raises(ValueError, match=f"{name}=.* would have no effect"):
+        config(tmp_path, **{name: other})
+
+
+def test_is_what_the_trainer_asks_for(tmp_path: Path) -> None:
+    model, tokenizer = load_model()
+    with pytest.raises(TypeError, match="args is a GRPOConfig; expected a DRPOConfig"):
+        DRPOTrainer(
+            model=model,
+            reward_funcs=exact_answer,
+            args=GRPOConfig(str(tmp_path), bf16=False),
+            processing_class=tokenizer,
+        )  # type: ignore[arg-type]
