@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo import DRPOConfig, DRPOTrainer
+from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
-from drpo.rollout.token_log import TokenLog
-from drpo.tasks import BUILTIN_MODELS, builtin_problems
+from drpo.trainer.token_log import TokenLog
 
 PROMPTS, GROUP = 64, 8
 MODEL = str(BUILTIN_MODELS["arithmetic"])

@@ -24,7 +24,7 @@ from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 from benchmarks import measure, tables
 from drpo import TokenBatch, make_objective
 from drpo.kernels import fused_policy_loss
-from drpo.kernels.head import workspace
+from drpo.kernels.lm_head import workspace
 from drpo.kernels.reference import reference_policy_loss
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl")

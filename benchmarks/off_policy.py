@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import tables
 from benchmarks.first_rollout import MODEL
-from drpo.recipe import load_recipe
-from drpo.run import RunFolder, read_jsonl
-from drpo.train import train
+from drpo.files import read_jsonl
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import load_recipe
+from drpo.run.train import train
 from support.vllm_cpu.engine import Engine
 
 ROLLOUTS = 30

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from benchmarks import tables
 from drpo import OBJECTIVES
-from drpo.run import read_jsonl
+from drpo.files import read_jsonl
 
 DRPO = Path(sys.executable).with_name("drpo")
 

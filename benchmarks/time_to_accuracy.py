@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import tables
-from drpo.prepare import load_problems, make_trainer
-from drpo.recipe import BUILTIN_RECIPE, Recipe, load_recipe
+from drpo.run.build import load_problems, make_trainer
+from drpo.run.recipe import BUILTIN_RECIPE, Recipe, load_recipe
 
 PACKAGES = ("torch", "transformers", "trl")
 TARGET = 0.9

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import measure, tables
 from drpo import DRPOConfig, DRPOTrainer
-from drpo.tasks import BUILTIN_MODELS
+from drpo.data.problems import BUILTIN_MODELS
 
 PACKAGES = ("torch", "transformers", "trl")
 GROUPS, GROUP, UPDATES, ROLLOUTS = 10, 4, 4, 2

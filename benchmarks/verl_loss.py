@@ -19,7 +19,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from benchmarks import measure, tables
 from drpo.integrations.verl import PolicyLoss
 from drpo.integrations.verl.config import LOSS_MODES, why_not_in_verl
-from drpo.integrations.verl.measured import MEASURED
+from drpo.integrations.verl.metrics import MEASURED
 from drpo.objectives import OBJECTIVES
 
 SHAPE = (64, 4096)

@@ -4,7 +4,7 @@ The first part of training uses correct solutions, so the model learns to add; t
 solutions in which a share of the steps is wrong, so that sampling from it is unreliable while
 the knowledge stays. Reinforcement learning then only has to sharpen.
 
-    python scripts/pretrain_arithmetic.py --output src/drpo/tasks/arithmetic_model
+    python scripts/pretrain_arithmetic.py --output src/drpo/data/arithmetic_model
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from drpo.tasks.arithmetic import Problem, sample_problem, sample_problems, split_of
+from drpo.data.arithmetic import Problem, sample_problem, sample_problems, split_of
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -11,27 +12,14 @@ import drpo
 
 SOURCE = Path(drpo.__file__).parent
 
-# A module may import modules of earlier layers and of its own package only.
-LAYERS = [
-    {"names", "errors"},
-    {"tokens", "tasks", "plain_yaml"},
-    {"objectives", "aggregation", "advantage", "rewards", "recipe"},
-    {"kernels", "micro_batches", "precision", "pretrained"},
-    {"metrics"},
-    {"rollout"},
-    {"config", "policy_head"},
-    {"scoring"},
-    {"rollout_trainer", "run", "options"},
-    {"trainer"},
-    {"catalogue", "choose", "progress", "report"},
-    {"evaluation", "data"},
-    {"prepare", "inspect"},
-    {"integrations"},
-    {"doctor", "commands"},
-    {"train"},
-    {"cli"},
-    {"__main__"},
-]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+"""Its line on the import order is the order: packages with commas between them may import each other."""
+
+
+def layers() -> list[set[str]]:
+    """The packages of the import order, lowest first; a module may import those before it, and its own layer's."""
+    (line,) = re.findall(r"^Imports point one way: (.*?)\.(?: |$)", README, re.MULTILINE)
+    return [set(re.findall(r"\w+", layer)) for layer in re.split("→", line.replace("`", ""))]
 
 
 def package_of(module: str) -> str:
@@ -59,13 +47,15 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__in
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_follow_the_layers(path: Path) -> None:
     own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    depth = next((i for i, layer in enumerate(LAYERS) if own in layer), None)
-    assert depth is not None, f"{own} has no layer"
-    below = set().union(*LAYERS[:depth])
-    if own == "recipe":
-        # What a recipe names is checked against the registries when it is read.
-        below |= {"objectives", "rewards"}
-    assert imports(path) - {own} <= below
+    if own == "__main__":
+        own = "cli"
+    depth = next((i for i, layer in enumerate(layers()) if own in layer), None)
+    assert depth is not None, f"{own} has no place in the README's import order"
+    assert imports(path) - {own} <= set().union(*layers()[: depth + 1])
+
+
+def test_the_top_level_has_few_modules() -> None:
+    assert len([path for path in SOURCE.glob("*.py") if path.name != "__init__.py"]) <= 10
 
 
 @pytest.mark.parametrize("name", drpo.__all__)

@@ -14,9 +14,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from drpo import DRPOTrainer
+from drpo.data.problems import builtin_problems
 from drpo.precision import make_rollout_model, quantised, train_in_fp8
-from drpo.rollout.token_log import TokenLog
-from drpo.tasks import builtin_problems
+from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, make_trainer
 
 # What one fp32 model differs from itself by, in batches of other shapes.

@@ -9,7 +9,7 @@ import torch
 
 from builders import random_tensors, tokens
 from drpo import TokenBatch, TrustRegionMetrics, make_objective
-from drpo.metrics.breakdown import BUCKETS
+from drpo.metrics.groups import BUCKETS
 
 
 def measured(batch: TokenBatch, weight: torch.Tensor) -> dict[str, float]:

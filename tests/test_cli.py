@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from drpo import __version__, cli
+from drpo import __version__
+from drpo.cli import main as cli
+from drpo.files import write_json
 from drpo.objectives import CORRECTIONS, OBJECTIVES
-from drpo.recipe import load_recipe
-from drpo.run import RunFolder, write_json
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import load_recipe
 from test_recipe import MALFORMED, NOT_RECIPES, RECIPE
 
 DRPO = str(Path(sys.executable).parent / "drpo")
@@ -175,7 +177,7 @@ def test_a_stopped_run_goes_on_with_its_own_recipe(here, drpo, monkeypatch, argu
     (here / "recipe.yaml").write_bytes(folder.recipe.read_bytes())
     asked = []
     monkeypatch.setattr(
-        "drpo.train.train", lambda recipe, folder, resume, overwrite: asked.append((recipe, str(folder), resume))
+        "drpo.run.train.train", lambda recipe, folder, resume, overwrite: asked.append((recipe, str(folder), resume))
     )
     code, _, err = drpo("train", *arguments, "--resume", "--output", "stopped")
     assert (code, err) == (0, "")
@@ -233,7 +235,7 @@ def test_malformed_data_is_refused(here, refusal, rows, expected):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_a_run_needs_is_checked_before_anything_is_written(here, refusal, overrides, expected):
-    from drpo.tasks import MODEL_PATH
+    from drpo.data.problems import MODEL_PATH
 
     (here / "empty").mkdir()
     (here / "broken").mkdir()
@@ -404,5 +406,5 @@ def test_a_mistake_about_objectives_is_one_line(refusal, arguments, expected):
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "trl", "datasets", "plotly", "matplotlib"])
 def test_help_and_usage_errors_wait_for_no_slow_import(here, module):
-    statement = f"import sys, drpo.cli; sys.exit({module!r} in sys.modules)"
+    statement = f"import sys, drpo.cli.main; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", statement], env=os.environ, check=False).returncode == 0

@@ -9,8 +9,8 @@ import pytest
 from trl import GRPOConfig
 
 from drpo import DRPOConfig, DRPOTrainer
-from drpo.config import REFUSED
 from drpo.rewards import exact_answer
+from drpo.trainer.config import REFUSED
 from support.rollouts import config, load_model
 
 

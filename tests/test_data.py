@@ -10,12 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from drpo.data.collect import OVERLAP, collect, contamination, normalised
-from drpo.data.passrate import keep
-from drpo.data.rows import Row, read_rows, write_rows
+from drpo.data.build import OVERLAP, collect, contamination, normalised
+from drpo.data.files import Row, read_rows, write_rows
+from drpo.data.pass_rate import keep
+from drpo.data.problems import read_problems
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
-from drpo.tasks import read_problems
 from test_cli import contents, drpo, here, refusal  # noqa: F401
 
 WRAPPED = (

@@ -19,7 +19,7 @@ import pytest
 import test_fuzz
 import test_objectives
 from drpo import OBJECTIVES
-from drpo.catalogue import describe_fields
+from drpo.cli.catalogue import describe_fields
 
 ROOT = Path(__file__).parents[1]
 PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from transformers import GPT2Config
 from drpo.doctor import Finding, environment, memory
 from drpo.doctor.environment import check_packages
 from drpo.doctor.examine import examine
-from drpo.rollout.record import LogProbRecorder
+from drpo.rollout.recorder import LogProbRecorder
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"

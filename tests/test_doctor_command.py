@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drpo.cli import main
+from drpo.cli.main import main
 from drpo.doctor.examine import examine
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from drpo.cli import app
+from drpo.cli.main import app
 from drpo.doctor import Finding
 from drpo.doctor.verl import examine
 from drpo.errors import UserError
 from drpo.integrations.verl import PolicyLoss
-from drpo.integrations.verl.compose import from_file
+from drpo.integrations.verl.hydra import from_file
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
 SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "paper")

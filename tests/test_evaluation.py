@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from drpo.data.problems import Problem
 from drpo.errors import UserError
 from drpo.evaluation.engines import TransformersEngine, VLLMEngine, _SeededChoice
+from drpo.evaluation.evaluate import load, sample_and_score
 from drpo.evaluation.folder import EvaluationFolder
-from drpo.evaluation.sampled import load, sample_and_score
 from drpo.evaluation.settings import Settings
 from drpo.evaluation.statistics import estimate, majority, paired, pass_at_k
 from drpo.evaluation.summary import compare, summarise
-from drpo.tasks import Problem
 from support.rollouts import load_model
 from test_cli import drpo, here, make_run, refusal  # noqa: F401
 

@@ -12,13 +12,13 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from drpo import DRPOTrainer
-from drpo.evaluation.heldout import evaluate
+from drpo.data.problems import builtin_problems
 from drpo.rewards import exact_answer
-from drpo.rollout.audit import NEUTRAL, sampling_mismatches
-from drpo.rollout.record import NOT_IN_SUPPORT, record_log_probs
-from drpo.rollout.token_log import TokenLog
-from drpo.scoring import score_support
-from drpo.tasks import builtin_problems
+from drpo.rollout.recorder import NOT_IN_SUPPORT, record_log_probs
+from drpo.rollout.sampling import NEUTRAL, sampling_mismatches
+from drpo.trainer.heldout import evaluate
+from drpo.trainer.scoring import score_support
+from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, made_up_rollout, make_trainer
 
 FILTERS = [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 4, "temperature": 0.7}]

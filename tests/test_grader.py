@@ -462,7 +462,7 @@ def trained(tmp_path):
         from datasets import Dataset
 
         import drpo
-        from drpo.tasks import builtin_problems
+        from drpo.data.problems import builtin_problems
         from support.rollouts import config, load_model
 
         model, tokenizer = load_model()

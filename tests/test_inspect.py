@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from drpo.errors import UserError
-from drpo.inspect.analyse import Inspection, analyse
+from drpo.files import append_jsonl, read_jsonl
+from drpo.inspect.analyze import Inspection, analyse
 from drpo.inspect.figures import stretches
 from drpo.inspect.page import render
 from drpo.inspect.read import read_rollouts
 from drpo.objectives import OBJECTIVES, make_objective
-from drpo.run import append_jsonl, read_jsonl
 from support.browser import BROWSER, opened
 from test_cli import drpo, here, refusal  # noqa: F401
 from test_report import parse
@@ -502,7 +502,7 @@ def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(
         rows.append({**as_sampled, "advantage": rng.normal(), "step": row * steps // sequences})
     path = write(tmp_path / f"rollouts.{ending}", rows)
     # A process of its own, so that its peak is its own.
-    run = f"import resource, sys; from drpo import cli; sys.argv = ['drpo', 'inspect', {str(path)!r}]; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    run = f"import resource, sys; from drpo.cli import main as cli; sys.argv = ['drpo', 'inspect', {str(path)!r}]; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     result = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
     seconds, kilobytes = map(float, result.stdout.splitlines()[-1].split())
     assert seconds < 30

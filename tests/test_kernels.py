@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import drpo.kernels.head
+import drpo.kernels.lm_head
 from builders import EVERY, objective_of
 from drpo import make_objective
 from drpo.kernels import fused_policy_loss
+from drpo.kernels.logits import LogitTransform
 from drpo.kernels.reference import reference_policy_loss
-from drpo.kernels.rows import LogitTransform, _differentiate_blocks
+from drpo.kernels.softmax import _differentiate_blocks
 from support.fused import LEAVES, case, differentiated, relative_error
 
 
 @pytest.fixture
 def chunks_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(drpo.kernels.head.CHUNK_BYTES, "cpu", 10 * 101 * 8)
+    monkeypatch.setitem(drpo.kernels.lm_head.CHUNK_BYTES, "cpu", 10 * 101 * 8)
 
 
 @EVERY
@@ -221,7 +222,7 @@ def test_an_objective_is_an_objective() -> None:
 
 @pytest.mark.usefixtures("chunks_of_ten")
 def test_inference_mode_leaves_nothing_behind_that_training_trips_over() -> None:
-    drpo.kernels.head.workspace.cache_clear()
+    drpo.kernels.lm_head.workspace.cache_clear()
     given = {**case(0), "objective": make_objective("drpo")}
     with torch.inference_mode():
         seen = fused_policy_loss(**given)
@@ -277,7 +278,7 @@ def test_fp16_gradients_of_the_head_add_up_beyond_the_range_of_their_terms() -> 
 
 def test_the_triton_kernel_takes_strided_ids_and_logits_of_minus_infinity() -> None:
     pytest.importorskip("triton")
-    from drpo.kernels.triton_rows import differentiate_rows
+    from drpo.kernels.softmax_triton import differentiate_rows
 
     logits = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0))
     # All of the kernel's first block.
@@ -297,7 +298,7 @@ def test_the_triton_kernel_takes_strided_ids_and_logits_of_minus_infinity() -> N
 def test_the_triton_kernel_agrees_with_pytorch(dtype: torch.dtype, vocabulary: int, softcap: float | None) -> None:
     """On a GPU if there is one, else under Triton's interpreter (conftest.py); in place, and into another dtype."""
     pytest.importorskip("triton")
-    from drpo.kernels.triton_rows import differentiate_rows
+    from drpo.kernels.softmax_triton import differentiate_rows
 
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(3, vocabulary, generator=generator).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drpo.micro_batches import Pace, Work, left_aligned, lengths, select, split_by_length
+from drpo.trainer.micro_batches import Pace, Work, left_aligned, lengths, select, split_by_length
 
 
 @given(

@@ -20,7 +20,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from drpo.policy_head import why_not_fused
+from drpo.trainer.fused_head import why_not_fused
 from support.rollouts import flat, load_model, make_trainer
 
 

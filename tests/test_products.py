@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import drpo.kernels.head
-import drpo.kernels.products
+import drpo.kernels.lm_head
+import drpo.kernels.matmul
 from drpo import make_objective
 from drpo.kernels import fused_policy_loss
 from drpo.kernels.reference import reference_policy_loss
@@ -24,7 +24,7 @@ on_avx512 = pytest.mark.skipif(
 @pytest.fixture
 def onednn_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ONEDNN_FROM", "ONEDNN_OUTER_ROWS"):
-        monkeypatch.setattr(drpo.kernels.products, name, 0)
+        monkeypatch.setattr(drpo.kernels.matmul, name, 0)
 
 
 class OneDNN(TorchDispatchMode):
@@ -53,8 +53,8 @@ class OneDNN(TorchDispatchMode):
 def test_onednn_multiplies_as_pytorch_does(
     tokens: int, width: int, vocabulary: int, block: int, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drpo.kernels.products, "BLOCK_NUMBERS", 16 * block)
-    monkeypatch.setitem(drpo.kernels.head.CHUNK_BYTES, "cpu", 10 * vocabulary * 4)
+    monkeypatch.setattr(drpo.kernels.matmul, "BLOCK_NUMBERS", 16 * block)
+    monkeypatch.setitem(drpo.kernels.lm_head.CHUNK_BYTES, "cpu", 10 * vocabulary * 4)
     given = {**case(0, tokens, width, vocabulary), "objective": make_objective("drpo"), "softcap": 1.5}
     given |= {name: given[name].float().double() for name in LEAVES} | {"advantage": torch.ones(tokens)}
     if not biased:

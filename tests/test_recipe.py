@@ -13,7 +13,7 @@ from drpo.aggregation import Aggregation
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from drpo.objectives import Anchor
-from drpo.recipe import BUILTIN_RECIPE, Recipe, dump_recipe, load_recipe
+from drpo.run.recipe import BUILTIN_RECIPE, Recipe, dump_recipe, load_recipe
 
 RECIPES = [BUILTIN_RECIPE, *sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))]
 
@@ -206,8 +206,8 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path, name):
     ],
 )
 def test_a_malformed_trainer_option_is_refused_before_anything_is_written(recipe_file, tmp_path, option, expected):
-    from drpo.run import RunFolder
-    from drpo.train import train
+    from drpo.run.folder import RunFolder
+    from drpo.run.train import train
 
     recipe_file.write_text(f"{RECIPE}trainer: {{{option}}}\n")
     recipe = load_recipe(recipe_file, ["task.heldout=null", "rollouts=1"])
@@ -383,7 +383,7 @@ def test_rewards_are_made_with_their_options_and_weights(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_path, monkeypatch):
-    from drpo.prepare import make_config
+    from drpo.run.build import make_config
 
     # No accelerator here, no weights: as far as it goes without.
     recipe = load_recipe(path, ["train_precision=fp32"])

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from drpo.errors import UserError
+from drpo.files import append_jsonl, write_json
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
-from drpo.recipe import load_recipe
 from drpo.report import write_report
 from drpo.report.page import render
 from drpo.report.read import read_run
-from drpo.run import RunFolder, append_jsonl, write_json
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import load_recipe
 from support.browser import BROWSER
 from support.browser import opened as opened_in_browser
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
 
 from drpo import DRPOTrainer
-from drpo.rollout.record import record_log_probs
+from drpo.rollout.recorder import record_log_probs
 from support.rollouts import load_model, made_up_reward, made_up_rollout, make_trainer, weights
 
 

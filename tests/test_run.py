@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from drpo.errors import UserError
-from drpo.recipe import load_recipe
-from drpo.run import RunFolder, append_jsonl, read_jsonl, write_json
+from drpo.files import append_jsonl, read_jsonl, write_json
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import load_recipe
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 
 from drpo import TokenBatch
-from drpo.metrics.split import BEGUN_WITH, SAMPLED_WITH, Split
-from drpo.rollout.token_log import TokenLog
-from drpo.tasks import builtin_problems
+from drpo.data.problems import builtin_problems
+from drpo.trainer.mismatch import BEGUN_WITH, SAMPLED_WITH, Split
+from drpo.trainer.token_log import TokenLog
 from support.rollouts import make_trainer
 
 ROUNDING = 1e-5

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from drpo.data.arithmetic import LARGEST_TERM, LARGEST_TOTAL, TERMS, sample_problem, sample_problems, split_of
+from drpo.data.problems import BUILTIN_MODELS, MODEL_PATH, Problem, builtin_problems, read_problems
 from drpo.errors import UserError
 from drpo.rewards import exact_answer
-from drpo.tasks import BUILTIN_MODELS, MODEL_PATH, Problem, builtin_problems, read_problems
-from drpo.tasks.arithmetic import LARGEST_TERM, LARGEST_TOTAL, TERMS, sample_problem, sample_problems, split_of
 
 SPLITS = ("train", "heldout")
 SEEDS = (0, 1, 2)

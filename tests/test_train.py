@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drpo import cli
+from drpo.cli import main as cli
+from drpo.data.problems import MODEL_PATH
+from drpo.files import read_jsonl
 from drpo.objectives import OBJECTIVES
-from drpo.run import read_jsonl
-from drpo.tasks import MODEL_PATH
 
 SMALL = {
     "rollouts": 4,
@@ -232,7 +232,7 @@ import socket, sys
 def refuse(self, address):
     raise SystemExit(f"connection tried to {address}")
 socket.socket.connect = socket.socket.connect_ex = refuse
-from drpo.cli import main
+from drpo.cli.main import main
 main()
 """
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "CI")}

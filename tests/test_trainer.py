@@ -18,9 +18,9 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from drpo import OBJECTIVES, DRPOTrainer
-from drpo.config import REFUSED
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
+from drpo.trainer.config import REFUSED
 from support.rollouts import (
     config,
     flat,

@@ -18,7 +18,7 @@ from drpo import OBJECTIVES, Counts, TokenBatch, TrustRegionMetrics, aggregate
 from drpo.integrations.verl import LOSS_MODES, PolicyLoss
 from drpo.integrations.verl.config import why_not_in_verl
 from drpo.integrations.verl.losses import policy_loss
-from drpo.integrations.verl.measured import MEASURED
+from drpo.integrations.verl.metrics import MEASURED
 
 BYPASS = {"rollout_is": None, "bypass_mode": True}
 COMPUTED = [mode for mode, name in LOSS_MODES.items() if why_not_in_verl(OBJECTIVES[name]) is None]

@@ -15,15 +15,15 @@ import pytest
 from hydra.utils import instantiate
 from typer.testing import CliRunner
 
-from drpo.cli import app, main
+from drpo.cli.main import app, main
+from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
-from drpo.integrations.verl.compose import of_main_ppo
-from drpo.integrations.verl.launch import plan
-from drpo.integrations.verl.translate import as_arguments, overrides
+from drpo.integrations.verl.hydra import of_main_ppo
+from drpo.integrations.verl.overrides import as_arguments, overrides
+from drpo.integrations.verl.train import plan
 from drpo.objectives import PPO, SPO
-from drpo.recipe import load_recipe
-from drpo.run import RunFolder
-from drpo.tasks import MODEL_PATH
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import load_recipe
 
 FOLDER = Path("/runs, of (mine)/it's=1")
 
@@ -164,7 +164,7 @@ def test_verl_does_not_outlive_who_started_it(tmp_path: Path) -> None:
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"""
 import sys
-from drpo.integrations.verl.launch import run_to_its_end
+from drpo.integrations.verl.train import run_to_its_end
 with open({str(tmp_path / "output")!r}, "wb") as output:
     sys.exit(run_to_its_end([sys.executable, "-c", {child!r}], {{}}, output) != -15)
 """

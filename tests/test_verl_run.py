@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.report.read import read_run
-from drpo.run import RunFolder
-from drpo.tasks import BUILTIN_MODELS, builtin_problems
+from drpo.run.folder import RunFolder
 from support.verl_cpu.settings import environment, overrides
 
 pytestmark = pytest.mark.long
-RECIPE = Path(__file__).parents[1] / "src/drpo/tasks/arithmetic.yaml"
+RECIPE = Path(__file__).parents[1] / "src/drpo/run/arithmetic.yaml"
 
 
 def on_the_builtin_task(folder: Path, rollouts: int) -> list[str]:
     """Overrides: 16 prompts x 8 samples a rollout, 4 updates; evaluated first and last, as it samples."""
-    from drpo.integrations.verl.data import write_rows
+    from drpo.integrations.verl.problems import write_rows
 
     write_rows(builtin_problems("train", 2000, seed=0), folder / "train.jsonl", "arithmetic")
     write_rows(builtin_problems("heldout", 400, seed=0), folder / "heldout.jsonl", "arithmetic")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from drpo.recipe import load_recipe
+from drpo.data.problems import builtin_problems
+from drpo.files import read_jsonl
 from drpo.report import write_report
 from drpo.rollout.audit import EXACT_THRESHOLD
-from drpo.run import RunFolder, read_jsonl
-from drpo.tasks import builtin_problems
-from drpo.train import train
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import load_recipe
+from drpo.run.train import train
 from support.browser import BROWSER, opened
 from support.rollouts import MODEL, load_model, make_trainer
 from support.vllm_cpu.engine import PYTHON, Engine

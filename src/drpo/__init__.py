@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drpo.advantage import group_advantage
     from drpo.aggregation import Counts, aggregate, token_scale
-    from drpo.config import DRPOConfig
     from drpo.kernels import FusedLoss, fused_policy_loss
     from drpo.metrics import TrustRegion, TrustRegionMetrics
     from drpo.objectives import CORRECTIONS, OBJECTIVES, Corrected, Objective, make_correction, make_objective
     from drpo.tokens import TokenBatch, TopK
-    from drpo.trainer import DRPOTrainer
+    from drpo.trainer.config import DRPOConfig
+    from drpo.trainer.trainer import DRPOTrainer
 
 __version__ = "0.1.0"
 
@@ -43,8 +43,8 @@ _MODULES = {
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
     "objectives": ("CORRECTIONS", "OBJECTIVES", "Corrected", "Objective", "make_correction", "make_objective"),
     "tokens": ("TokenBatch", "TopK"),
-    "config": ("DRPOConfig",),
-    "trainer": ("DRPOTrainer",),
+    "trainer.config": ("DRPOConfig",),
+    "trainer.trainer": ("DRPOTrainer",),
 }
 
 

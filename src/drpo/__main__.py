@@ -1,3 +1,3 @@
-from drpo.cli import main
+from drpo.cli.main import main
 
 main()

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from drpo.names import unknown_name
+from drpo.registry import unknown_name
 
 Advantage = Literal["mean", "mean-std", "leave-one-out"]
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from drpo.names import unknown_name
+from drpo.registry import unknown_name
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 """verl's names. A sequence is a row with at least one token that counts."""

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from drpo import make_objective
-from drpo.policy_head import ScoredTokens, add_policy_loss
+from drpo.trainer.fused_head import ScoredTokens, add_policy_loss
 from support.rollouts import load_model
 
 SEQUENCES, LENGTH = 4, 8

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from drpo.tasks import MODEL_PATH, builtin_problems
+from drpo.data.problems import MODEL_PATH, builtin_problems
 
 
 @pytest.fixture

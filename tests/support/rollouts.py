@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from drpo import DRPOConfig, DRPOTrainer
+from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.rewards import exact_answer
-from drpo.tasks import BUILTIN_MODELS, builtin_problems
 
 T = TypeVar("T", bound=DRPOTrainer)
 

@@ -23,8 +23,8 @@ from verl.workers.engine import BaseEngine, EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
 from drpo import group_advantage
+from drpo.data.problems import builtin_problems
 from drpo.integrations.verl import PolicyLoss
-from drpo.tasks import builtin_problems
 
 
 def batch(tokenizer: Any) -> TensorDict:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from drpo.data.rows import Row, has_field, text_field
+from drpo.data.files import Row, has_field, text_field
 from drpo.errors import UserError
 from drpo.rewards.answers import number
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from math import isfinite
 from typing import Any
 
+from drpo.data.problems import Problem, as_prompt, builtin_problems
 from drpo.doctor.findings import Finding
 from drpo.doctor.model import Blank
-from drpo.recipe import Recipe
 from drpo.rewards import Reward, scores_of
-from drpo.tasks import Problem, as_prompt, builtin_problems
+from drpo.run.recipe import Recipe
 
 TOKENISED = 200
 """Prompts, the longest by characters, whose tokens are counted."""

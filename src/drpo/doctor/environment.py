@@ -15,15 +15,15 @@ from accelerate.utils import DynamoBackend
 from packaging.requirements import Requirement
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
 from drpo.doctor.fixes import refused
 from drpo.doctor.memory import available, gib
 from drpo.doctor.verl_worker import MODULE, routes
 from drpo.doctor.vllm import check_vllm
-from drpo.names import unknown_name
 from drpo.precision import BY_TORCHAO
-from drpo.recipe import Recipe
+from drpo.registry import unknown_name
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
 
 EXTRAS = {"lora": "peft", "low-precision": "torchao", "verl": "verl"}
 """Extras of this package for users, and the package that each is there for."""

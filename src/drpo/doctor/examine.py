@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from drpo.config import DRPOConfig
 from drpo.doctor import environment, model
 from drpo.doctor import recipe as of_recipe
 from drpo.doctor.chat_template import check_chat_template
@@ -23,9 +22,10 @@ from drpo.doctor.memory import check_memory
 from drpo.doctor.rollout import check_rollout
 from drpo.doctor.weights import check_weights
 from drpo.errors import UserError
-from drpo.options import refuse_together
-from drpo.prepare import load_problems, make_config, quiet_libraries
-from drpo.recipe import Recipe, load_recipe
+from drpo.run.build import load_problems, make_config, quiet_libraries
+from drpo.run.options import refuse_together
+from drpo.run.recipe import Recipe, load_recipe
+from drpo.trainer.config import DRPOConfig
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
+from drpo.trainer.config import DRPOConfig
 
 GIB = 2**30
 

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl.trainer.utils import disable_dropout_in_model
 
-from drpo.config import DRPOConfig
+from drpo.data.problems import BUILTIN_MODELS
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
-from drpo.prepare import make_lora
-from drpo.recipe import Recipe
-from drpo.rollout.audit import FILTERS, NEUTRAL, find_dropout, sampling_mismatches
-from drpo.tasks import BUILTIN_MODELS
+from drpo.rollout.audit import find_dropout
+from drpo.rollout.sampling import FILTERS, NEUTRAL, sampling_mismatches
+from drpo.run.build import make_lora
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
-from drpo.recipe import Recipe
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
 
 _ANCHORS = {
     "sampler": "the sampler, μ: its log-probs as the tokens were drawn",

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from drpo.data.problems import Problem
 from drpo.doctor.findings import Finding
 from drpo.doctor.fixes import fix_of
-from drpo.prepare import make_trainer
-from drpo.recipe import Recipe
 from drpo.rewards import Reward
 from drpo.rollout.audit import AuditError
-from drpo.rollout.token_log import TokenLog
-from drpo.tasks import Problem
+from drpo.run.build import make_trainer
+from drpo.run.recipe import Recipe
+from drpo.trainer.token_log import TokenLog
 
 PROMPTS, GENERATIONS, TOKENS = 2, 4, 24
 """Of the rollout: at most so many prompts, the recipe's shortest, completions of each, tokens of each at most."""

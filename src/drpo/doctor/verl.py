@@ -35,7 +35,7 @@ def examine(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) 
         import drpo.integrations.verl  # noqa: F401
     except ImportError as error:
         raise UserError(f"--verl {path}: {error}") from error
-    from drpo.integrations.verl.compose import from_file
+    from drpo.integrations.verl.hydra import from_file
 
     config = from_file(path, overrides)
     if not is_of_verl(config):
@@ -97,7 +97,7 @@ def _loss(config: Any) -> Iterator[Finding]:
 
     from drpo.integrations.verl import LOSS_MODES
     from drpo.integrations.verl.config import NOT_READ, TARGET
-    from drpo.names import unknown_name
+    from drpo.registry import unknown_name
 
     mode = _mode(config)
     if mode not in POLICY_LOSS_REGISTRY:

@@ -10,9 +10,9 @@ from urllib.request import urlopen
 
 import torch
 
-from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
-from drpo.recipe import Recipe
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
 
 _PATIENCE = 2
 """Seconds to wait for a server's answer."""

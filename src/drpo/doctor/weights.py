@@ -8,11 +8,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from drpo.config import DRPOConfig
 from drpo.doctor.findings import Finding
 from drpo.doctor.model import Blank
-from drpo.policy_head import why_not_fused
-from drpo.recipe import Recipe
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
+from drpo.trainer.fused_head import why_not_fused
 
 
 def check_weights(blank: Blank, recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.run import RunFolder, append_jsonl, locked, read_jsonl, write_json
+from drpo.files import append_jsonl, locked, read_jsonl, write_json
+from drpo.run.folder import RunFolder
 
 
 class EvaluationFolder:

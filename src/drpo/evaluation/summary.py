@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from drpo.data.problems import Problem
 from drpo.errors import UserError
 from drpo.evaluation.folder import read_result
 from drpo.evaluation.statistics import estimate, majority, paired, pass_at_k
 from drpo.rewards.math import STATUSES
-from drpo.tasks import Problem
 
 
 def summarise(k: int, problems: Sequence[tuple[str, Problem]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from drpo.names import unknown_name
+from drpo.registry import unknown_name
 
 FIELDS = {
     "logp": "log π of each token, under the policy being trained",

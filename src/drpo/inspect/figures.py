@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import plotly.graph_objects as go
 
-from drpo.inspect.analyse import Inspection
-from drpo.metrics.breakdown import BUCKETS
+from drpo.inspect.analyze import Inspection
 from drpo.metrics.effects import EFFECTS
+from drpo.metrics.groups import BUCKETS
 from drpo.metrics.histograms import DIVERGENCE_EDGES
 from drpo.report.figures import COLORS, DASHES, style
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from drpo.inspect import figures
-from drpo.inspect.analyse import Inspection
+from drpo.inspect.analyze import Inspection
 from drpo.report.html import document, section, table
 
 _MEASURED = {

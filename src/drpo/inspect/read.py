@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drpo.advantage import Advantage, group_advantage
-from drpo.data.rows import converted, records
+from drpo.data.files import converted, records
 from drpo.errors import UserError
 from drpo.inspect.columns import Columns, find_columns
 from drpo.inspect.rows import checked_row

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drpo.kernels.flat import FlatTokens
-from drpo.kernels.head import Gradients, Head
-from drpo.kernels.rows import LogitTransform, Rows, differentiate
+from drpo.kernels.lm_head import Gradients, Head
+from drpo.kernels.logits import LogitTransform
+from drpo.kernels.packed import FlatTokens
+from drpo.kernels.softmax import Rows, differentiate
 from drpo.objectives import Objective, TopKObjective
 
 

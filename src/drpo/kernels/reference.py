@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drpo.kernels.flat import FlatTokens
 from drpo.kernels.fused import FusedLoss
+from drpo.kernels.packed import FlatTokens
 from drpo.objectives import Objective
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from drpo.metrics import breakdown, effects
+from drpo.metrics import effects
+from drpo.metrics import groups as breakdown
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES, divergence_bins, histogram, quantile
 from drpo.tokens import TokenBatch
 
@@ -23,7 +24,7 @@ class TrustRegion:
         scalars: by name. ``ratio/mean``, ``ratio/max``; ``divergence/mean`` | ``p50`` | ``p90`` |
             ``p99`` | ``max``, of |π − μ|; ``kl/k1``, ``kl/k3``, estimates of KL(μ‖π) in nats;
             ``effective_sample_size``, (Σr)² / (N·Σr²); ``entropy`` in nats; and those of
-            :func:`drpo.metrics.effects.scalars` and :func:`drpo.metrics.breakdown.scalars`. A measurement that does
+            :func:`drpo.metrics.effects.scalars` and :func:`drpo.metrics.groups.scalars`. A measurement that does
             not apply is absent; of no tokens, all are.
         divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
         weight_histogram: tokens with A ≠ 0 by gradient weight, between :data:`WEIGHT_EDGES` and
@@ -39,7 +40,7 @@ class TrustRegionMetrics:
     """Accumulates sums, counts and maxima over batches, so that splits into micro-batches and ranks combine exactly.
 
     Args:
-        by_group: measure where the distance from μ sits too (:mod:`drpo.metrics.breakdown`), which on long batches
+        by_group: measure where the distance from μ sits too (:mod:`drpo.metrics.groups`), which on long batches
             takes about twice as long as all else.
     """
 

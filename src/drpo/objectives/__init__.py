@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from drpo.names import make
 from drpo.objectives.base import SYMBOLS, Anchor, Objective, TopKObjective
 from drpo.objectives.cispo import CISPO
 from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, anchored, make_correction
@@ -32,6 +31,7 @@ from drpo.objectives.ppo_dual_clip import DualClipPPO
 from drpo.objectives.sapo import SAPO
 from drpo.objectives.spo import SPO
 from drpo.objectives.vespo import VESPO
+from drpo.registry import make
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "drpo": DRPO,

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from drpo.names import make
 from drpo.objectives.base import Anchor, Hyperparameters, Objective, TopKObjective
+from drpo.registry import make
 from drpo.tokens import TokenBatch
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from drpo.metrics.breakdown import BUCKETS
+from drpo.metrics.groups import BUCKETS
 from drpo.report.figures import line, style
 from drpo.report.read import RunData
 

@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from drpo.recipe import dump_recipe
 from drpo.report import figures, off_policy
 from drpo.report.html import document, section, table, write_page
 from drpo.report.read import RunData, read_run
-from drpo.run import RunFolder
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import dump_recipe
 
 SAMPLES_SHOWN = 12
 

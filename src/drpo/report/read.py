@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
+from drpo.files import read_jsonl
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.objectives import Objective
-from drpo.recipe import Recipe, load_recipe
-from drpo.run import RunFolder, read_jsonl
+from drpo.run.folder import RunFolder
+from drpo.run.recipe import Recipe, load_recipe
 
 _BINS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 

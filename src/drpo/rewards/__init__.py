@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import Any, cast, get_type_hints
 
 from drpo.errors import UserError
-from drpo.names import unknown_name
-from drpo.rewards.asking import scores_of
+from drpo.registry import unknown_name
+from drpo.rewards.call import scores_of
 from drpo.rewards.exact import exact_answer, gsm8k, integer
 from drpo.rewards.math import MathGrader
 from drpo.rewards.shaping import Format, Overlong, Weighted

@@ -16,9 +16,9 @@ if find_spec("verl") is None:
     raise ImportError("drpo.integrations.verl: verl is not installed; expected pip install 'drpo[verl]'")
 
 try:
-    from drpo.integrations.verl.beside_trl import let_verl_find_no_trl
     from drpo.integrations.verl.config import PolicyLoss
     from drpo.integrations.verl.losses import register
+    from drpo.integrations.verl.without_trl import let_verl_find_no_trl
 
     let_verl_find_no_trl()
     LOSS_MODES = register()

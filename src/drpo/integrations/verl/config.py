@@ -8,8 +8,8 @@ from typing import Any
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from drpo.names import unknown_name
 from drpo.objectives import OBJECTIVES, Objective, TopKObjective, make_objective
+from drpo.registry import unknown_name
 
 TARGET = "drpo.integrations.verl.PolicyLoss"
 WHERE = "actor_rollout_ref.actor.policy_loss"

@@ -11,7 +11,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register
 from verl.workers.config import ActorConfig
 
 from drpo.integrations.verl.config import LOSS_MODES, objective_of
-from drpo.integrations.verl.measured import MEASURED
+from drpo.integrations.verl.metrics import MEASURED
 from drpo.objectives.base import MaskObjective
 from drpo.tokens import TokenBatch
 

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from drpo.recipe import load_recipe
 from drpo.rewards import Reward
+from drpo.run.recipe import load_recipe
 
 
 @cache

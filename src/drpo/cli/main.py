@@ -1,0 +1,98 @@
+"""The command line: parses and delegates."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drpo import __version__
+from drpo.cli.data import data
+from drpo.cli.doctor import doctor
+from drpo.cli.evaluate import compare, evaluate
+from drpo.cli.inspect import inspect
+from drpo.cli.objectives import objectives, weights
+from drpo.cli.train import train
+from drpo.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train language models with DRPO and its relatives, and see what the trust region did.",
+)
+app.command()(train)
+app.add_typer(data, name="data")
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(objectives)
+app.command()(weights)
+app.command()(doctor)
+app.command()(inspect)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"drpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the page goes; by default RUN/report.html, or report.html for several runs.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Draw one or several runs in one self-contained HTML page.
+
+    Examples:
+
+      drpo report runs/demo
+
+      drpo report runs/drpo runs/ppo --output comparison.html
+    """
+    from drpo.report import write_report
+    from drpo.run.folder import RunFolder
+
+    folders = [RunFolder(path) for path in runs]
+    target = output or (folders[0].report if len(folders) == 1 else Path("report.html"))
+    write_report(folders, target)
+    typer.echo(str(target))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    # TRL reports each trainer it builds; a run of this library talks to nobody but the model hub.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # torchao, which Transformers imports where it is installed, tells of every extension that is for other hardware.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # Greek letters do not fit every encoding; a question mark is better than no answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except UserError as error:
+        for line in error.lines:
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(2)

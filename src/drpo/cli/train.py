@@ -1,0 +1,147 @@
+"""The command ``drpo train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drpo.errors import UserError
+
+if TYPE_CHECKING:
+    from drpo.run.folder import RunFolder
+    from drpo.run.recipe import Recipe
+
+
+ENGINES = ("trl", "verl")
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe in YAML; the built-in one by default.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a field of the recipe; dots reach inside. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run folder; runs/NAME by default.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, from its last checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    engine: Annotated[str, typer.Option(help="trl, or verl on Ray.")] = "trl",
+    verl: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of verl's own trainer. Repeatable.", show_default=False),
+    ] = None,
+) -> None:
+    """Train a model and write a run folder with its report.
+
+    Examples:
+
+      drpo train
+
+      drpo train --set objective=ppo --set seed=1 --output runs/ppo-1
+
+      drpo train recipes/gsm8k.yaml --set task.train=gsm8k_train.jsonl --set objective.delta=0.2
+
+      drpo train --resume --output runs/ppo-1
+
+      drpo train recipes/gsm8k.yaml --engine verl --verl trainer.n_gpus_per_node=8
+    """
+    from drpo.run.folder import RunFolder
+    from drpo.run.recipe import load_recipe
+
+    _check_engine(engine, resume, verl or [])
+
+    folder = RunFolder(output or Path("runs") / (recipe.stem if recipe else "arithmetic"))
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: expected one of them")
+    if resume:
+        asked = folder.check_resumable()
+        # Without a recipe file, --set speaks of the run's own.
+        if (given := load_recipe(recipe or folder.recipe, overrides or [])) != asked:
+            field = next(name for name in type(asked).model_fields if getattr(given, name) != getattr(asked, name))
+            raise UserError(
+                f"--resume: {field} is {getattr(given, field)!r}, but the run in {folder} has {getattr(asked, field)!r}"
+            )
+    else:
+        asked = load_recipe(recipe, overrides or [])
+        # The first process creates the folder, perhaps before another one looks.
+        if os.environ.get("RANK", "0") == "0":
+            folder.check_free(overwrite)
+
+    try:
+        if engine == "verl":
+            summary = _train_in_verl(asked, folder, verl or [], overwrite)
+        else:
+            summary = _train(asked, folder, resume, overwrite)
+    except KeyboardInterrupt as error:
+        again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
+        typer.echo(f"interrupted{again}", err=True)
+        raise typer.Exit(130) from error
+    if summary:
+        from drpo.report import write_report
+
+        write_report([folder], folder.report)
+        _print_summary(summary, folder.report)
+
+
+def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> dict[str, Any]:
+    from drpo.rollout.audit import AuditError
+    from drpo.run.train import train
+
+    try:
+        return train(recipe, folder, resume=resume, overwrite=overwrite)
+    except AuditError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overwrite: bool) -> dict[str, Any]:
+    try:
+        from drpo.integrations.verl.train import VerlError, plan, train
+    except ImportError as error:
+        raise UserError(f"--engine verl: {error}") from error
+    from drpo.doctor.verl import of_config
+
+    planned = plan(recipe, folder, settings)
+    for finding in of_config(planned.config):
+        if finding.verdict == "stop":
+            raise UserError(f"--engine verl: {finding.what}" + (f"; expected {finding.fix}" if finding.fix else ""))
+        # The problems are written when the run begins.
+        if finding.verdict == "warning" and not finding.what.startswith("data."):
+            typer.echo(f"warning: {finding.what}", err=True)
+    try:
+        return train(planned, overwrite=overwrite)
+    except VerlError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _check_engine(engine: str, resume: bool, settings: list[str]) -> None:
+    from drpo.registry import unknown_name
+
+    if engine not in ENGINES:
+        raise UserError(f"--engine: {unknown_name('engine', engine, ENGINES)}")
+    if settings and engine != "verl":
+        raise UserError(f"--verl {settings[0]}: expected with --engine verl")
+    if resume and engine == "verl":
+        raise UserError(
+            "--resume: a run in verl goes on by verl's own trainer.resume_mode; expected without --engine verl"
+        )
+
+
+def _print_summary(summary: dict[str, Any], report: Path) -> None:
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    accuracy = f"held-out accuracy {before:.3f} -> {after:.3f}, " if before is not None else ""
+    typer.echo(f"{accuracy}{summary['rollouts']} rollouts, {summary['train_seconds']:.0f} s, {report}")

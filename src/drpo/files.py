@@ -1,0 +1,93 @@
+"""JSON and JSON Lines as this library writes them, lock files, and the versions that decide a run's numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from drpo.errors import UserError
+
+_PACKAGES = (
+    "drpo",
+    "torch",
+    "torchao",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "math-verify",
+    "sympy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a run's numbers."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _clean(value: Any) -> Any:
+    """The value with every number that JSON has no word for, inf and NaN, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value]
+    return value
+
+
+def json_line(row: dict[str, Any]) -> str:
+    # ASCII, so that a lone surrogate in a completion cannot break the file.
+    return json.dumps(_clean(row), allow_nan=False) + "\n"
+
+
+def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(json_line, rows))
+
+
+@contextmanager
+def locked(path: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards.
+
+    Raises:
+        UserError: another process holds it; the message is ``otherwise``.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(otherwise) from error
+    try:
+        yield
+    finally:
+        # While it is held: who opened it meanwhile finds it without a name, and makes another.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file this library wrote; none if there is no file. A last line cut short by a crash is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(_clean(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,191 @@
+"""A recipe as overrides of verl's trainer, and what of a recipe verl has no word for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.config import RolloutCorrectionConfig
+
+from drpo.data.problems import BUILTIN_MODELS
+from drpo.errors import UserError
+from drpo.integrations.verl.config import LOSS_MODES, TARGET, PolicyLoss
+from drpo.run.options import check_option
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
+
+PLAIN_TEMPLATE = "'{{ messages[0].content }}'"
+"""The chat template of a model that has none: the prompt as it stands."""
+
+_FP32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
+
+# Options of DRPOConfig with a word of verl's.
+_TRAINER = {
+    "weight_decay": "actor_rollout_ref.actor.optim.weight_decay",
+    "max_grad_norm": "actor_rollout_ref.actor.optim.clip_grad",
+    "gradient_checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
+}
+_ADVANTAGES = {
+    "mean": ("grpo", False),
+    "mean-std": ("grpo", True),
+    "leave-one-out": ("rloo", False),
+}
+
+
+def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int, plain: bool) -> dict[str, Any]:
+    """What verl's trainer is told, by key.
+
+    Args:
+        recipe: the run.
+        folder: of the run, where its ``recipe.yaml`` is; what verl writes goes there.
+        train_rows: problems in ``verl/train.jsonl``.
+        prompt_length: tokens, of the longest prompt.
+        plain: whether the tokenizer has no chat template.
+
+    Raises:
+        UserError: something that verl would not do as the recipe says.
+    """
+    default: dict[str, Any] = {field.name: field.default for field in fields(DRPOConfig)}
+    prompts, updates = recipe.prompts_per_rollout, recipe.updates_per_rollout
+    if prompts % updates:
+        raise UserError(
+            f"updates_per_rollout: verl splits a rollout by prompts, of which there are {prompts}; expected a divisor of "
+            f"{prompts}, got {updates}"
+        )
+    if recipe.audit_threshold is not None:
+        raise UserError("audit_threshold: verl has no audit before the first update; leave it out")
+    if recipe.train_precision == "fp8":
+        raise UserError("train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16")
+    for name in ("rollout_precision", "rollout_lag", "record_rollouts"):
+        if getattr(recipe, name):
+            raise UserError(f"{name}: is DRPOTrainer's own, which --engine verl does not have; leave it out")
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    estimator, by_std = _ADVANTAGES[recipe.advantage or default["advantage"]]
+    temperature = recipe.temperature or 1.0
+    settings = {
+        "data.train_files": folder / "verl" / "train.jsonl",
+        "data.val_files": folder / "verl" / "heldout.jsonl",
+        "data.train_batch_size": prompts,
+        "data.max_prompt_length": prompt_length,
+        "data.max_response_length": recipe.max_completion_length,
+        "data.seed": recipe.seed,
+        "reward.custom_reward_function.path": "pkg://drpo.integrations.verl.reward",
+        "+reward.custom_reward_function.reward_kwargs.recipe": folder / "recipe.yaml",
+        "algorithm.adv_estimator": estimator,
+        "algorithm.norm_adv_by_std_in_grpo": by_std,
+        "actor_rollout_ref.model.path": Path(BUILTIN_MODELS.get(recipe.model, recipe.model)),
+        "actor_rollout_ref.model.external_lib": "drpo.integrations.verl",
+        f"{actor}.ppo_mini_batch_size": prompts // updates,
+        f"{actor}.ppo_micro_batch_size_per_gpu": recipe.micro_batch_size or prompts // updates,
+        f"{actor}.optim.lr": recipe.learning_rate,
+        f"{actor}.data_loader_seed": recipe.seed,
+        f"{actor}.loss_agg_mode": recipe.aggregation or default["aggregation"],
+        f"{actor}.loss_scale_factor": recipe.horizon or "null",
+        f"{actor}.checkpoint.save_contents": "[model,optimizer,extra,hf_model]",
+        **_loss(recipe),
+        f"{rollout}.name": "vllm",
+        f"{rollout}.n": recipe.num_generations,
+        f"{rollout}.temperature": temperature,
+        f"{rollout}.tensor_model_parallel_size": 1,
+        f"{rollout}.log_prob_micro_batch_size_per_gpu": recipe.micro_batch_size or prompts // updates,
+        f"{rollout}.seed": recipe.seed,
+        f"{rollout}.val_kwargs.n": recipe.heldout_samples,
+        f"{rollout}.val_kwargs.do_sample": True,
+        f"{rollout}.val_kwargs.temperature": temperature,
+        "trainer.logger": "[console,file]",
+        "trainer.total_training_steps": recipe.rollouts,
+        # verl drops the rows that do not fill a rollout.
+        "trainer.total_epochs": math.ceil(recipe.rollouts / (train_rows // prompts)),
+        "trainer.test_freq": recipe.evaluate_every,
+        "trainer.save_freq": recipe.checkpoint_every,
+        "trainer.max_actor_ckpt_to_keep": 2,
+        "trainer.default_local_dir": folder / "checkpoints",
+        "trainer.validation_data_dir": folder / "verl" / "validation",
+        "trainer.n_gpus_per_node": 1,
+        "hydra.run.dir": folder / "verl" / "hydra",
+    }
+    if plain:
+        settings["actor_rollout_ref.model.custom_chat_template"] = PLAIN_TEMPLATE
+    if recipe.train_precision == "fp32":
+        settings |= {f"+{actor}.fsdp_config.mixed_precision": _FP32, f"{rollout}.dtype": "float32"}
+    if recipe.lora is not None:
+        modules = recipe.lora.target_modules
+        settings |= {
+            "actor_rollout_ref.model.lora_rank": recipe.lora.r,
+            "actor_rollout_ref.model.lora_alpha": recipe.lora.alpha,
+            "actor_rollout_ref.model.target_modules": modules if isinstance(modules, str) else f"[{','.join(modules)}]",
+        }
+    for option, value in recipe.trainer.items():
+        check_option(option, value)
+        if option not in _TRAINER:
+            raise UserError(
+                f"trainer.{option}: is an option of TRL's, which --engine verl has no word for; leave it out, or say what "
+                "is meant with --verl KEY=VALUE"
+            )
+    for option, key in _TRAINER.items():
+        settings[key] = recipe.trainer.get(option, default[option])
+    return settings
+
+
+def _loss(recipe: Recipe) -> dict[str, Any]:
+    """The loss and what its ratio is taken against."""
+    objective = recipe.objective.make()
+    mode = next(mode for mode, name in LOSS_MODES.items() if name == recipe.objective.name)
+    bypass = (recipe.anchor or objective.anchor) == "sampler"
+    correction = {"bypass_mode": bypass, **_correction(recipe)}
+    try:
+        PolicyLoss(
+            loss_mode=mode,
+            hyperparameters=recipe.objective.hyperparameters,
+            rollout_correction=RolloutCorrectionConfig(**correction),
+        )
+    except ValueError as error:
+        raise UserError(f"--engine verl: {error}") from error
+    where = "actor_rollout_ref.actor.policy_loss"
+    return {
+        f"{where}._target_": TARGET,
+        f"{where}.loss_mode": mode,
+        f"+{where}.hyperparameters": "{"
+        + ", ".join(f"{name}: {value}" for name, value in recipe.objective.hyperparameters.items())
+        + "}",
+        f"+{where}.rollout_correction": "${algorithm.rollout_correction}",
+        f"+{where}.use_v1": "${trainer.use_v1}",
+        f"+{where}.histograms": True,
+        **{f"algorithm.rollout_correction.{name}": _or_null(value) for name, value in correction.items()},
+    }
+
+
+def _correction(recipe: Recipe) -> dict[str, Any]:
+    if recipe.correction is None:
+        return {"rollout_is": None}
+    made: Any = recipe.correction.make()
+    level, _, kind = recipe.correction.name.partition("_")
+    if kind == "truncate":
+        return {"rollout_is": level, "rollout_is_threshold": made.cap}
+    if level == "token":
+        return {"rollout_is": level, "rollout_is_threshold": f"'{made.low}_{made.high}'"}
+    raise UserError(
+        f"correction: verl has no {recipe.correction.name}; expected token_truncate, token_mask or sequence_truncate"
+    )
+
+
+def _or_null(value: Any) -> Any:
+    return "null" if value is None else value
+
+
+def as_arguments(settings: dict[str, Any], more: Sequence[str]) -> list[str]:
+    """The command line of ``main_ppo``; what the user adds comes last, and wins."""
+    given = {_bare(override.partition("=")[0]) for override in more}
+    return [f"{key}={_quoted(value)}" for key, value in settings.items() if _bare(key) not in given] + list(more)
+
+
+def _quoted(value: Any) -> Any:
+    """A path may have characters in it that mean something to Hydra."""
+    return "'" + str(value).replace("'", "\\'") + "'" if isinstance(value, Path) else value
+
+
+def _bare(key: str) -> str:
+    return key.lstrip("+~")

@@ -1,0 +1,26 @@
+"""Problems as rows of a data set of verl's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from drpo.data.problems import Problem
+
+
+def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
+    """Write problems as verl reads them, a conversation of one message and a reference answer each; returns how many."""
+    rows = [
+        {
+            "data_source": source,
+            "prompt": [{"role": "user", "content": problem.prompt}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": problem.answer},
+            "extra_info": {"index": index},
+        }
+        for index, problem in enumerate(problems)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)

@@ -1,0 +1,172 @@
+"""From a recipe to what it needs: problems, configuration, model and trainer, with every mistake a user's."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl.trainer.grpo_trainer import RolloutFunc
+
+from drpo.data.arithmetic import Split
+from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, read_problems
+from drpo.errors import UserError
+from drpo.pretrained import load_pretrained
+from drpo.rewards import Reward
+from drpo.run.options import AT_THE_TOP, check_option, refuse_together
+from drpo.run.recipe import Recipe
+from drpo.trainer.config import DRPOConfig
+from drpo.trainer.trainer import DRPOTrainer
+
+BUILTIN_TRAIN_PROBLEMS = 10_000
+"""Distinct training problems of a built-in task, cycled through if the run needs more."""
+
+
+def quiet_libraries() -> None:
+    """Leave to this library what there is to say."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # Pinning memory without an accelerator does nothing, and says so at every epoch.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
+    """The problems of a split: all rows of a training file, ``size`` at most of anything else."""
+    task = recipe.task
+    source = task.train if split == "train" else task.heldout
+    if source is None:
+        return []
+    if source in BUILTIN_TASKS:
+        if split == "heldout":
+            return builtin_problems(split, size, seed=0)
+        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed)
+    try:
+        problems = read_problems(Path(source), prompt=task.prompt, answer=task.answer, template=task.template)
+    except UserError as error:
+        raise UserError(f"task.{split}: {error}") from error
+    if split == "train" and len(problems) < recipe.prompts_per_rollout:
+        raise UserError(
+            f"task.train: {source} has {len(problems)} rows; prompts_per_rollout {recipe.prompts_per_rollout} needs as many"
+        )
+    return problems if split == "train" else problems[:size]
+
+
+def make_trainer(
+    recipe: Recipe,
+    reward: Reward,
+    problems: list[Problem],
+    scratch: str,
+    processes: int,
+    rollout_func: RolloutFunc | None = None,
+) -> DRPOTrainer:
+    """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
+    config = make_config(recipe, scratch, processes)
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    model, tokenizer = load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
+    try:
+        trainer = DRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(
+                [{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]
+            ),
+            processing_class=tokenizer,
+            peft_config=make_lora(recipe),
+            rollout_func=rollout_func,
+        )
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.create_optimizer()
+    except UserError:
+        raise
+    except Exception as error:  # each option fails in its own way, deep in a library
+        raise UserError(f"cannot set up training: {type(error).__name__}: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
+    """The trainer's options, those that follow from the recipe and those under ``trainer``."""
+    update = recipe.prompts_per_rollout * recipe.num_generations // recipe.updates_per_rollout
+    micro_batch = recipe.micro_batch_size or max(update // processes, 1)
+    if update % (micro_batch * processes):
+        raise UserError(
+            f"micro_batch_size: {micro_batch} x {processes} processes does not divide the {update} samples of an update "
+            "(prompts_per_rollout x num_generations / updates_per_rollout)"
+        )
+    chosen = {
+        name: getattr(recipe, name)
+        for name in (
+            *("temperature", "aggregation", "horizon", "advantage", "anchor", "audit_threshold"),
+            *("train_precision", "rollout_precision", "rollout_lag"),
+        )
+    }
+    settings: dict[str, Any] = {
+        "output_dir": output_dir,
+        "objective": recipe.objective.name,
+        "objective_kwargs": recipe.objective.hyperparameters,
+        "correction": recipe.correction and recipe.correction.name,
+        "correction_kwargs": recipe.correction and recipe.correction.hyperparameters,
+        "updates_per_rollout": recipe.updates_per_rollout,
+        "num_generations": recipe.num_generations,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": update // (micro_batch * processes),
+        "max_steps": recipe.rollouts * recipe.updates_per_rollout,
+        "learning_rate": recipe.learning_rate,
+        "max_completion_length": recipe.max_completion_length,
+        "save_steps": recipe.checkpoint_every * recipe.updates_per_rollout,
+        "seed": recipe.seed,
+        "bf16": recipe.train_precision != "fp32",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "eval_strategy": "no",
+        "log_completions": False,
+        "push_to_hub": False,
+        **{name: value for name, value in chosen.items() if value is not None},
+    }
+    defaults = {
+        "lr_scheduler_type": "constant",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "ddp_find_unused_parameters": False,
+        # Without a GPU, Transformers lets bf16 pass only where the CPU is asked for.
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    options = {name: check_option(name, value) for name, value in recipe.trainer.items()}
+    for name in options.keys() & settings.keys():
+        instead = f"{AT_THE_TOP[name]} at the top of the recipe, and " if name in AT_THE_TOP else ""
+        raise UserError(
+            f"trainer: {name} follows from the recipe and its run folder; leave it out",
+            fix=f"{instead}no trainer.{name}",
+        )
+    refuse_together(recipe, options)
+    try:
+        config = DRPOConfig(**{**defaults, **settings, **options})
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(f"trainer: {error}") from error
+    assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
+    return config
+
+
+def make_lora(recipe: Recipe) -> Any:
+    """The recipe's adapters for peft; None without."""
+    if recipe.lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("lora: needs peft; pip install 'drpo[lora]'") from error
+    target_modules: Any = recipe.lora.target_modules
+    return LoraConfig(
+        r=recipe.lora.r, lora_alpha=recipe.lora.alpha, target_modules=target_modules, task_type="CAUSAL_LM"
+    )

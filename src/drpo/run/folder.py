@@ -1,0 +1,122 @@
+"""The run folder: where a run's files are, how they are written and read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from drpo.errors import UserError
+from drpo.files import json_line, locked, read_jsonl, versions, write_json
+from drpo.run.recipe import Recipe, dump_recipe, load_recipe
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    ``recipe.yaml`` the resolved recipe · ``run.json`` versions and seed · ``metrics.jsonl`` a row
+    an update · ``rollouts.jsonl`` a row a trained sequence, if recorded · ``evaluations.jsonl`` and ``samples.jsonl`` held-out accuracy and completions ·
+    ``checkpoints/`` · ``model/`` the trained model · ``summary.json`` · ``report.html`` ·
+    ``evaluations/`` what ``drpo eval`` measured afterwards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.info = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+        self.evaluated = path / "evaluations"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_run(self) -> bool:
+        try:
+            return self.info.is_file() and self.recipe.is_file()
+        except (OSError, ValueError):  # a name the system does not take
+            return False
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a path that a new run may not be written to."""
+        try:
+            self.path.lstat()
+        except FileNotFoundError:
+            ancestor = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+                raise UserError(f"--output {self}: {ancestor} cannot be written to") from None
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--output {self}: cannot be created ({getattr(error, 'strerror', None) or error})"
+            ) from error
+        if self.path.is_symlink():
+            raise UserError(f"--output {self}: is a link; give the folder it points to")
+        if not self.path.is_dir():
+            raise UserError(f"--output {self}: is a file; expected a folder to create")
+        if not any(child.name != "run.lock" for child in self.path.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(f"--output {self}: already exists; choose another, or give --resume or --overwrite")
+        if not self.is_run:
+            raise UserError(
+                f"--output {self}: is not a run folder (it has no run.json); --overwrite replaces only runs"
+            )
+
+    def check_resumable(self) -> Recipe:
+        """The recipe of a run that can be resumed."""
+        if not self.is_run:
+            raise UserError(f"--output {self}: holds no run to resume")
+        if self.summary.is_file():
+            raise UserError(f"--output {self}: this run is complete; there is nothing to resume")
+        if self.last_checkpoint is None:
+            raise UserError(f"--output {self}: holds no checkpoint to resume from; start again with --overwrite")
+        return load_recipe(self.recipe)
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdecimal()]
+        return max(numbered, key=update_of, default=None)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here; the folder is created if need be."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / "run.lock", f"--output {self}: another process is writing this run"):
+            yield
+
+    def create(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Begin a run in the folder, in place of the one that was there if ``overwrite``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.is_run and not overwrite:
+            raise UserError(f"--output {self}: another process has begun a run there")
+        written = (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report)
+        for old in (*written, self.recipe, self.info):
+            old.unlink(missing_ok=True)
+        for old in (self.checkpoints, self.model, self.evaluated):
+            if old.exists():
+                shutil.rmtree(old)
+        self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+        write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
+
+    def rewind(self, update: int) -> None:
+        """Drop what was logged after an update, to continue from its checkpoint."""
+        for path in filter(Path.is_file, (self.metrics, self.rollouts, self.evaluations, self.samples)):
+            kept = [row for row in read_jsonl(path) if row["update"] <= update]
+            path.write_text("".join(json_line(row) for row in kept), encoding="utf-8")
+
+
+def update_of(checkpoint: Path) -> int:
+    """The number of updates made before a checkpoint was taken."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -1,0 +1,325 @@
+"""A recipe: everything a run is made of, in one YAML file, validated as a whole before anything else happens."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from drpo.data.problems import BUILTIN_MODELS
+from drpo.errors import UserError
+from drpo.registry import unknown_name
+from drpo.run.yaml import dump, parse
+
+if TYPE_CHECKING:
+    from drpo.objectives import Correction, Objective
+    from drpo.rewards import Reward
+
+BUILTIN_RECIPE = Path(str(files("drpo.run") / "arithmetic.yaml"))
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TaskSpec(_Strict):
+    """Where problems come from: ``arithmetic`` or a .jsonl file, for training and for evaluation."""
+
+    train: Text
+    heldout: Text | None = None
+    prompt: Text = "prompt"
+    answer: Text = "answer"
+    template: Text = "{prompt}"
+
+    @field_validator("train", "heldout")
+    @classmethod
+    def _absolute(cls, source: str | None) -> str | None:
+        # A resolved recipe means the same from any folder.
+        return str(Path(source).absolute()) if source and source.endswith(".jsonl") else source
+
+    @field_validator("template")
+    @classmethod
+    def _has_placeholder(cls, template: str) -> str:
+        if "{prompt}" not in template:
+            raise ValueError("expected text with {prompt} in it")
+        return template
+
+
+class _Named(BaseModel):
+    """A name and, beside it, the hyperparameters of what it names; :meth:`make` makes it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def make(self) -> Any:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        self.make()
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class ObjectiveSpec(_Named):
+    """An objective of :data:`drpo.OBJECTIVES`."""
+
+    def make(self) -> Objective:
+        from drpo.objectives import make_objective
+
+        return make_objective(self.name, **self.hyperparameters)
+
+
+class CorrectionSpec(_Named):
+    """A correction of :data:`drpo.objectives.CORRECTIONS`."""
+
+    def make(self) -> Correction:
+        from drpo.objectives import make_correction
+
+        return make_correction(self.name, **self.hyperparameters)
+
+
+def _as_list(value: Any) -> Any:
+    if not isinstance(value, (str, dict, list)):
+        raise ValueError(f"got {value!r}; expected a name, a mapping with name and options, or a list of them")
+    return value if isinstance(value, list) else [value]
+
+
+class RewardSpec(_Named):
+    """A reward of :data:`drpo.rewards.REWARDS` or a function as ``module:function``, and its weight in the sum."""
+
+    weight: float = 1.0
+
+    def make(self) -> Reward:
+        from drpo.rewards import load_reward
+
+        return load_reward(self.name, **self.hyperparameters)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        from drpo.rewards import REWARDS, make_reward
+
+        # A function of the user's is not imported before the whole recipe has been read.
+        if self.name in REWARDS:
+            make_reward(self.name, **self.hyperparameters)
+        return self
+
+
+class LoRASpec(_Strict):
+    """Train low-rank adapters (peft) instead of all weights."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    target_modules: Text | list[Text] = "all-linear"
+
+
+class Recipe(_Strict):
+    """A training run.
+
+    Fields without a default have to be in the recipe; those that are None leave the choice to
+    :class:`drpo.DRPOConfig`, any other option of which can be given in ``trainer``.
+    """
+
+    model: Text
+    task: TaskSpec
+    reward: Annotated[list[RewardSpec], Field(min_length=1), BeforeValidator(_as_list)]
+    objective: ObjectiveSpec
+    rollouts: Positive
+    prompts_per_rollout: Positive
+    num_generations: Annotated[int, Field(ge=2)]
+    updates_per_rollout: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    max_completion_length: Positive
+    micro_batch_size: Positive | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    aggregation: (
+        Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
+    ) = None
+    horizon: Positive | None = None
+    advantage: Literal["mean", "mean-std", "leave-one-out"] | None = None
+    anchor: Literal["sampler", "old"] | None = None
+    correction: CorrectionSpec | None = None
+    audit_threshold: Annotated[float, Field(gt=0)] | None = None
+    train_precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    rollout_precision: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None
+    lora: LoRASpec | None = None
+    evaluate_every: Positive = 10
+    checkpoint_every: Positive = 25
+    record_rollouts: bool = False
+    heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250
+    heldout_samples: Positive = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trainer: dict[str, Any] = {}
+
+    def make_reward(self) -> Reward:
+        """The reward of the run: the only one, or the weighted sum of several.
+
+        Raises:
+            UserError: a function that cannot be loaded.
+        """
+        from drpo.rewards import Weighted
+
+        if len(self.reward) == 1 and self.reward[0].weight == 1:
+            return self.reward[0].make()
+        return Weighted([(spec.make(), spec.weight) for spec in self.reward])
+
+    @field_validator("model")
+    @classmethod
+    def _absolute_folder(cls, model: str) -> str:
+        is_folder = model not in BUILTIN_MODELS and "\0" not in model and os.path.isdir(model)
+        return str(Path(model).absolute()) if is_folder else model
+
+    @field_validator("trainer")
+    @classmethod
+    def _not_ours(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        for name in trainer:
+            if name in cls.model_fields:
+                raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
+            if not _is_finite(trainer[name]):
+                raise ValueError(f"{name} is {trainer[name]}; expected finite numbers")
+        return trainer
+
+    @model_validator(mode="after")
+    def _is_anchored(self) -> Recipe:
+        from drpo.objectives import anchored
+
+        anchored(self.objective.make(), self.anchor, self.correction and self.correction.make())
+        return self
+
+    @model_validator(mode="after")
+    def _divides(self) -> Recipe:
+        samples = self.prompts_per_rollout * self.num_generations
+        arithmetic = (
+            f"prompts_per_rollout {self.prompts_per_rollout} x num_generations {self.num_generations} = {samples} samples, "
+            f"updates_per_rollout {self.updates_per_rollout}"
+        )
+        if samples % self.updates_per_rollout:
+            raise ValueError(f"updates_per_rollout: {arithmetic}: expected a divisor of {samples}")
+        update = samples // self.updates_per_rollout
+        if self.micro_batch_size is not None and update % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {arithmetic} = {update} samples an update: expected a divisor of {update}, got {self.micro_batch_size}"
+            )
+        if (self.horizon is not None) != (self.aggregation == "seq-mean-token-sum-norm"):
+            raise ValueError("horizon: expected with aggregation seq-mean-token-sum-norm, and only with it")
+        return self
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _override(document: dict[str, Any], assignment: str) -> None:
+    path, separator, text = assignment.partition("=")
+    if not separator or not path:
+        raise UserError(f"--set {assignment}: expected key=value")
+    value = parse(text, f"--set {assignment}")
+    # A shell has no quotes to tell text from numbers by, so 1e-5 is a number here.
+    if re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", text.strip()):
+        value = float(text)
+    *parents, last = path.split(".")
+    for parent in parents:
+        if parent in ("objective", "correction", "reward") and isinstance(document.get(parent), str):
+            document[parent] = {"name": document[parent]}
+        document = document.setdefault(parent, {})
+        if not isinstance(document, dict):
+            raise UserError(f"--set {assignment}: {parent} has no fields of its own")
+    document[last] = value
+
+
+def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file; the built-in recipe by default.
+        overrides: ``key=value``, where a dotted key reaches into a mapping; they win over the file.
+
+    Raises:
+        UserError: naming the file and the field, the value, and what was expected.
+    """
+    where = str(path or "the built-in recipe")
+    try:
+        text = (path or BUILTIN_RECIPE).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from error
+    document = parse(text, where)
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{where}: is {'empty' if document is None else type(document).__name__}; expected a mapping of fields"
+        )
+    for assignment in overrides:
+        _override(document, assignment)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_mistake(error)}") from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    # A misspelt field is missing under its right name too; what was written says more than what was not.
+    mistake = min(error.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    location = [str(part) for part in mistake["loc"] if not str(part).startswith("function-")]
+    field, value, kind = ".".join(location), mistake["input"], mistake["type"]
+    if kind == "extra_forbidden":
+        model: type[BaseModel] = {"task": TaskSpec, "lora": LoRASpec}.get(location[0], Recipe)
+        return unknown_name("field", field, [".".join([*location[:-1], name]) for name in model.model_fields])
+    if kind == "missing":
+        return f"{field}: is missing; it has no default"
+    message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.replace("String should have at least 1 character", "text that is not empty")
+    if kind == "value_error":
+        return f"{field}: {message}" if field else message
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    expected = re.sub(r"^(?:a )?(?:valid )?(integer|number|string|dictionary|list)", _with_article, message)
+    return f"{field}: got {shown}; expected {expected}{_number_hint(value)}"
+
+
+def _with_article(match: re.Match[str]) -> str:
+    name = {"string": "text", "dictionary": "a mapping", "integer": "an integer"}
+    return name.get(match[1], f"a {match[1]}")
+
+
+def _number_hint(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
+        return ""
+    if "e" in value.lower() or re.match(r"[-+]?0[0-9]|\+", value):
+        return f" (YAML reads {value} as text; write {float(value):.10f}".rstrip("0").rstrip(".") + ")"
+    return " (remove the quotes)"
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back."""
+    return dump(recipe.model_dump(mode="json"))

@@ -1,0 +1,191 @@
+"""From a recipe to a run folder: what the command ``drpo train`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainerCallback
+from trl.trainer.grpo_trainer import RolloutFunc
+
+from drpo.data.problems import Problem
+from drpo.files import append_jsonl, read_jsonl, write_json
+from drpo.rewards import Reward
+from drpo.run.build import load_problems, make_trainer, quiet_libraries
+from drpo.run.folder import RunFolder, update_of
+from drpo.run.progress import Progress
+from drpo.run.recipe import Recipe
+from drpo.trainer.heldout import Evaluation, evaluate
+from drpo.trainer.token_log import TokenLog
+from drpo.trainer.trainer import DRPOTrainer
+
+SAMPLES_KEPT = 50
+"""Completions written to the run folder at each evaluation."""
+
+
+def train(
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    rollout_func: RolloutFunc | None = None,
+) -> dict[str, Any]:
+    """Run a recipe in a run folder and return its summary (empty on all ranks but the first).
+
+    The folder is written to once everything else has been checked. With ``resume`` the run in it
+    goes on from its last checkpoint; with ``overwrite`` it is replaced. A ``rollout_func`` samples the
+    rollouts with an engine of its own, as TRL's does: from prompts and trainer to ``prompt_ids``,
+    ``completion_ids`` and ``logprobs``.
+
+    Raises:
+        UserError: a recipe that cannot be run.
+    """
+    quiet_libraries()
+    # Accelerate puts several processes on the CPU only if told to.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    reward = recipe.make_reward()
+    problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
+    heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make_trainer(recipe, reward, problems, scratch, state.num_processes, rollout_func)
+    trainer.args.output_dir = str(folder.checkpoints)
+
+    with folder.locked() if state.is_main_process else nullcontext():
+        checkpoint = folder.last_checkpoint if resume else None
+        if state.is_main_process and checkpoint is None:
+            folder.create(recipe, overwrite)
+        elif state.is_main_process and checkpoint is not None:
+            folder.rewind(update_of(checkpoint))
+        state.wait_for_everyone()
+        summary = _run(trainer, recipe, folder, heldout, reward, checkpoint)
+    # A process that exits while gloo's threads still serve another one aborts now and then.
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return summary
+
+
+def _run(
+    trainer: DRPOTrainer,
+    recipe: Recipe,
+    folder: RunFolder,
+    heldout: list[Problem],
+    reward: Reward,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    is_main = trainer.accelerator.is_main_process
+    evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
+    progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
+    trainer.token_log = TokenLog() if recipe.record_rollouts else None
+    trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
+    with progress:
+        if checkpoint is None and heldout:
+            progress.accuracy(evaluator.run(update=0).accuracy, update=0)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if recipe.lora is None:
+        trainer.save_model(str(folder.model))
+    if not is_main:
+        return {}
+    if recipe.lora is not None:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(folder.model)
+    summary = _summarise(recipe, folder)
+    write_json(folder.summary, summary)
+    return summary
+
+
+def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """What became of a run, from what it wrote, before an interruption too."""
+    metrics, accuracies = read_jsonl(folder.metrics), [row["accuracy"] for row in read_jsonl(folder.evaluations)]
+    last = metrics[-1]
+    # Of the first update that has tokens; a resumed run may have made another.
+    audited = next((row for row in metrics if "audit/logp_difference_mean" in row), None)
+    return {
+        "objective": recipe.objective.name,
+        "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": accuracies[-1] if accuracies else None,
+        "rollouts": recipe.rollouts,
+        "updates": last["update"],
+        "train_seconds": round(last["seconds"], 1),
+        "seed": recipe.seed,
+        "audit": audited
+        and {"mean": audited["audit/logp_difference_mean"], "maximum": audited["audit/logp_difference_max"]},
+    }
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the policy on held-out problems and writes what it finds."""
+
+    trainer: DRPOTrainer
+    problems: list[Problem]
+    reward: Reward
+    recipe: Recipe
+    folder: RunFolder
+
+    def run(self, update: int) -> Evaluation:
+        """Evaluate after ``update`` optimizer steps; always the same problems and random numbers."""
+        result = evaluate(self.trainer, self.problems, self.reward, self.recipe.heldout_samples, seed=self.recipe.seed)
+        if self.trainer.accelerator.is_main_process:
+            rollout = update // self.recipe.updates_per_rollout
+            where = {"update": update, "rollout": rollout}
+            append_jsonl(
+                self.folder.evaluations, {**where, "accuracy": result.accuracy, "completions": len(result.samples)}
+            )
+            append_jsonl(self.folder.samples, *({**where, **sample} for sample in result.samples[:SAMPLES_KEPT]))
+        return result
+
+
+@dataclass(eq=False)
+class RunWriter(TrainerCallback):
+    """Writes a row of metrics after every update, evaluates on schedule, and shows progress."""
+
+    trainer: DRPOTrainer
+    evaluator: Evaluator
+    recipe: Recipe
+    folder: RunFolder
+    progress: Progress
+    started: float = field(init=False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        before = [row["seconds"] for row in read_jsonl(self.folder.metrics)[-1:]]
+        self.started = time.perf_counter() - sum(before)
+        self.progress.begin(done=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        measured = self.trainer.trust_region
+        if not logs or "loss" not in logs or measured is None:
+            return
+        # Every rank takes part in gathering them.
+        trained = self.trainer.token_log.take() if self.trainer.token_log is not None else []
+        if not state.is_world_process_zero:
+            return
+        where = {
+            "update": state.global_step,
+            "rollout": (state.global_step - 1) // self.recipe.updates_per_rollout + 1,
+        }
+        if trained:
+            append_jsonl(self.folder.rollouts, *({**where, **tokens} for tokens in trained))
+        row = {
+            **where,
+            "seconds": time.perf_counter() - self.started,
+            **{name: value for name, value in logs.items() if value is not None},
+            "divergence_histogram": measured.divergence_histogram,
+            "weight_histogram": measured.weight_histogram,
+        }
+        append_jsonl(self.folder.metrics, row)
+        self.progress.advance(state.global_step, logs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.recipe.evaluate_every * self.recipe.updates_per_rollout
+        if self.evaluator.problems and (state.global_step % every == 0 or state.global_step == state.max_steps):
+            self.progress.accuracy(self.evaluator.run(state.global_step).accuracy, state.global_step)

@@ -1,0 +1,1 @@
+"""The objectives in TRL: everything that sees the trainer's inputs."""

@@ -1,0 +1,297 @@
+"""The trainer's options: TRL's, less those that would have no effect, and this library's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+import torch
+from trl.trainer.grpo_config import GRPOConfig
+
+from drpo.advantage import Advantage, group_advantage
+from drpo.aggregation import Aggregation, aggregate
+from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
+from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
+from drpo.registry import unknown_name
+from drpo.rollout.sampling import FILTERS, NEUTRAL
+
+logger = logging.getLogger(__name__)
+
+_CHANGE = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+_FILTER = f"{_CHANGE}, or set replay_support=True to score the tokens that it leaves"
+_OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
+
+_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
+
+REFUSED: dict[str, str] = {
+    "beta": "no reference model is kept; the objective keeps π near μ by itself",
+    "loss_type": "set objective= (what is maximised) and aggregation= (how tokens are averaged)",
+    "epsilon": "set objective='ppo', objective_kwargs={'clip_low': ...}",
+    "epsilon_high": "set objective='ppo', objective_kwargs={'clip_high': ...}",
+    "delta": "this is TRL's two-sided clip; DRPO's δ is objective_kwargs={'delta': ...}",
+    "importance_sampling_level": "the objective decides what the ratio is taken over",
+    "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
+    "scale_rewards": "set advantage= ('mean', 'mean-std' or 'leave-one-out')",
+    "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
+    "vllm_importance_sampling_correction": "set correction='token_truncate', for an objective anchored on the old policy",
+    "vllm_importance_sampling_mode": "set correction= ('token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask')",
+    "vllm_importance_sampling_clip_max": _CORRECTION,
+    "vllm_importance_sampling_cap": _CORRECTION,
+    "vllm_importance_sampling_clip_min": _CORRECTION,
+    "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
+    "top_entropy_quantile": "every completion token is trained on",
+    "entropy_coef": "there is no entropy bonus",
+    "use_adaptive_entropy": "there is no entropy bonus",
+    "entropy_coef_min": "there is no entropy bonus",
+    "entropy_coef_max": "there is no entropy bonus",
+    "entropy_coef_delta": "there is no entropy bonus",
+    "entropy_target": "there is no entropy bonus",
+    "sync_ref_model": "no reference model is kept",
+    "ref_model_mixup_alpha": "no reference model is kept",
+    "ref_model_sync_steps": "no reference model is kept",
+    "use_bias_correction_kl": "no reference model is kept",
+    "top_p": _FILTER,
+    "top_k": _FILTER,
+    "min_p": _FILTER,
+    "repetition_penalty": _CHANGE,
+    "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
+    "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
+    "sapo_temperature_neg": _OTHER_OBJECTIVE,
+    "sapo_temperature_pos": _OTHER_OBJECTIVE,
+    "vespo_k_pos": _OTHER_OBJECTIVE,
+    "vespo_k_neg": _OTHER_OBJECTIVE,
+    "vespo_lambda_pos": _OTHER_OBJECTIVE,
+    "vespo_lambda_neg": _OTHER_OBJECTIVE,
+}
+"""Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
+
+GENERATION_KWARGS = {
+    "bos_token_id",
+    "cache_config",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "eos_token_id",
+    "max_new_tokens",
+    "max_time",
+    "pad_token_id",
+    "prefill_chunk_size",
+    "temperature",
+    "use_cache",
+}
+"""Generation settings that leave what is sampled from as it is. The temperature is here because the audit compares it."""
+
+
+@dataclass
+class DRPOConfig(GRPOConfig):
+    """GRPOConfig with an objective of this library.
+
+    One rollout is per_device_train_batch_size × processes × gradient_accumulation_steps ×
+    updates_per_rollout completions, split into that many disjoint updates. TRL's
+    ``steps_per_generation``, ``generation_batch_size`` and ``num_iterations`` follow from it.
+
+    Options of GRPOConfig that this trainer would ignore (``beta``, ``loss_type``, ``epsilon``...)
+    are refused with what to set instead; :data:`REFUSED` lists them.
+
+    Args:
+        objective: a name of :data:`drpo.OBJECTIVES`.
+        objective_kwargs: its hyperparameters; its own defaults where absent.
+        anchor: what the ratio is taken against: ``sampler`` (μ, its recorded log-probs) or ``old``
+            (the trainer's policy when the rollout began, at the price of one more forward pass a
+            rollout). None takes the objective's own.
+        correction: a name of :data:`drpo.objectives.CORRECTIONS`, the weight by π_old/μ of an
+            objective anchored on the old policy; none by default.
+        correction_kwargs: its hyperparameters; its own defaults where absent.
+        updates_per_rollout: optimizer steps on each rollout's samples.
+        aggregation: how token losses become one number; see :func:`drpo.token_scale`.
+        horizon: tokens, for the aggregation ``seq-mean-token-sum-norm``.
+        advantage: how rewards become advantages; see :func:`drpo.group_advantage`.
+        audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
+            training stops. None takes ``EXACT_THRESHOLD`` of :mod:`drpo.rollout.audit`
+            where one fp32 model samples and trains, else its ``APPROXIMATE_THRESHOLD``.
+        fused_loss: compute loss and gradient of the LM head in one pass
+            (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
+        drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,
+            under objectives that give them no gradient. They stay in the denominators.
+        tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
+            sequences of a batch are sorted by length and split accordingly; a longer sequence goes
+            alone. None takes a batch as a whole.
+        train_precision: ``fp32``, ``bf16`` (autocast) or ``fp8`` (that, with linear layers that multiply
+            in FP8 e4m3; emulated where the hardware has none). Weights, LM head and log-probs stay
+            in fp32. None goes by TRL's ``bf16``.
+        rollout_precision: ``fp32``, ``bf16``, ``fp8`` or ``int8`` (weights and activations, but the LM
+            head): a copy of the policy samples, quantised anew when a rollout begins. None samples
+            as the policy computes.
+        rollout_lag: rollouts between the weights that sample and those that train. The weights of so
+            many rollouts are kept in CPU memory and in checkpoints.
+        replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
+            ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
+            generation and an objective anchored on the sampler, and computes all logits.
+        split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
+            (:class:`drpo.trainer.mismatch.Split`), at the price of a forward pass more a rollout, two where
+            samples are of older weights.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
+
+    objective: str = field(default="drpo", metadata={"help": "Objective to optimise."})
+    objective_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
+    anchor: Anchor | None = field(default=None, metadata={"help": "What the ratio is taken against."})
+    correction: str | None = field(default=None, metadata={"help": "Weight by pi_old/mu."})
+    correction_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
+    updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps on each rollout's samples."})
+    aggregation: Aggregation = field(default="token-mean", metadata={"help": "How token losses become one number."})
+    horizon: int | None = field(default=None, metadata={"help": "Tokens, for seq-mean-token-sum-norm."})
+    advantage: Advantage = field(default="mean", metadata={"help": "How rewards become advantages."})
+    audit_threshold: float | None = field(
+        default=None, metadata={"help": "Mean |log pi - log mu| before the first update above which training stops."}
+    )
+    fused_loss: bool = field(default=True, metadata={"help": "One pass over the LM head where the model allows it."})
+    drop_zero_advantage: bool = field(default=True, metadata={"help": "Do not compute sequences without a gradient."})
+    tokens_per_micro_batch: int | None = field(
+        default=16_384, metadata={"help": "Tokens that go through the model at once, padding included."}
+    )
+    train_precision: TrainPrecision | None = field(default=None, metadata={"help": "fp32, bf16 or fp8."})
+    rollout_precision: RolloutPrecision | None = field(default=None, metadata={"help": "fp32, bf16, fp8 or int8."})
+    rollout_lag: int = field(
+        default=0, metadata={"help": "Rollouts between the weights that sample and those that train."}
+    )
+    replay_support: bool = field(default=False, metadata={"help": "Score over the tokens that could be sampled."})
+    split_distance: bool = field(default=False, metadata={"help": "Measure where the distance from mu comes from."})
+    scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
+    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
+
+    def __post_init__(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.top_k == -1:
+            # vLLM's word for no filter; TRL's is 0 for both.
+            self.top_k = 0
+        for name, instead in REFUSED.items():
+            if getattr(self, name) in (defaults[name], *NEUTRAL.get(name, ())):
+                continue
+            if self.replay_support and name in FILTERS:
+                self._check_filter(name)
+            else:
+                raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
+        if not isinstance(self.updates_per_rollout, int) or self.updates_per_rollout < 1:
+            raise ValueError(f"updates_per_rollout is {self.updates_per_rollout}; expected a whole number, at least 1")
+        for name in ("temperature", "audit_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a finite number > 0")
+        budget = self.tokens_per_micro_batch
+        if budget is not None and (not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"tokens_per_micro_batch is {budget!r}; expected a whole number, at least 1, or None")
+        self._choose_precision()
+        if self.replay_support and self.use_vllm:
+            raise ValueError("replay_support=True needs the tokens that could be drawn, which vLLM does not return")
+        asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
+        self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
+        self.generation_batch_size = None
+        super().__post_init__()
+        for name in self.generation_kwargs or {}:
+            if name == "stop_strings":
+                raise ValueError(
+                    "generation_kwargs has 'stop_strings', for which Transformers needs a tokenizer that TRL does not give "
+                    "it; leave it out, or use eos_token_id"
+                )
+            if name not in GENERATION_KWARGS:
+                raise ValueError(
+                    f"generation_kwargs has {name!r}, which may change what is sampled from, while the trainer scores "
+                    f"the full distribution; expected only {', '.join(sorted(GENERATION_KWARGS))}"
+                )
+        self._refuse_contradictions(asked_steps, asked_size)
+        self._align_checkpoints()
+        # Refused here rather than after the model was loaded.
+        objective = self.make_objective()
+        if self.replay_support and (isinstance(objective, TopKObjective) or (self.anchor or objective.anchor) == "old"):
+            raise ValueError(
+                f"replay_support=True scores the sampled tokens by π and μ alone; objective={self.objective!r} needs "
+                f"{'the likeliest tokens' if isinstance(objective, TopKObjective) else 'π_old'} too"
+            )
+        aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
+        group_advantage(torch.zeros(1), 1, self.advantage)
+
+    def _choose_precision(self) -> None:
+        for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
+            if (asked := getattr(self, name)) not in (None, *get_args(choices)):
+                raise ValueError(f"{name}: {unknown_name('precision', str(asked), get_args(choices))}")
+            require_torchao(asked)
+        if not isinstance(self.rollout_lag, int) or self.rollout_lag < 0:
+            raise ValueError(f"rollout_lag is {self.rollout_lag!r}; expected a whole number, at least 0")
+        for name, default in (("rollout_precision", None), ("rollout_lag", 0)):
+            if self.use_vllm and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r}: vLLM samples by its own weights; leave it out")
+        if self.train_precision is not None:
+            wanted = self.train_precision != "fp32"
+            if self.fp16 or self.bf16 not in (None, wanted):
+                raise ValueError(
+                    f"train_precision={self.train_precision!r} contradicts bf16={self.bf16}, fp16={self.fp16}"
+                )
+            self.bf16 = wanted
+
+    def _check_filter(self, name: str) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "top_k" and not (isinstance(value, int) and value >= 2):
+            raise ValueError(f"top_k is {value!r}; expected a whole number, at least 2, or 0 for none")
+        if name != "top_k" and not (is_number and 0 < value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a number between 0 and 1")
+
+    def make_objective(self) -> Objective:
+        """The objective with its hyperparameters, under the correction if there is one.
+
+        Raises:
+            ValueError: an unknown name, a value out of range, or an anchor that does not go with them.
+        """
+        objective = make_objective(self.objective, **_mapping("objective_kwargs", self.objective_kwargs))
+        if self.anchor not in (None, *get_args(Anchor)):
+            raise ValueError(unknown_name("anchor", str(self.anchor), get_args(Anchor)))
+        correction_kwargs = _mapping("correction_kwargs", self.correction_kwargs)
+        if self.correction is None and correction_kwargs:
+            raise ValueError(f"correction_kwargs is {correction_kwargs!r} without a correction")
+        correction = make_correction(self.correction, **correction_kwargs) if self.correction is not None else None
+        return anchored(objective, self.anchor, correction)
+
+    def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
+        if asked_steps not in (None, self.steps_per_generation):
+            raise ValueError(
+                f"steps_per_generation={asked_steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; leave it out"
+            )
+        if asked_size not in (None, self.generation_batch_size):
+            raise ValueError(
+                f"generation_batch_size={asked_size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
+                f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
+                f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
+            )
+
+    def _align_checkpoints(self) -> None:
+        # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
+        if self.save_strategy == "best":
+            raise ValueError("save_strategy='best' may save within a rollout; expected 'steps', 'epoch' or 'no'")
+        if self.max_steps > 0 and self.max_steps % self.updates_per_rollout:
+            raise ValueError(
+                f"max_steps={self.max_steps} ends within a rollout of updates_per_rollout={self.updates_per_rollout}; "
+                f"expected a multiple of {self.updates_per_rollout}"
+            )
+        if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
+            if self.save_steps < 1:
+                raise ValueError(
+                    f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
+                )
+            asked = self.save_steps
+            self.save_steps = math.ceil(asked / self.updates_per_rollout) * self.updates_per_rollout
+            logger.warning(
+                "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", asked, self.save_steps
+            )
+
+
+def _mapping(name: str, kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+    kwargs = kwargs or {}  # parsed from JSON by now, if it was text
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"{name} is {kwargs!r}; expected a mapping of hyperparameters")
+    return kwargs

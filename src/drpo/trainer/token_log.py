@@ -1,0 +1,47 @@
+"""The tokens of an update as they were trained on, in rows that ``drpo inspect`` reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from drpo.tokens import TokenBatch
+from drpo.trainer.micro_batches import loss_mask
+from drpo.trainer.mismatch import BEGUN_WITH
+
+
+class TokenLog:
+    """Collects, of every sequence that went through the model, log-probs of both policies, the advantage and the sampler's age in rollouts."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, inputs: dict[str, Any], sampled: TokenBatch) -> None:
+        """Add the sequences of a micro-batch.
+
+        Args:
+            inputs: the trainer's.
+            sampled: their tokens that count, in order; padding may be between them.
+        """
+        counted = loss_mask(inputs).bool()
+        sizes = counted.sum(dim=1).tolist()
+        columns = {
+            "tokens": inputs["completion_ids"][counted],
+            "logp": sampled.logp.detach()[sampled.mask].float(),
+            "behavior_logp": sampled.behavior_logp[sampled.mask].float(),
+        }
+        for name in ("old_per_token_logps", BEGUN_WITH):
+            if inputs.get(name) is not None:
+                columns["old_logp"] = inputs[name][counted].float()
+        split = {name: column.cpu().split(sizes) for name, column in columns.items()}
+        of_rows = {"advantage": inputs["advantages"].tolist(), "age": inputs["age"].tolist()}
+        for row, size in enumerate(sizes):
+            if size:
+                tokens = {name: parts[row].tolist() for name, parts in split.items()}
+                self._rows.append({**{name: values[row] for name, values in of_rows.items()}, **tokens})
+
+    def take(self) -> list[dict[str, Any]]:
+        """The rows of all ranks since the last call, on every rank."""
+        rows, self._rows = self._rows, []
+        return gather_object(rows)
