@@ -88,7 +88,9 @@ def make_trainer(
     except UserError:
         raise
     except Exception as error:  # each option fails in its own way, deep in a library
-        raise UserError(f"cannot set up training: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"cannot set up training: {type(error).__name__}: {error} (DRPO_DEBUG=1 shows the traceback)"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
