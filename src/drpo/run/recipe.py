@@ -42,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class TaskSpec(_Strict):
-    """Where problems come from: ``arithmetic`` or a .jsonl file, for training and for evaluation."""
+    """Where problems come from: ``arithmetic`` or a .jsonl or .parquet file, for training and for evaluation."""
 
     train: Text
     """`arithmetic`, or a file of problems."""
@@ -59,7 +59,7 @@ class TaskSpec(_Strict):
     @classmethod
     def _absolute(cls, source: str | None) -> str | None:
         # A resolved recipe means the same from any folder.
-        return str(Path(source).absolute()) if source and source.endswith(".jsonl") else source
+        return str(Path(source).absolute()) if source and source.endswith((".jsonl", ".parquet")) else source
 
     @field_validator("template")
     @classmethod
