@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
 
-from drpo.doctor.findings import Finding, show
-from drpo.doctor.quiet import nothing_more_on_stdout, nothing_on_stdout
+from drpo.doctor.findings import show
 from drpo.errors import UserError
 
 
@@ -48,24 +49,23 @@ def doctor(
     """
     if recipe is not None and verl is not None:
         raise UserError(f"{recipe} and --verl {verl}: expected one of them")
-    # The libraries that are imported here may speak too.
-    with nothing_on_stdout():
-        findings = (
-            _of_verl(verl, overrides or [], workers) if verl else _of_recipe(recipe, overrides or [], rollout, as_json)
-        )
-    code = show(findings, as_json)
-    nothing_more_on_stdout()
+    with _take_stdout() as stdout, Console(stderr=True, quiet=as_json).status("looking"):
+        if verl is not None:
+            from drpo.doctor.verl import examine_file
+
+            findings = examine_file(verl, overrides or [], workers=workers)
+        else:
+            from drpo.doctor.examine import examine_recipe
+
+            findings = examine_recipe(recipe, overrides or [], rollout=rollout)
+        code = show(findings, stdout, as_json)
     raise typer.Exit(code)
 
 
-def _of_recipe(recipe: Path | None, overrides: list[str], rollout: bool, as_json: bool) -> list[Finding]:
-    with Console(stderr=True, quiet=as_json).status("loading") as status:
-        from drpo.doctor.examine import examine
-
-        return examine(recipe, overrides, rollout=rollout, begin=status.update)
-
-
-def _of_verl(config: Path, overrides: list[str], workers: bool) -> list[Finding]:
-    from drpo.doctor.verl import examine
-
-    return examine(config, overrides, workers=workers)
+def _take_stdout() -> TextIO:
+    """Standard output for the findings alone. What anything else prints there until the process ends (rewards, C
+    libraries, subprocesses) is on standard error."""
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
+    os.dup2(2, 1)
+    return stdout

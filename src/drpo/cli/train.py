@@ -112,14 +112,13 @@ def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overw
         from drpo.integrations.verl.train import VerlError, plan, train
     except ImportError as error:
         raise UserError(f"--engine verl: {error}") from error
-    from drpo.doctor.verl import of_config
+    from drpo.doctor.verl import examine_config
 
     planned = plan(recipe, folder, settings)
-    for finding in of_config(planned.config):
+    for finding in examine_config(planned.config):
         if finding.verdict == "stop":
             raise UserError(f"--engine verl: {finding.what}" + (f"; expected {finding.fix}" if finding.fix else ""))
-        # The problems are written when the run begins.
-        if finding.verdict == "warning" and not finding.what.startswith("data."):
+        if finding.verdict == "warning":
             typer.echo(f"warning: {finding.what}", err=True)
     try:
         return train(planned, overwrite=overwrite)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from drpo.doctor import environment, model
-from drpo.doctor import recipe as of_recipe
-from drpo.doctor.chat_template import check_chat_template
-from drpo.doctor.data import check_grader, check_problems, check_prompts, prompt_lengths, stand_ins
+from drpo.doctor.environment import check_hardware, check_packages
 from drpo.doctor.findings import Finding
-from drpo.doctor.fixes import refused
-from drpo.doctor.memory import check_memory
-from drpo.doctor.rollout import check_rollout
-from drpo.doctor.weights import check_weights
+from drpo.doctor.grader import check_grader
+from drpo.doctor.prompt import check_chat_template, check_end, check_prompts, load_prompting
+from drpo.doctor.recipe import check_anchor, check_objective, check_problems, check_updates
+from drpo.doctor.rollout import SET_ASIDE, check_rollout
 from drpo.errors import UserError
 from drpo.run.build import load_problems, make_config, quiet_libraries
 from drpo.run.options import refuse_together
@@ -29,133 +22,86 @@ from drpo.trainer.config import DRPOConfig
 
 T = TypeVar("T")
 
-_OF_VERL = ("actor_rollout_ref", "defaults", "hydra")
-"""Fields that a configuration of verl begins with."""
 
-Begin = Callable[[str], object]
-
-
-def examine(
-    path: Path | None = None, overrides: Sequence[str] = (), *, rollout: bool = True, begin: Begin = lambda _: None
-) -> list[Finding]:
+def examine_recipe(path: Path | None = None, overrides: Sequence[str] = (), *, rollout: bool = True) -> list[Finding]:
     """Everything that can be said of a recipe and this machine. Nothing is written but to a passing folder.
 
     Args:
         path: a recipe; the built-in one by default.
         overrides: ``key=value``, as of ``drpo train``.
         rollout: whether to load the weights and make a small rollout.
-        begin: is told the name of each step.
 
     Raises:
         UserError: there is no such file.
     """
-    checks = _Checks(begin)
-    with _quiet():
-        checks.run("packages", environment.check_packages)
-        checks.run("extras", environment.check_extras)
-        checks.run("hardware", environment.check_hardware)
-        checks.run("plug-ins", environment.check_plug_ins)
-        try:
-            recipe = load_recipe(path, overrides)
-        except UserError as error:
-            if path is not None and not os.path.isfile(path):
-                raise
-            found = refused(error)
-            if any(f"unknown field {name!r}" in found.what for name in _OF_VERL):
-                found = replace(found, fix=f"drpo doctor --verl {path}, if it is verl's")
-            return [*checks.findings, found]
+    quiet_libraries()
+    examination = _Examination()
+    examination.check(check_packages)
+    examination.check(check_hardware)
+    if path is not None and not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    recipe = examination.attempt(lambda: load_recipe(path, overrides))
+    if recipe is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            _examine(recipe, scratch, rollout, checks)
-    return checks.findings
+            examination.examine(recipe, scratch, rollout)
+    return examination.findings
 
 
-def _examine(recipe: Recipe, scratch: str, rollout: bool, checks: _Checks) -> None:
-    config = checks.attempt("trainer", lambda: _config(recipe, scratch))
-    has_needs = checks.run("needs", lambda: environment.check_needs(recipe, config))
-    checks.run("objective", lambda: of_recipe.check_objective(recipe))
-    checks.run("anchor", lambda: of_recipe.check_anchor(recipe, config))
-    checks.run("audit", lambda: of_recipe.check_threshold(recipe))
-    reward = checks.attempt("reward", recipe.make_reward)
+class _Examination:
+    """Makes checks one by one. An error is a finding, and the checks that can go on do."""
 
-    train = checks.attempt("task", lambda: load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout))
-    heldout = checks.attempt("task", lambda: load_problems(recipe, "heldout", recipe.heldout_problems))
-    if train is not None:
-        checks.run("task", lambda: check_problems(recipe, train, heldout or []))
-    problems = train or stand_ins()
-
-    # Adapters that cannot be made are among the needs.
-    blank = (
-        checks.attempt("model", lambda: model.load_blank(recipe, config)) if has_needs or recipe.lora is None else None
-    )
-    is_templated = is_graded = fits = False
-    if blank is not None:
-        fits = checks.run("tokenizer", lambda: model.check_tokenizer(blank))
-        is_templated = checks.run("chat template", lambda: check_chat_template(blank))
-        checks.run("dropout", lambda: model.check_dropout(blank))
-        if reward is not None:
-            is_graded = checks.run("grader", lambda: check_grader(reward, problems, blank.tokenizer))
-        if is_templated:
-            checks.run("prompt", lambda: check_prompts(problems, blank))
-    if config is not None:
-        checks.run("updates", lambda: of_recipe.check_updates(recipe, config))
-    if blank is not None and config is not None:
-        checks.run("sampling", lambda: model.check_sampling(blank, config))
-        if not config.use_vllm:
-            fits &= checks.run("sampling", lambda: model.check_generation(blank))
-        checks.run("lora", lambda: model.check_adapters(blank, recipe))
-        fits &= checks.run("weights", lambda: check_weights(blank, recipe, config))
-        lengths = checks.attempt("prompt", lambda: prompt_lengths(problems, blank)) if is_templated else None
-        if lengths:
-            fits &= checks.run("length", lambda: model.check_positions(blank, config, lengths))
-        fits &= checks.run("memory", lambda: check_memory(blank.policy, config, max(lengths or [0])))
-    if not rollout:
-        return
-    if reward is not None and config is not None and has_needs and is_templated and is_graded and fits:
-        checks.run("rollout", lambda: check_rollout(recipe, reward, problems, scratch))
-    else:
-        checks.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
-
-
-def _config(recipe: Recipe, scratch: str) -> DRPOConfig:
-    refuse_together(recipe, recipe.trainer)
-    # DeepSpeed's settings change how every model of the process is loaded from then on.
-    trainer = {name: value for name, value in recipe.trainer.items() if name != "deepspeed"}
-    return make_config(recipe.model_copy(update={"trainer": trainer}), scratch, processes=1)
-
-
-class _Checks:
-    """Runs checks one by one; one that fails is a finding, and the next one's turn."""
-
-    def __init__(self, begin: Begin) -> None:
+    def __init__(self) -> None:
         self.findings: list[Finding] = []
-        self._begin = begin
 
-    def attempt(self, name: str, make: Callable[[], T]) -> T | None:
+    def attempt(self, make: Callable[[], T]) -> T | None:
         """What ``make`` returns; None where it fails."""
-        self._begin(name)
         try:
             return make()
         except UserError as error:
-            self.findings.append(refused(error))
-        except (Exception, SystemExit) as error:  # a fault that nobody thought of is a finding too
-            self.findings.append(refused(RuntimeError(f"{type(error).__name__}: {str(error)[:500]}"), name))
+            self.findings.append(Finding.of_error(error))
+        except (Exception, SystemExit) as error:  # what a reward of the user's or a library raises
+            self.findings.append(Finding.of_error(error, f"{type(error).__name__}: "))
         return None
 
-    def run(self, name: str, check: Callable[[], Iterable[Finding]]) -> bool:
-        """Keep what a check finds; whether nothing of it is a stop."""
-        found = self.attempt(name, lambda: list(check()))
-        self.findings += found or []
-        return found is not None and all(finding.verdict != "stop" for finding in found)
+    def check(self, check: Callable[[], Iterable[Finding]]) -> None:
+        """Keep what a check finds."""
+        self.attempt(lambda: self.findings.extend(check()))
+
+    def examine(self, recipe: Recipe, scratch: str, rollout: bool) -> None:
+        """Check a recipe, first what needs no weights."""
+        self.check(lambda: check_objective(recipe))
+        self.check(lambda: check_updates(recipe))
+        train = self.attempt(lambda: load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout))
+        heldout = self.attempt(lambda: load_problems(recipe, "heldout", recipe.heldout_problems))
+        if train is not None:
+            self.check(lambda: check_problems(recipe, train, heldout or []))
+        reward = self.attempt(recipe.make_reward)
+        config = self.attempt(lambda: _make_config(recipe, scratch))
+        if config is None:
+            return
+        self.check(lambda: check_anchor(recipe, config))
+        prompting = self.attempt(lambda: load_prompting(recipe, config))
+        if prompting is None:
+            return
+        self.check(lambda: check_end(prompting))
+        self.check(lambda: check_chat_template(prompting))
+        if train is None:
+            return
+        self.check(lambda: check_prompts(train, prompting, config))
+        if reward is None:
+            return
+        self.check(lambda: check_grader(reward, train, prompting.tokenizer))
+        if not rollout:
+            return
+        if any(finding.verdict == "stop" for finding in self.findings):
+            self.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
+        else:
+            self.check(lambda: check_rollout(recipe, reward, train, scratch))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Findings are all there is to say, and no library's notices."""
-    quiet_libraries()
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(disabled)
+def _make_config(recipe: Recipe, scratch: str) -> DRPOConfig:
+    """The options of the run itself, some of which the doctor's own small rollout does without."""
+    refuse_together(recipe, recipe.trainer)
+    # What shards changes how every model of the process is loaded from then on.
+    trainer = {name: value for name, value in recipe.trainer.items() if name not in SET_ASIDE}
+    return make_config(recipe.model_copy(update={"trainer": trainer}), scratch, processes=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -23,20 +23,25 @@ class Finding:
         verdict: ``ok``; ``warning``, the run works and is perhaps not what was meant; ``stop``, it
             does not work or computes something else than was asked for.
         what: one line.
-        fix: what to write, where there is something to mend.
+        fix: what to write, where there is something to mend and the line does not end in it.
     """
 
     verdict: Verdict
     what: str
     fix: str | None = None
 
+    @classmethod
+    def of_error(cls, error: BaseException, where: str = "") -> Finding:
+        """The stop that an error is."""
+        return cls("stop", " ".join(f"{where}{error}".split()), getattr(error, "fix", None))
 
-def show(findings: Sequence[Finding], as_json: bool = False) -> int:
+
+def show(findings: Sequence[Finding], file: TextIO, as_json: bool = False) -> int:
     """Print findings; returns the exit code, 1 if one of them is a stop."""
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([asdict(finding) for finding in findings], indent=2), file=file)
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(file=file, highlight=False, soft_wrap=True)
         for finding in findings:
             console.print(Text(f"{finding.verdict:8}", _STYLES[finding.verdict]) + Text(finding.what))
             if finding.fix:

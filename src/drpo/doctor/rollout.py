@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from drpo.data.problems import Problem
 from drpo.doctor.findings import Finding
-from drpo.doctor.fixes import fix_of
 from drpo.rewards import Reward
 from drpo.rollout.audit import AuditError
 from drpo.run.build import make_trainer
@@ -21,21 +19,11 @@ from drpo.trainer.token_log import TokenLog
 PROMPTS, GENERATIONS, TOKENS = 2, 4, 24
 """Of the rollout: at most so many prompts, the recipe's shortest, completions of each, tokens of each at most."""
 
-
 SET_ASIDE = (
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("deepspeed", "fsdp", "fsdp_config"),
 )
 """Options of the trainer that make the same numbers, slowly at first or in several processes."""
-
-
-class _Logs(TrainerCallback):
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.rows.append(logs)
 
 
 def cut_down(recipe: Recipe, prompts: int) -> Recipe:
@@ -64,77 +52,58 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
     trainer = make_trainer(cut_down(recipe, len(few)), reward, few, scratch, processes=1)
     trainer.args.save_strategy = "no"
     trainer.token_log = TokenLog()
-    logs = _Logs()
-    trainer.add_callback(logs)
-    stopped: AuditError | None = None
+    yield from _check_adapters(recipe, trainer.model)
+    causes = ""
     try:
         trainer.train()
     except AuditError as error:
-        stopped = error
-    except ValueError as error:
-        # A rollout without log-probs, or with some that are none, or a reward's: the trainer's own words.
-        said = " ".join(f"rollout: {error}".split())
-        yield Finding("stop", said, _fix_of(str(error)) or fix_of(error, said))
-        return
+        causes = "; ".join(" ".join(cause.split()) for cause in str(error).split("\n")[1:])
     audit = trainer.audit
     if audit is None:
         yield Finding("stop", "rollout: has no token that counts", "a larger max_completion_length")
         return
-    said = (
-        f"μ against π: mean |log π − log μ| {audit.mean:.2g} over {audit.tokens} tokens, threshold {audit.threshold:g}"
+    yield Finding(
+        "ok" if audit.passed else "stop",
+        f"μ against π: mean |log π − log μ| {audit.mean:.2g} over {audit.tokens} tokens, threshold {audit.threshold:g}",
+        causes or None,
     )
-    if stopped is None:
-        yield Finding("ok", said)
-    else:
-        _, *causes = str(stopped).split("\n")
-        yield Finding("stop", said, "; ".join(" ".join(cause.split()) for cause in causes))
-    rows = trainer.token_log.take()
-    yield from _log_probs(rows)
-    yield from _updates(logs.rows)
+    yield from _check_log_probs(trainer.token_log.take())
+    yield from _check_updates([row for row in trainer.state.log_history if "loss" in row])
 
 
-def _fix_of(message: str) -> str | None:
-    if message.startswith("reward of"):
-        return "a finite number from the reward for every completion, or None for one that cannot be scored"
-    if "the sampler's log-prob" in message:
-        return "a sampler whose log-probs are finite numbers"
-    return message.rpartition("; ")[2] if "no log-probs" in message else None
+def _check_adapters(recipe: Recipe, model: Any) -> Iterator[Finding]:
+    """Whether each of several names of modules is one; peft is content with the first."""
+    targets = recipe.lora.target_modules if recipe.lora is not None else ()
+    modules = [name for name, _ in model.named_modules()]
+    for target in targets if isinstance(targets, list) else ():
+        if not any(name.endswith(f".{target}") for name in modules):
+            yield Finding(
+                "warning", f"lora: the model has no module {target!r}", f"lora.target_modules without {target!r}"
+            )
 
 
-def _log_probs(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+def _check_log_probs(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     """Rounding to bf16 moves a log-prob of −10 by up to 0.03, which looks like a ratio off 1."""
-    found = False
     for column, whose in (("behavior_logp", "the sampler's"), ("logp", "the trainer's")):
         values = torch.tensor([value for row in rows for value in row[column]])
         values = values[values < -1e-3]
         if len(values) >= 8 and torch.equal(values.bfloat16().float(), values):
-            found = True
+            step = 2.0 ** (math.floor(math.log2(values.abs().max().item())) - 7)
             yield Finding(
                 "stop",
-                f"log-probs: {whose} are in bf16, a step of up to {_bf16_step(values):.2g} nats",
+                f"log-probs: {whose} are in bf16, a step of up to {step:.2g} nats",
                 "the log-softmax, and what it is computed from, in fp32",
             )
-    if rows and not found:
-        yield Finding("ok", "log-probs: recorded by the sampler for every token, in fp32 on both sides")
 
 
-def _bf16_step(values: torch.Tensor) -> float:
-    return 2.0 ** (math.floor(math.log2(values.abs().max().item())) - 7)
-
-
-def _updates(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    if not logs:
-        return
-    for name in ("loss", "grad_norm"):
-        for row in logs:
-            if not math.isfinite(float(row.get(name, 0.0))):
-                yield Finding(
-                    "stop", f"update: {name} is {row[name]}", "a smaller learning_rate, or train_precision: fp32"
-                )
-                return
-    divergence = logs[-1].get("divergence/mean")
-    yield Finding(
-        "ok",
-        f"update: {len(logs)} made, gradient norm {float(logs[0].get('grad_norm', 0)):.2g}"
-        + (f", |π − μ| {divergence:.2g} at the last" if divergence is not None else ""),
-    )
+def _check_updates(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    wrong = next((f"{n} is {row[n]}" for row in logs for n in ("loss", "grad_norm") if not math.isfinite(row[n])), None)
+    if wrong:
+        yield Finding("stop", f"update: {wrong}", "a smaller learning_rate, or train_precision: fp32")
+    elif logs:
+        moved = logs[-1].get("divergence/mean")
+        yield Finding(
+            "ok",
+            f"update: {len(logs)} made, gradient norm {logs[0]['grad_norm']:.2g}"
+            + (f", |π − μ| {moved:.2g} at the last" if moved is not None else ""),
+        )

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 from drpo.doctor.findings import Finding
 
-MODULE = "drpo.integrations.verl"
 
-
-def in_a_worker(mode: str, library: Any) -> Iterator[Finding]:
-    """Whether the loss is there in a Ray worker, which imports verl and the model's external_lib, as verl's do."""
-    found, said = ask_worker(mode, library)
-    if found:
-        yield Finding("ok", f"a Ray worker has loss {mode} ({' and '.join(routes(library)) or 'by chance'})")
+def check_worker(mode: str, library: Any) -> Iterator[Finding]:
+    """Look for the loss in a Ray worker, which imports verl and the model's external_lib, as verl's do."""
+    is_there, failure = ask_worker(mode, library)
+    if is_there:
+        yield Finding("ok", f"a Ray worker has loss {mode}")
     else:
         yield Finding(
             "stop",
-            f"a Ray worker has no loss {mode}" + (f": {said}" if said else ""),
-            f"actor_rollout_ref.model.external_lib={MODULE}, and this library installed on every node",
+            f"a Ray worker has no loss {mode}" + (f": {failure}" if failure else ""),
+            "actor_rollout_ref.model.external_lib=drpo.integrations.verl, and this library installed on every node",
         )
 
 
-def routes(library: Any) -> list[str]:
-    allowed = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").lower()
-    installed = any(point.value == MODULE for point in entry_points(group="verl.plugins"))
-    routes = ["entry point"] if installed and allowed in ("auto", "drpo") else []
-    if MODULE in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
-        routes.append("VERL_USE_EXTERNAL_MODULES")
-    if library and MODULE in ([library] if isinstance(library, str) else library):
-        routes.append("external_lib")
-    return routes
-
-
 def ask_worker(mode: str, library: Any) -> tuple[bool, str]:
-    """Whether a Ray worker has a loss, and what it says if something fails; a local Ray is started unless one runs."""
+    """Whether a Ray worker has a loss, and what fails there; a local Ray is started unless one runs."""
     import ray
 
     own = not ray.is_initialized()
