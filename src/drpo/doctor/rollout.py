@@ -51,7 +51,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
     few = sorted(problems, key=lambda problem: len(problem.prompt))[:PROMPTS]
     trainer = make_trainer(cut_down(recipe, len(few)), reward, few, scratch, processes=1)
     trainer.args.save_strategy = "no"
-    trainer.token_log = TokenLog()
+    trainer.token_log = TokenLog(trainer.processing_class)
     yield from _check_adapters(recipe, trainer.model)
     causes = ""
     try:

@@ -89,7 +89,7 @@ def _run(
     is_main = trainer.accelerator.is_main_process
     evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
     progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
-    trainer.token_log = TokenLog() if recipe.record_rollouts else None
+    trainer.token_log = TokenLog(trainer.processing_class) if recipe.record_rollouts else None
     trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
     with progress:
         if checkpoint is None and heldout:

@@ -130,7 +130,7 @@ class RolloutTrainer(GRPOTrainer):
         finally:
             self._sampling = False
         _check_log_probs(output)
-        output["advantages"] = self._advantages(len(inputs))
+        output["rewards"], output["advantages"] = self._rewards_and_advantages(len(inputs))
         if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
             output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
         if self._recorder is not None and (support := self._recorder.support(output["completion_ids"].shape[1])):
@@ -141,8 +141,8 @@ class RolloutTrainer(GRPOTrainer):
             output["age"] = torch.full_like(output["advantages"], self._behaviour.age, dtype=torch.long)
         return output
 
-    def _advantages(self, own: int) -> Tensor:
-        """Of this rank's ``own`` samples, [own], from the rewards just calculated; logged in place of TRL's."""
+    def _rewards_and_advantages(self, own: int) -> tuple[Tensor, Tensor]:
+        """Both of this rank's ``own`` samples, [own] each, from the rewards just calculated; logged in place of TRL's."""
         rewards = self._rewards_per_func
         unscored = rewards.isnan().all(dim=1)
         rewards = (rewards * self.reward_weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
@@ -153,7 +153,7 @@ class RolloutTrainer(GRPOTrainer):
             logged.pop()
         logged.extend(advantages.tolist())
         first = self.accelerator.process_index * own
-        return advantages[first : first + own]
+        return rewards[first : first + own], advantages[first : first + own]
 
     def _sampling_settings(self) -> dict[str, Any] | None:
         """What the rollout engine samples with; None where a rollout_func decides."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from drpo.tokens import TokenBatch
 from drpo.trainer.micro_batches import loss_mask
@@ -12,17 +13,24 @@ from drpo.trainer.mismatch import BEGUN_WITH
 
 
 class TokenLog:
-    """Collects, of every sequence that went through the model, log-probs of both policies, the advantage and the sampler's age in rollouts."""
+    """Collects every sequence that went through the model: its texts, reward and advantage, the log-probs of both policies
+    and the gradient weight of each token, and the sampler's age in rollouts.
 
-    def __init__(self) -> None:
+    Args:
+        tokenizer: what turns token ids into text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, inputs: dict[str, Any], sampled: TokenBatch) -> None:
+    def add(self, inputs: dict[str, Any], sampled: TokenBatch, weight: Tensor) -> None:
         """Add the sequences of a micro-batch.
 
         Args:
             inputs: the trainer's.
             sampled: their tokens that count, in order; padding may be between them.
+            weight: the objective's gradient weight of each token, as ``sampled`` has them.
         """
         counted = loss_mask(inputs).bool()
         sizes = counted.sum(dim=1).tolist()
@@ -30,16 +38,27 @@ class TokenLog:
             "tokens": inputs["completion_ids"][counted],
             "logp": sampled.logp.detach()[sampled.mask].float(),
             "behavior_logp": sampled.behavior_logp[sampled.mask].float(),
+            "weight": weight[sampled.mask].float(),
         }
         for name in ("old_per_token_logps", BEGUN_WITH):
             if inputs.get(name) is not None:
                 columns["old_logp"] = inputs[name][counted].float()
         split = {name: column.cpu().split(sizes) for name, column in columns.items()}
-        of_rows = {"advantage": inputs["advantages"].tolist(), "age": inputs["age"].tolist()}
+        of_rows = {
+            "advantage": inputs["advantages"].tolist(),
+            "reward": inputs["rewards"].tolist(),
+            "age": inputs["age"].tolist(),
+            "prompt": self._texts(inputs["prompt_ids"], inputs["prompt_mask"]),
+            "completion": self._texts(inputs["completion_ids"], inputs["completion_mask"]),
+        }
         for row, size in enumerate(sizes):
             if size:
                 tokens = {name: parts[row].tolist() for name, parts in split.items()}
-                self._rows.append({**{name: values[row] for name, values in of_rows.items()}, **tokens})
+                text = self._tokenizer.batch_decode([[token] for token in tokens["tokens"]])
+                self._rows.append({**{name: values[row] for name, values in of_rows.items()}, **tokens, "text": text})
+
+    def _texts(self, ids: Tensor, mask: Tensor) -> list[str]:
+        return self._tokenizer.batch_decode([row[counted.bool()] for row, counted in zip(ids, mask, strict=True)])
 
     def take(self) -> list[dict[str, Any]]:
         """The rows of all ranks since the last call, on every rank."""

@@ -237,7 +237,7 @@ class DRPOTrainer(RolloutTrainer):
         # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
         self._measured[mode].update(sampled, weight, entropy)
         if self.token_log is not None and mode == "train":
-            self.token_log.add(inputs, sampled)
+            self.token_log.add(inputs, sampled, weight)
         if self._split is not None and mode == "train":
             self._split.update(inputs, sampled)
         if self.audit is None and mode == "train" and self._is_sampled_by_now(inputs):
