@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GenerationMixin
 
-from drpo.data.problems import Problem
+from drpo.data.problems import Problem, tokenize_prompt
 from drpo.errors import UserError
 from drpo.evaluation.engines import TransformersEngine, VLLMEngine, _SeededChoice
 from drpo.evaluation.evaluate import load, sample_and_score
@@ -20,6 +25,7 @@ from drpo.evaluation.folder import EvaluationFolder
 from drpo.evaluation.settings import Settings
 from drpo.evaluation.statistics import estimate, majority, paired, pass_at_k
 from drpo.evaluation.summary import compare, summarise
+from drpo.rollout.sampling import NEUTRAL
 from support.rollouts import load_model
 from test_cli import drpo, here, make_run, refusal  # noqa: F401
 
@@ -81,7 +87,7 @@ class TestStatistics:
         assert estimate(first)["high"] > estimate(second)["low"]
 
     def test_the_summary_counts_what_the_samples_say(self):
-        problems = [("a", Problem("p", "1")), ("b", Problem("q", "2"))]
+        problems = [Problem("p", "1", "a"), Problem("q", "2", "b")]
         rows = [
             {"status": status, "stated": stated, "tokens": 4, "truncated": truncated}
             for status, stated, truncated in (
@@ -102,7 +108,7 @@ class TestStatistics:
     def test_right_answers_vote_together_however_they_are_spelt(self):
         stated = [("correct", "84/2"), ("correct", None), ("correct", "42"), ("wrong", "41"), ("wrong", "41")]
         rows = [{"status": s, "stated": vote, "tokens": 1, "truncated": False} for s, vote in stated]
-        assert summarise(5, [("a", Problem("p", "42"))], rows)["majority"]["mean"] == 1.0
+        assert summarise(5, [Problem("p", "42", "a")], rows)["majority"]["mean"] == 1.0
 
 
 class TestSampling:
@@ -116,7 +122,7 @@ class TestSampling:
 
     def test_of_one_completion_does_not_depend_on_the_others(self):
         engine = TransformersEngine(load_model()[0].config.name_or_path, 20, 1.0, "fp32")
-        prompts = ["17+25-8+34-5=", "1+2=", "10+34-6+29-38="]
+        prompts = engine.tokenizer(["17+25-8+34-5=", "1+2=", "10+34-6+29-38="])["input_ids"]
         together = engine.sample(prompts, [1, 2, 3])
         assert [engine.sample([prompt], [seed])[0] for prompt, seed in zip(prompts, (1, 2, 3), strict=True)] == together
         assert engine.sample(prompts[::-1], [3, 2, 1]) == together[::-1]
@@ -124,8 +130,116 @@ class TestSampling:
 
     def test_says_where_it_was_cut(self):
         engine = TransformersEngine(load_model()[0].config.name_or_path, 3, 1.0, "fp32")
-        [completion] = engine.sample(["17+25-8+34-5="], [0])
+        [completion] = engine.sample(engine.tokenizer(["17+25-8+34-5="])["input_ids"], [0])
         assert (len(completion.ids), completion.truncated) == (3, True)
+
+
+BOS_IN_TEMPLATE = (
+    "{{ bos_token }}{{ messages[0]['content'] }}{% if enable_thinking is defined and not enable_thinking %}+{% endif %}"
+)
+
+
+def save_model(path: Path, chat_template: str | None = None, **generation: Any) -> Path:
+    """The built-in model with a BOS token that its tokenizer adds, a chat template and sampling settings of its own."""
+    model, tokenizer = load_model()
+    model.generation_config.update(**generation)
+    model.save_pretrained(path)
+    tokenizer.add_special_tokens({"bos_token": "~"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="~ $A", special_tokens=[("~", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def vllm(monkeypatch) -> list[dict[str, Any]]:
+    """vLLM in name, with the built-in model's tokenizer; the requests that it got."""
+    requests: list[dict[str, Any]] = []
+
+    class LLM:
+        def __init__(self, model: str, dtype: str) -> None:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+        def get_tokenizer(self) -> Any:
+            return self.tokenizer
+
+        def generate(self, prompts: list[Any], sampling: list[dict[str, Any]], use_tqdm: bool) -> list[Any]:
+            requests.extend({"prompt": prompt} | params for prompt, params in zip(prompts, sampling, strict=True))
+            completion = SimpleNamespace(text="3", token_ids=[1, 2], finish_reason="stop")
+            return [SimpleNamespace(outputs=[completion]) for _ in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    monkeypatch.setattr("drpo.evaluation.engines.find_spec", lambda _: True)
+    monkeypatch.setattr(VLLMEngine, "description", {"name": "vllm"})
+    return requests
+
+
+@pytest.mark.parametrize("chat_template", [None, BOS_IN_TEMPLATE], ids=["text", "chat"])
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_prompt_has_one_bos_in_either_engine(tmp_path, vllm, monkeypatch, engine, chat_template):
+    prompts = []
+    generate = GenerationMixin.generate
+    monkeypatch.setattr(
+        GenerationMixin,
+        "generate",
+        lambda self, **how: prompts.extend(how["input_ids"].tolist()) or generate(self, **how),
+    )
+    model = save_model(tmp_path / "model", chat_template)
+    run(tmp_path / "out", replace(ARITHMETIC, model=str(model), engine=engine, samples=1, problems=1))
+    prompts += [request["prompt"]["prompt_token_ids"] for request in vllm]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert prompts == [tokenizer(problem.prompt)["input_ids"] for problem in load(replace(ARITHMETIC, problems=1))]
+    assert prompts[0].count(tokenizer.bos_token_id) == 1
+
+
+def test_vllm_is_told_neutral_sampling_settings(tmp_path, vllm):
+    run(tmp_path / "out", replace(ARITHMETIC, engine="vllm", samples=1, problems=1))
+    sampling = {name: value for name, value in vllm[0].items() if name in NEUTRAL}
+    assert sampling.keys() == {"top_p", "top_k", "min_p", "repetition_penalty"}
+    assert all(value in NEUTRAL[name] for name, value in sampling.items())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"repetition_penalty": 1.5}, {"suppress_tokens": [77]}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 18}],
+    ids=str,
+)
+def test_sampling_settings_that_the_model_brings_along_change_no_completion(tmp_path, setting):
+    completions = []
+    for name, brought in (("plain", {}), ("changed", setting)):
+        engine = TransformersEngine(str(save_model(tmp_path / name, **brought)), 20, 1.0, "fp32")
+        completions.append(engine.sample(engine.tokenizer(["17+25-8+34-5="] * 4)["input_ids"], range(4)))
+    assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "trained", "expected"),
+    [
+        (None, None, {}),
+        ('{"enable_thinking": false}', None, {"enable_thinking": False}),
+        (None, "{enable_thinking: false}", {"enable_thinking": False}),
+        (None, """'{"enable_thinking": false}'""", {"enable_thinking": False}),
+        ('{"enable_thinking": true}', "{enable_thinking: false}", {"enable_thinking": True}),
+        ("{}", "{enable_thinking: false}", {}),
+    ],
+)
+def test_the_chat_template_is_told_what_it_was_in_training(here, drpo, chosen, trained, expected):  # noqa: F811
+    folder = make_run(here / "run", *([f"trainer.chat_template_kwargs={trained}"] if trained else []))
+    save_model(folder.model, BOS_IN_TEMPLATE)
+    options = ["--chat-template-kwargs", chosen] if chosen else []
+    settings = ["--problems", "1", "--max-tokens", "2", "--reward", "exact_answer"]
+    code, _, err = drpo("eval", "run", "--data", "arithmetic", *settings, *options)
+    assert (code, err) == (0, "")
+    recorded = json.loads((folder.evaluated / "arithmetic" / "settings.json").read_text())
+    assert recorded["chat_template_kwargs"] == expected
+
+
+def test_what_the_chat_template_is_told_changes_the_prompt(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path, BOS_IN_TEMPLATE))
+    assert tokenizer.decode(tokenize_prompt(Problem("1=", "1"), tokenizer)) == "~1="
+    assert tokenizer.decode(tokenize_prompt(Problem("1=", "1"), tokenizer, enable_thinking=False)) == "~1=+"
 
 
 ARITHMETIC = Settings(
@@ -217,7 +331,7 @@ class TestEvaluation:
             file.parent.mkdir()
             file.write_text('{"prompt": "1+1=", "answer": "2"}\n')
         data = (*map(str, files), "arithmetic")
-        assert [source for source, _ in load(Settings("arithmetic", data, problems=1))] == list(data)
+        assert [problem.source for problem in load(Settings("arithmetic", data, problems=1))] == list(data)
 
     def test_believes_a_reward_of_the_user_s_whatever_the_completions_look_like(self, tmp_path, rewards):
         result = run(tmp_path / "out", replace(ARITHMETIC, samples=2, problems=3, reward=f"{rewards}:right"))
@@ -286,6 +400,8 @@ def rewards(tmp_path, monkeypatch) -> str:
         (["eval", "arithmetic", "--data", "arithmetic", "--precision", "fp8"], "--precision: unknown precision 'fp8'"),
         (["eval", "arithmetic", "--data", "arithmetic", "--reward", "maths"], "reward: unknown reward 'maths'; did"),
         (["eval", "arithmetic", "--data", "arithmetic", "--template", "Q"], "--template 'Q': expected text with {prompt}"),
+        (["eval", "arithmetic", "--data", "arithmetic", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs [1]: expected a JSON object"),
+        (["eval", "arithmetic", "--data", "arithmetic", "--chat-template-kwargs", "{a"], "--chat-template-kwargs {a: expected a JSON object"),
         (["eval", "arithmetic", "--data", "bad.jsonl"], "bad.jsonl, row 1: is not JSON"),
         (["eval", "./missing", "--data", "arithmetic"], "MODEL: cannot load './missing'"),
         (["eval", "arithmetic", "--data", "arithmetic", "--out", "mine"], "--out mine: is not an evaluation"),

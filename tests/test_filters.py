@@ -154,7 +154,7 @@ def test_held_out_problems_are_sampled_without_the_filters_of_the_rollouts(
     ]
     assert measured[0] == measured[1]
     # Nor those that Transformers takes from the model where TRL leaves them open.
-    filtered.model.generation_config.update(**sampling)
+    filtered.model.generation_config.update(**sampling, repetition_penalty=1.5, suppress_tokens=[77])
     assert evaluate(filtered, heldout, exact_answer, samples=8, seed=0) == measured[0]
     # The rollouts go on as they were.
     assert {name: getattr(filtered.generation_config, name) for name in sampling} == sampling

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from drpo.cli.options import (
     BatchSize,
+    ChatTemplateKwargs,
     EngineName,
     MaxTokens,
     Overwrite,
@@ -78,6 +79,7 @@ def filter_(
     samples: Samples = 16,
     reward: Reward = Settings.reward,
     template: Template = Settings.template,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     max_tokens: MaxTokens = Settings.max_tokens,
     batch_size: BatchSize = Settings.batch_size,
     temperature: Temperature = Settings.temperature,
@@ -109,7 +111,8 @@ def filter_(
     problems = read_problems(path)
     settings = check_settings(
         model=model, data=(str(path),), samples=samples, reward=reward, template=template, max_tokens=max_tokens,
-        batch_size=batch_size, temperature=temperature, seed=seed, engine=engine, precision=precision,
+        chat_template_kwargs=chat_template_kwargs, batch_size=batch_size, temperature=temperature, seed=seed,
+        engine=engine, precision=precision,
     )  # fmt: skip
     result = run_evaluation(settings, out.with_suffix(".evaluation"), resume, overwrite)
     within = within_pass_rates(problems, result["problems_table"], least, most)

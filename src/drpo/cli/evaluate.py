@@ -9,6 +9,7 @@ import typer
 
 from drpo.cli.options import (
     BatchSize,
+    ChatTemplateKwargs,
     EngineName,
     MaxTokens,
     Overwrite,
@@ -30,7 +31,8 @@ def evaluate(
         str, typer.Argument(help="A run folder, arithmetic, a folder or a name on the hub.", show_default=False)
     ],
     sources: Annotated[
-        list[str], typer.Option("--data", help="A .jsonl file with prompt and answer, or arithmetic. Repeatable.")
+        list[str],
+        typer.Option("--data", help="A .jsonl or .parquet file with prompt and answer, or arithmetic. Repeatable."),
     ],
     samples: Samples = Settings.samples,
     out: Annotated[
@@ -42,6 +44,7 @@ def evaluate(
     ] = None,
     reward: Reward = Settings.reward,
     template: Template = Settings.template,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     max_tokens: MaxTokens = Settings.max_tokens,
     batch_size: BatchSize = Settings.batch_size,
     temperature: Temperature = Settings.temperature,
@@ -61,7 +64,7 @@ def evaluate(
     """
     settings = check_settings(
         model=model, data=tuple(sources), samples=samples, problems=problems, reward=reward, template=template,
-        max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, seed=seed, engine=engine,
+        max_tokens=max_tokens, chat_template_kwargs=chat_template_kwargs, batch_size=batch_size, temperature=temperature, seed=seed, engine=engine,
         precision=precision,
     )  # fmt: skip
     from drpo.evaluation.folder import default_folder
@@ -87,11 +90,11 @@ def compare(
     """
     from drpo.evaluation.summary import compare as compared
 
-    found = compared(first, second)
-    typer.echo(f"first       {_shown(found['first'])}")
-    typer.echo(f"second      {_shown(found['second'])}")
-    typer.echo(f"difference  {_shown(found['difference'], '+')}")
-    typer.echo(f"{found['problems']} problems, better on {found['better']}, worse on {found['worse']}")
+    comparison = compared(first, second)
+    typer.echo(f"first       {_shown(comparison['first'])}")
+    typer.echo(f"second      {_shown(comparison['second'])}")
+    typer.echo(f"difference  {_shown(comparison['difference'], '+')}")
+    typer.echo(f"{comparison['problems']} problems, better on {comparison['better']}, worse on {comparison['worse']}")
 
 
 def _shown(estimate: dict[str, float], sign: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Samples = Annotated[int, typer.Option(help="Completions of each problem.", min=1, max=10_000)]
 Reward = Annotated[str, typer.Option(help="What says whether a completion is right.")]
 Template = Annotated[str, typer.Option(help="The text the model sees, with {prompt} where the problem goes.")]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='What the chat template is told, such as {"enable_thinking": false}; by default what a run\'s recipe says.',
+        show_default=False,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Completions generated at once.", min=1)]
 Temperature = Annotated[float, typer.Option(help="Of sampling.", min=1e-3)]
@@ -33,22 +42,33 @@ Overrides = Annotated[
 ]
 
 
-def check_settings(**given: Any) -> Settings:
-    if given["engine"] not in ENGINE_NAMES:
-        raise UserError(f"--engine: {unknown_name('engine', given['engine'], ENGINE_NAMES)}")
-    if given["precision"] not in PRECISIONS:
-        raise UserError(f"--precision: {unknown_name('precision', given['precision'], PRECISIONS)}")
-    if "{prompt}" not in given["template"]:
-        raise UserError(f"--template {given['template']!r}: expected text with {{prompt}} in it")
+def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings:
+    if options["engine"] not in ENGINE_NAMES:
+        raise UserError(f"--engine: {unknown_name('engine', options['engine'], ENGINE_NAMES)}")
+    if options["precision"] not in PRECISIONS:
+        raise UserError(f"--precision: {unknown_name('precision', options['precision'], PRECISIONS)}")
+    if "{prompt}" not in options["template"]:
+        raise UserError(f"--template {options['template']!r}: expected text with {{prompt}} in it")
     from drpo.data.problems import BUILTIN_TASKS
     from drpo.rewards import load_reward
 
-    load_reward(given["reward"])
-    for source in given["data"]:
+    load_reward(options["reward"])
+    for source in options["data"]:
         if source not in BUILTIN_TASKS and not Path(source).is_file():
-            raise UserError(f"--data {source}: no such file; expected a .jsonl file or {', '.join(BUILTIN_TASKS)}")
+            raise UserError(
+                f"--data {source}: no such file; expected a .jsonl or .parquet file, or {', '.join(BUILTIN_TASKS)}"
+            )
+    return Settings(chat_template_kwargs=_mapping(chat_template_kwargs), **options)
 
-    return Settings(**given)
+
+def _mapping(text: str | None) -> dict[str, Any] | None:
+    try:
+        value = None if text is None else json.loads(text)
+    except ValueError:
+        value = text
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f'--chat-template-kwargs {text}: expected a JSON object, such as {{"enable_thinking": false}}')
+    return value
 
 
 def run_evaluation(settings: Settings, path: Path, resume: bool, overwrite: bool) -> dict[str, Any]:

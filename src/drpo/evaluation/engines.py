@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
+from drpo.rollout.sampling import neutral_sampling
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Engine(Protocol):
         """Name, version and precision, as they go into the result."""
         ...
 
-    def sample(self, prompts: Sequence[Any], seeds: Sequence[int]) -> list[Completion]:
-        """One completion for each prompt, text or a conversation, drawn from the seed beside it."""
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
+        """Draw a completion of each prompt, which is token ids, from the seed beside it."""
         ...
 
 
@@ -91,24 +92,19 @@ class TransformersEngine:
         }
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Any], seeds: Sequence[int]) -> list[Completion]:
-        texts = [as_text(prompt, self.tokenizer) for prompt in prompts]
-        inputs = self.tokenizer(
-            texts, return_tensors="pt", padding=True, add_special_tokens=not self.tokenizer.chat_template
-        ).to(self._model.device)
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
+        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._model.device)
         ends = _end_tokens(self._model, self.tokenizer)
-        generated = self._model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=self._max_tokens,
-            eos_token_id=ends,
-            pad_token_id=self.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([_SeededChoice(seeds, self._temperature, self._model.device)]),
-        )
+        with neutral_sampling(self._model.generation_config):
+            generated = self._model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=False,
+                max_new_tokens=self._max_tokens,
+                eos_token_id=ends,
+                pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([_SeededChoice(seeds, self._temperature, self._model.device)]),
+            )
         return [self._completion(row.tolist(), ends) for row in generated[:, inputs["input_ids"].shape[1] :]]
 
     def _completion(self, ids: list[int], ends: list[int]) -> Completion:
@@ -132,7 +128,10 @@ class VLLMEngine:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
         self._precision = precision
-        self._parameters = lambda seed: SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+        neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+        self._parameters = lambda seed: SamplingParams(
+            temperature=temperature, max_tokens=max_tokens, seed=seed, **neutral
+        )
         try:
             self._engine = LLM(model, dtype={"fp32": "float32", "bf16": "bfloat16"}[precision])
         except Exception as error:
@@ -143,24 +142,17 @@ class VLLMEngine:
     def description(self) -> dict[str, str]:
         return {"name": "vllm", "version": version("vllm"), "torch": torch.__version__, "precision": self._precision}
 
-    def sample(self, prompts: Sequence[Any], seeds: Sequence[int]) -> list[Completion]:
-        texts = [as_text(prompt, self.tokenizer) for prompt in prompts]
-        outputs = self._engine.generate(texts, [self._parameters(seed) for seed in seeds], use_tqdm=False)
-        drawn = [output.outputs[0] for output in outputs]
-        return [Completion(one.text, list(one.token_ids), one.finish_reason == "length") for one in drawn]
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self._engine.generate(inputs, [self._parameters(seed) for seed in seeds], use_tqdm=False)
+        firsts = [output.outputs[0] for output in outputs]
+        return [Completion(first.text, list(first.token_ids), first.finish_reason == "length") for first in firsts]
 
 
 ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
     "transformers": TransformersEngine,
     "vllm": VLLMEngine,
 }
-
-
-def as_text(prompt: Any, tokenizer: Any) -> str:
-    """What the engine is given: a conversation in the chat template, text as it is."""
-    if isinstance(prompt, str):
-        return prompt
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

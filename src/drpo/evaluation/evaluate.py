@@ -9,12 +9,12 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from drpo.data.files import read_problems
-from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems
+from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, tokenize_prompt
 from drpo.errors import UserError
 from drpo.evaluation.engines import ENGINES, Completion, Engine
 from drpo.evaluation.folder import EvaluationFolder
@@ -26,27 +26,28 @@ from drpo.rewards.answers import canonical
 from drpo.rewards.exact import gsm8k_answer, last_item
 from drpo.run.folder import RunFolder
 from drpo.run.progress import counting
+from drpo.run.recipe import load_recipe
 
 STATED: dict[str, Callable[[str], str | None]] = {"exact_answer": last_item, "gsm8k": gsm8k_answer}
 """How the votes of majority@k are read, by reward; by what is boxed or follows ``Answer:`` for all others."""
 
 
-def load(settings: Settings) -> list[tuple[str, Problem]]:
-    """The problems and where each is from: a file's stem, or its whole name where two have the same.
+def load(settings: Settings) -> list[Problem]:
+    """Load the problems; the source of each is its file's stem, or the file's whole name where two have the same stem.
 
     Raises:
-        UserError: a file that cannot be read, or that says something else than problems.
+        UserError: a file that cannot be read, or that holds something else than problems.
     """
-    loaded: list[tuple[str, Problem]] = []
+    problems: list[Problem] = []
     stems = Counter(Path(source).stem for source in settings.data)
     for source in settings.data:
         if source in BUILTIN_TASKS:
-            problems = builtin_problems("heldout", settings.problems or 250, seed=0)
+            loaded = builtin_problems("heldout", settings.problems or 250, seed=0)
         else:
-            problems = read_problems(Path(source), template=settings.template)
+            loaded = read_problems(Path(source), template=settings.template)
         name = Path(source).stem if stems[Path(source).stem] == 1 else source
-        loaded += [(name, problem) for problem in problems[: settings.problems]]
-    return loaded
+        problems += [replace(problem, source=name) for problem in loaded[: settings.problems]]
+    return problems
 
 
 def sample_and_score(
@@ -61,54 +62,40 @@ def sample_and_score(
         UserError: settings that cannot be run.
     """
     reward = load_reward(settings.reward)
+    run = RunFolder(Path(settings.model))
+    is_run = settings.model not in BUILTIN_MODELS and run.is_run
+    if settings.chat_template_kwargs is None:
+        trained = load_recipe(run.recipe).trainer.get("chat_template_kwargs") if is_run else None
+        # TRL takes a mapping, or JSON.
+        settings = replace(
+            settings, chat_template_kwargs=json.loads(trained) if isinstance(trained, str) else trained or {}
+        )
     problems = load(settings)
-    digest = hashlib.sha256(json.dumps([asdict(problem) for _, problem in problems]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode()).hexdigest()
     fixed = json.loads(json.dumps({**asdict(settings), "data_sha256": digest, "versions": versions()}))
-    asked = [(index, sample) for index in range(len(problems)) for sample in range(settings.samples)]
-    batches = [asked[start : start + settings.batch_size] for start in range(0, len(asked), settings.batch_size)]
+    order = [(index, sample) for index in range(len(problems)) for sample in range(settings.samples)]
     # The engine is loaded first: a model that cannot be leaves no folder behind.
-    engine = ENGINES[settings.engine](
-        _model_path(settings.model), settings.max_tokens, settings.temperature, settings.precision
-    )
+    model = str(BUILTIN_MODELS.get(settings.model, run.model if is_run else settings.model))
+    engine = ENGINES[settings.engine](model, settings.max_tokens, settings.temperature, settings.precision)
     fixed["engine_description"] = engine.description
     with folder.locked():
-        rows = folder.open(fixed, asked, resume=resume, overwrite=overwrite)
-        return _sample(settings, folder, engine, reward, problems, batches, rows, fixed)
-
-
-def _sample(
-    settings: Settings,
-    folder: EvaluationFolder,
-    engine: Engine,
-    reward: Reward,
-    problems: Sequence[tuple[str, Problem]],
-    batches: Sequence[Sequence[tuple[int, int]]],
-    rows: list[dict[str, Any]],
-    fixed: dict[str, Any],
-) -> dict[str, Any]:
-    """What is missing of the samples, and the result of all."""
-    # A batch cut short by an interruption is drawn again as a whole: its shape is part of its arithmetic.
-    done = 0
-    while done < len(batches) and len(rows) >= sum(map(len, batches[: done + 1])):
-        done += 1
-    rows = rows[: sum(map(len, batches[:done]))]
-    folder.rewrite(rows)
-    with counting("evaluating", "completions", total=sum(map(len, batches)), done=len(rows)) as advance:
-        for batch in batches[done:]:
-            made = _batch(settings, engine, reward, problems, batch)
-            append_jsonl(folder.samples, *made)
-            rows += made
-            advance(len(made))
-    result = {**fixed, **summarise(settings.samples, problems, rows)}
-    partial = folder.result.with_name(folder.result.name + ".partial")
-    write_json(partial, result)
-    os.replace(partial, folder.result)
+        rows = folder.open(fixed, order, resume=resume, overwrite=overwrite)
+        # A batch cut short by an interruption is drawn again as a whole: its shape is part of its arithmetic.
+        whole = len(rows) // settings.batch_size * settings.batch_size
+        rows = rows[: whole if len(rows) < len(order) else len(order)]
+        folder.rewrite(rows)
+        with counting("evaluating", "completions", total=len(order), done=len(rows)) as advance:
+            for start in range(len(rows), len(order), settings.batch_size):
+                batch = order[start : start + settings.batch_size]
+                scored = _sample_batch(settings, engine, reward, problems, batch)
+                append_jsonl(folder.samples, *scored)
+                rows += scored
+                advance(len(scored))
+        result = {**fixed, **summarise(settings.samples, problems, rows)}
+        partial = folder.result.with_name(folder.result.name + ".partial")
+        write_json(partial, result)
+        os.replace(partial, folder.result)
     return result
-
-
-def _model_path(model: str) -> str:
-    run = RunFolder(Path(model))
-    return str(BUILTIN_MODELS.get(model, run.model if run.is_run else model))
 
 
 def _seed(settings: Settings, prompt: str, sample: int) -> int:
@@ -117,21 +104,23 @@ def _seed(settings: Settings, prompt: str, sample: int) -> int:
 
 
 def _scores(
-    name: str, reward: Reward, prompts: list[Any], drawn: Sequence[Completion], answers: list[str]
+    name: str, reward: Reward, prompts: list[Any], completions: Sequence[Completion], answers: list[str]
 ) -> Sequence[float | None]:
-    """What a reward function gives, which may be the user's.
+    """Call a reward function, which may be the user's, and check what it returns.
 
     Raises:
         UserError: it fails, or gives something else than a number or None for each completion.
     """
-    texts = [completion.text for completion in drawn]
+    texts = [completion.text for completion in completions]
     try:
-        scores = scores_of(reward, prompts, texts, [completion.ids for completion in drawn], answers)
+        scores = scores_of(reward, prompts, texts, [completion.ids for completion in completions], answers)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name}: raised {type(error).__name__}: {error}") from error
     if not isinstance(scores, list) or len(scores) != len(texts):
-        given = f"{len(scores)} scores" if isinstance(scores, list) else f"a {type(scores).__name__}"
-        raise UserError(f"--reward {name}: returned {given} for {len(texts)} completions; expected a list of as many")
+        returned = f"{len(scores)} scores" if isinstance(scores, list) else f"a {type(scores).__name__}"
+        raise UserError(
+            f"--reward {name}: returned {returned} for {len(texts)} completions; expected a list of as many"
+        )
     for text, score in zip(texts, scores, strict=True):
         is_number = isinstance(score, (int, float)) and math.isfinite(score)
         if score is not None and not is_number:
@@ -141,23 +130,27 @@ def _scores(
     return scores
 
 
-def _batch(
+def _sample_batch(
     settings: Settings,
     engine: Engine,
     reward: Reward,
-    problems: Sequence[tuple[str, Problem]],
-    batch: Sequence[tuple[int, int]],
+    problems: Sequence[Problem],
+    order: Sequence[tuple[int, int]],
 ) -> list[dict[str, Any]]:
-    asked = [problems[index][1] for index, _ in batch]
-    seeds = [_seed(settings, problems[index][1].prompt, sample) for index, sample in batch]
-    prompts = [as_prompt(problem, engine.tokenizer) for problem in asked]
-    drawn = engine.sample(prompts, seeds)
-    texts, answers = [completion.text for completion in drawn], [problem.answer for problem in asked]
+    """A row for each index of a problem and number of a sample in ``order``."""
+    batch = [problems[index] for index, _ in order]
+    options = settings.chat_template_kwargs or {}
+    completions = engine.sample(
+        [tokenize_prompt(problem, engine.tokenizer, **options) for problem in batch],
+        [_seed(settings, problem.prompt, sample) for problem, (_, sample) in zip(batch, order, strict=True)],
+    )
+    texts, answers = [completion.text for completion in completions], [problem.answer for problem in batch]
     stated = [STATED.get(settings.reward, canonical)(text) for text in texts]
     if isinstance(reward, MathGrader):
         statuses = [grade.status for grade in reward.grade(texts, answers)]
     else:
-        scores = _scores(settings.reward, reward, prompts, drawn, answers)
+        prompts = [as_prompt(problem, engine.tokenizer) for problem in batch]
+        scores = _scores(settings.reward, reward, prompts, completions, answers)
         statuses = [
             "correct" if (score or 0) >= 1 else "no_answer" if score is None or vote is None else "wrong"
             for score, vote in zip(scores, stated, strict=True)
@@ -172,5 +165,5 @@ def _batch(
             "truncated": completion.truncated,
             "completion": completion.text,
         }
-        for (index, sample), completion, status, vote in zip(batch, drawn, statuses, stated, strict=True)
+        for (index, sample), completion, status, vote in zip(order, completions, statuses, stated, strict=True)
     ]

@@ -36,13 +36,13 @@ class EvaluationFolder:
             yield
 
     def open(
-        self, fixed: dict[str, Any], asked: Sequence[tuple[int, int]], *, resume: bool, overwrite: bool
+        self, fixed: dict[str, Any], order: Sequence[tuple[int, int]], *, resume: bool, overwrite: bool
     ) -> list[dict[str, Any]]:
         """Begin, or go on with, an evaluation that is made of this; the samples that are there already.
 
         Args:
             fixed: the settings.
-            asked: the problem and number of each sample, in the order of the file.
+            order: the problem and number of each sample, in the order of the file.
             resume: go on.
             overwrite: begin, in place of the evaluation that is there.
 
@@ -56,7 +56,7 @@ class EvaluationFolder:
         if is_there and not self.settings.is_file():
             raise UserError(f"{where}: is not an evaluation (it has no settings.json)")
         if is_there and resume:
-            before, rows = self._read(asked)
+            before, rows = self._read(order)
             for field in fixed:
                 if before.get(field) != fixed[field]:
                     raise UserError(f"--resume: {field} is {fixed[field]!r}, but {self.path} has {before.get(field)!r}")
@@ -74,12 +74,12 @@ class EvaluationFolder:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from error
         return []
 
-    def _read(self, asked: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _read(self, order: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         try:
             before = json.loads(self.settings.read_text(encoding="utf-8"))
             rows = read_jsonl(self.samples)
-            for number, (row, which) in enumerate(zip(rows, asked, strict=False), 1):
-                if (row["problem"], row["sample"]) != which:
+            for number, (row, expected) in enumerate(zip(rows, order, strict=False), 1):
+                if (row["problem"], row["sample"]) != expected:
                     raise ValueError(f"row {number} of samples.jsonl is of another sample than the {number}th")
             if not isinstance(before, dict):
                 raise ValueError("settings.json holds no object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 ENGINE_NAMES = ("transformers", "vllm")
 PRECISIONS = ("fp32", "bf16")
@@ -14,9 +15,10 @@ class Settings:
 
     Args:
         model: a run folder, a built-in model, a folder or a name on the hub.
-        data: .jsonl files, or a built-in task.
+        data: .jsonl and .parquet files, or a built-in task.
         samples: completions of each problem.
         problems: at most so many of each file; None for all.
+        chat_template_kwargs: what the chat template is told; None for what it was told in the run that trained the model.
         max_tokens: of a completion.
         batch_size: completions generated at once.
     """
@@ -27,6 +29,7 @@ class Settings:
     problems: int | None = None
     reward: str = "math"
     template: str = "{prompt}"
+    chat_template_kwargs: dict[str, Any] | None = None
     temperature: float = 1.0
     max_tokens: int = 2048
     batch_size: int = 64

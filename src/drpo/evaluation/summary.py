@@ -13,15 +13,15 @@ from drpo.evaluation.statistics import estimate, majority, paired, pass_at_k
 from drpo.rewards.math import STATUSES
 
 
-def summarise(k: int, problems: Sequence[tuple[str, Problem]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(k: int, problems: Sequence[Problem], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The statistics of all samples, k of each problem in turn, and a row a problem."""
     table: list[dict[str, Any]] = []
-    for index, (source, problem) in enumerate(problems):
+    for index, problem in enumerate(problems):
         mine = rows[index * k : (index + 1) * k]
         right = [row["status"] == "correct" for row in mine]
         table.append(
             {
-                "source": source,
+                "source": problem.source,
                 "prompt": problem.prompt,
                 "answer": problem.answer,
                 "correct": sum(right),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1.0),
@@ -41,6 +45,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Generation settings that change the distribution sampled from, and the values at which they do not."""
 
 
+@contextmanager
+def neutral_sampling(*configs: GenerationConfig) -> Iterator[None]:
+    """Set everything in :data:`NEUTRAL` to a neutral value within this context.
+
+    ``generate`` takes a setting that is None from the model's own configuration, and what that leaves open from
+    defaults such as ``top_k=50``. So the model's configuration belongs among these, and a value other than None
+    is taken where there is one.
+    """
+    before = [dict(vars(config)) for config in configs]
+    for config in configs:
+        vars(config).update({name: values[min(1, len(values) - 1)] for name, values in NEUTRAL.items()})
+    try:
+        yield
+    finally:
+        for config, settings in zip(configs, before, strict=True):
+            vars(config).update(settings)
+
+
 FILTERS = ("top_p", "top_k", "min_p")
 """Those of them that leave the kept tokens' probabilities in proportion, so that the trainer can score the same ones."""
 
@@ -55,17 +77,17 @@ def sampling_mismatches(
         sampling: the generation settings, by Transformers' names.
         replays_support: whether the trainer scores over the tokens that :data:`FILTERS` left.
     """
-    found = []
+    mismatches = []
     temperature = sampling.get("temperature")
     if temperature not in (None, scoring_temperature):
-        found.append(f"temperature: tokens are sampled at {temperature:g} and scored at {scoring_temperature:g}")
+        mismatches.append(f"temperature: tokens are sampled at {temperature:g} and scored at {scoring_temperature:g}")
     changed = [
         f"{name}={sampling[name]}"
         for name, neutral in NEUTRAL.items()
         if sampling.get(name) not in neutral and not (replays_support and name in FILTERS)
     ]
     if changed:
-        found.append(
+        mismatches.append(
             f"sampling filters: {', '.join(changed)} changes what is sampled from; the trainer scores the full distribution"
         )
-    return tuple(found)
+    return tuple(mismatches)
