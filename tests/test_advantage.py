@@ -70,6 +70,26 @@ def test_a_group_of_equal_rewards_gets_exact_zeros(
     assert (group_advantage(torch.cat([equal, one_unscored]), group_size, mode) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [-1e3, 1e-3, 1.0])
+def test_rewards_that_differ_by_their_rounding_alone_get_exact_zeros(
+    scale: float, mode: Advantage, dtype: torch.dtype
+) -> None:
+    reward = torch.tensor(0.9, dtype=dtype)
+    neighbor = reward * (1 + torch.finfo(dtype).eps)
+    assert neighbor != reward
+    rewards = torch.stack([reward, neighbor, reward, torch.full_like(reward, math.nan)]) * scale
+    assert group_advantage(rewards, 4, mode).tolist() == [0, 0, 0, 0]
+    assert (group_advantage(torch.tensor([1, 1, 1.0625], dtype=dtype) * scale, 3, mode) != 0).all()
+
+
+def test_the_same_reward_summed_from_other_parts_gets_zero() -> None:
+    rewards = torch.tensor([0.6, 0.6, 0.9]) + torch.tensor([0.3, 0.3, 0.0])
+    assert rewards[0] != rewards[2]
+    assert group_advantage(rewards, 3, "mean-std").tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_group_of_one_gets_zero(mode: Advantage) -> None:
     assert advantages([5.0, -3.0, math.nan], group_size=1, mode=mode) == [0, 0, 0]
