@@ -1,7 +1,6 @@
 """The fused loss of DRPO against its peers and against three bare matrix products: time and memory of loss and gradients.
 
-The three products are ``torch.mm`` into memory that is there; those of oneDNN, which return new memory, stand beside them.
-All peers are given the same hidden states, head and tokens, and asked for the gradients of both. Liger's
+The three products are ``torch.mm`` into memory that is there. All peers are given the same hidden states, head and tokens, and asked for the gradients of both. Liger's
 loss is PPO's clip, its only kind; the others compute DRPO's from the log-probs they return.
 """
 
@@ -106,13 +105,6 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         torch.mm(logits, weight, out=by_hidden)
         torch.mm(logits.t(), hidden, out=by_weight)
 
-    transposed = logits.t().contiguous() if hidden.device.type == "cpu" else logits.t()
-
-    @torch.no_grad()
-    def three_products_of_onednn() -> None:
-        for a, b in ((hidden, weight), (logits, weight.t()), (transposed, hidden.t())):
-            torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
     def drpo() -> None:
         given.backward(fused_policy_loss(hidden, weight, objective=OBJECTIVE, **tokens).loss)
 
@@ -156,7 +148,6 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
 
     return {
         FLOOR: three_products,
-        f"{FLOOR}, oneDNN": three_products_of_onednn,
         "drpo": drpo,
         "PyTorch": pytorch,
         "TRL": trl,
@@ -173,7 +164,7 @@ def run(command: str, rounds: int = 7) -> list[dict[str, Any]]:
         given = Tensors.of(shape)
         peers = _peers(given)
         for row in rows:
-            if row["seconds"] and not row["peer"].startswith(FLOOR):
+            if row["seconds"] and row["peer"] != FLOOR:
                 row["extra_mib"] = f"{_extra_bytes(given, peers[row['peer']]) / 2**20:.1f}"
     return [{**row, **provenance} for _, rows in timed for row in rows]
 

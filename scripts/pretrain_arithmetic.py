@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from drpo.data.arithmetic import Problem, sample_problem, sample_problems, split_of
+from drpo.data.arithmetic import sample_prompt, sample_prompts, split_of
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
@@ -63,10 +63,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def noisy_solution(problem: Problem, rng: random.Random, error_rate: float) -> str:
+def noisy_solution(totals: list[int], rng: random.Random, error_rate: float) -> str:
     """The running totals, each with probability ``error_rate`` written with one wrong digit and carried on from there."""
     shift, written = 0, []
-    for correct in problem.totals:
+    for correct in totals:
         total = correct + shift
         if not 0 <= total <= 99:
             total = correct
@@ -88,12 +88,12 @@ def make_batch(
     vocabulary = tokenizer.get_vocab()
     rows, prompts = [], []
     while len(rows) < size:
-        problem = sample_problem(rng)
-        if split_of(problem.prompt) != "train":
+        prompt, totals = sample_prompt(rng)
+        if split_of(prompt) != "train":
             continue
-        text = problem.prompt + noisy_solution(problem, rng, error_rate)
+        text = prompt + noisy_solution(totals, rng, error_rate)
         rows.append([vocabulary[c] for c in text] + [tokenizer.eos_token_id])
-        prompts.append(len(problem.prompt))
+        prompts.append(len(prompt))
     length = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
@@ -107,16 +107,16 @@ def measure(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: int, size: int = 200
 ) -> tuple[float, float, float]:
     """avg@samples and pass@samples when sampling at temperature 1, and greedy accuracy, on held-out problems."""
-    problems = sample_problems("heldout", size, seed=0)
-    inputs = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
+    totals_of = sample_prompts("heldout", size, seed=0)
+    inputs = tokenizer(list(totals_of), return_tensors="pt", padding=True)
     sampled = model.generate(**inputs, max_new_tokens=20, do_sample=True, top_k=0, num_return_sequences=samples)
     greedy = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 
     def correct(ids: torch.Tensor, repeats: int) -> torch.Tensor:
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = [p.answer for p in problems for _ in range(repeats)]
+        answers = [str(totals[-1]) for totals in totals_of.values() for _ in range(repeats)]
         hits = [float(t.rsplit(",", 1)[-1] == a) for t, a in zip(texts, answers, strict=True)]
-        return torch.tensor(hits).view(len(problems), repeats)
+        return torch.tensor(hits).view(len(totals_of), repeats)
 
     hits = correct(sampled, samples)
     return hits.mean().item(), hits.amax(1).mean().item(), correct(greedy, 1).mean().item()

@@ -189,7 +189,7 @@ def test_a_stopped_run_goes_on_with_its_own_recipe(here, drpo, monkeypatch, argu
     [
         ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+', "rows.jsonl, row 2: is not JSON in UTF-8"),
         ("null\n", "rows.jsonl, row 1: is a NoneType; expected an object"),
-        ('{"promt": "1+1=", "answer": "2"}\n', "rows.jsonl, row 1: unknown field 'prompt'; did you mean 'promt'?"),
+        ('{"promt": "1+1=", "answer": "2"}\n', "rows.jsonl, row 1: has no field 'prompt'; did you mean 'promt'?"),
         ('{"prompt": "\\ud800", "answer": "2"}\n', "rows.jsonl, row 1: prompt has a lone surrogate"),
         ("", "rows.jsonl: has no rows"),
         ('{"prompt": "1+1=", "answer": "2"}\n', "rows.jsonl has 1 rows; prompts_per_rollout 16 needs as many"),
@@ -207,7 +207,11 @@ def test_malformed_data_is_refused(here, refusal, rows, expected):
     [
         (["task.train=missing.jsonl"], "missing.jsonl: no such file"),
         (["task.heldout=missing.jsonl"], "missing.jsonl: no such file"),
-        (["task.train=rows.csv"], "task.train: rows.csv: expected a .jsonl file"),
+        (["task.train=rows.csv"], "task.train: rows.csv: expected a file that ends in .jsonl or .parquet"),
+        (
+            ["task.train=arithmatic"],
+            "arithmatic: expected a file that ends in .jsonl or .parquet, or one of arithmetic",
+        ),
         (["reward=exact_anwser"], "reward: unknown reward 'exact_anwser'; did you mean 'exact_answer'?"),
         (["reward=missing:score"], "reward: cannot load 'missing:score'"),
         (["reward=os:sep"], "reward: 'os:sep' is a str; expected a function"),

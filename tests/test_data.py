@@ -10,10 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from drpo.data.build import OVERLAP, collect, contamination, normalised
-from drpo.data.files import Row, read_rows, write_rows
-from drpo.data.pass_rate import keep
-from drpo.data.problems import read_problems
+from drpo.data.build import OVERLAP, collect, contamination, normalised, within_pass_rates
+from drpo.data.files import read_problems, write_problems
+from drpo.data.problems import Problem
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from test_cli import contents, drpo, here, refusal  # noqa: F401
@@ -58,53 +57,51 @@ def save(path: Path, records: list[Any]) -> Path:
 class TestDapo:
     def test_each_problem_with_each_answer_is_kept_once_without_its_wrapper(self, tmp_path, suffix):
         collected = collect("dapo-math-17k", save(tmp_path / f"dapo{suffix}", DAPO))
-        assert collected.rows == [
-            Row("What is $1+1$?", "2", "dapo-math-17k", "a"),
-            Row("What is $2+2$?\n\nGive an integer.", "4", "dapo-math-17k", "b"),
-            Row("What is $1+1$?", "3", "dapo-math-17k", "e"),
-            Row("No wrapper here.", "5", "dapo-math-17k", "f"),
+        assert collected.problems == [
+            Problem("What is $1+1$?", "2", "dapo-math-17k", "a"),
+            Problem("What is $2+2$?\n\nGive an integer.", "4", "dapo-math-17k", "b"),
+            Problem("What is $1+1$?", "3", "dapo-math-17k", "e"),
+            Problem("No wrapper here.", "5", "dapo-math-17k", "f"),
         ]
         found = {name: collected.report[name] for name in ("read", "kept", "duplicates", "conflicts", "expected")}
         assert found == {"read": 6, "kept": 4, "duplicates": 2, "conflicts": 1, "expected": 17_398}
 
     def test_the_wrapper_stays_if_asked_for(self, tmp_path, suffix):
         collected = collect("dapo-math-17k", save(tmp_path / f"dapo{suffix}", DAPO[:1]), wrapper=True)
-        assert collected.rows[0].prompt == WRAPPED.format("What is $1+1$?")
+        assert collected.problems[0].prompt == WRAPPED.format("What is $1+1$?")
 
 
 @pytest.mark.parametrize(
     ("name", "record", "expected"),
     [
-        ("gsm8k", {"question": "Q", "answer": "1+1=2\n#### 1,234"}, Row("Q", "1234", "gsm8k", "1")),
-        ("gsm8k-test", {"question": "Q", "answer": "so\n#### -3"}, Row("Q", "-3", "gsm8k-test", "1")),
-        ("math500", {"problem": "Q", "answer": "\\frac{1}{2}", "unique_id": "t/1"}, Row("Q", "\\frac{1}{2}", "math500", "t/1")),
-        ("aime24", {"id": 60, "problem": "Q", "answer": "025", "url": ""}, Row("Q", "25", "aime24", "60")),
-        ("aime25", {"id": "0", "question": "Q", "answer": 70.0}, Row("Q", "70", "aime25", "0")),
-        ("amc23", {"id": 0, "problem": "Q", "question": "Q", "answer": 27.0}, Row("Q", "27", "amc23", "0")),
+        ("gsm8k", {"question": "Q", "answer": "1+1=2\n#### 1,234"}, Problem("Q", "1234", "gsm8k", "1")),
+        ("gsm8k-test", {"question": "Q", "answer": "so\n#### -3"}, Problem("Q", "-3", "gsm8k-test", "1")),
+        ("math500", {"problem": "Q", "answer": "\\frac{1}{2}", "unique_id": "t/1"}, Problem("Q", "\\frac{1}{2}", "math500", "t/1")),
+        ("aime24", {"id": 60, "problem": "Q", "answer": "025", "url": ""}, Problem("Q", "25", "aime24", "60")),
+        ("aime25", {"id": "0", "question": "Q", "answer": 70.0}, Problem("Q", "70", "aime25", "0")),
+        ("amc23", {"id": 0, "problem": "Q", "question": "Q", "answer": 27.0}, Problem("Q", "27", "amc23", "0")),
     ],
 )  # fmt: skip
 def test_a_record_as_published_becomes_a_row(tmp_path, name, record, expected):
-    assert collect(name, save(tmp_path / "given.jsonl", [record])).rows == [expected]
+    assert collect(name, save(tmp_path / "given.jsonl", [record])).problems == [expected]
 
 
 def test_rows_are_a_task_and_read_back_as_written(tmp_path):
-    rows = [Row("Où est $x$?\nAnd \u2028 y", "\\frac{1}{2}", "made", "1"), Row("b", "2", "made", "2")]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == rows
-    problems = read_problems(tmp_path / "rows.jsonl", prompt="prompt", answer="answer", template="{prompt}")
-    assert [(p.prompt, p.answer) for p in problems] == [(row.prompt, row.answer) for row in rows]
+    rows = [Problem("Où est $x$?\nAnd \u2028 y", "\\frac{1}{2}", "made", "1"), Problem("b", "2", "made", "2")]
+    write_problems(tmp_path / "rows.jsonl", rows)
+    assert read_problems(tmp_path / "rows.jsonl") == rows
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 class TestContamination:
     def test_is_the_same_words_in_another_layout_or_a_long_run_in_common(self):
         words = [f"w{n}" for n in range(OVERLAP + 1)]
-        evaluated = [Row("Let  X = 1,\nfind X.", "1", "e", "1"), Row(" ".join(words), "1", "e", "2")]
+        evaluated = [Problem("Let  X = 1,\nfind X.", "1", "e", "1"), Problem(" ".join(words), "1", "e", "2")]
         trained = [
-            Row("let x=1, find x.", "1", "t", "same"),
-            Row("Before. " + " ".join(words[1:]) + " After.", "1", "t", "overlap"),
-            Row("Before. " + " ".join(words[2:]) + " After.", "1", "t", "too short"),
-            Row("Let X = 2, find X.", "2", "t", "other"),
+            Problem("let x=1, find x.", "1", "t", "same"),
+            Problem("Before. " + " ".join(words[1:]) + " After.", "1", "t", "overlap"),
+            Problem("Before. " + " ".join(words[2:]) + " After.", "1", "t", "too short"),
+            Problem("Let X = 2, find X.", "2", "t", "other"),
         ]
         assert contamination(trained, evaluated) == {"same": ["same"], "overlap": ["overlap"]}
 
@@ -115,7 +112,7 @@ class TestContamination:
 
 GOOD = {"question": "Q", "answer": "#### 1"}
 MALFORMED = [
-    (b"{", "is not JSON"), (b"\"\"", "is a str"), (b"[1]", "is a list"), (b"null", "is a NoneType"), (b"3", "is a int"),
+    (b"{", "is not JSON"), (b"\"\"", "is a str"), (b"[1]", "is a list"), (b"null", "is a NoneType"), (b"3", "is a Number"),
     (b'{"question": "Q"}', "has no field 'answer'"), (b'{"answer": "#### 1"}', "has no field 'problem'"),
     (b'{"question": null, "answer": "#### 1"}', "question is None"), (b'{"question": "", "answer": "#### 1"}', "question is empty"),
     (b'{"question": " \\n", "answer": "#### 1"}', "question is empty"), (b'{"question": ["Q"], "answer": "#### 1"}', "question is ['Q']"),
@@ -175,7 +172,7 @@ def test_a_malformed_parquet_row_is_named(tmp_path, broken, what):
         (["gsm8k", "--from", "good.jsonl", "--wrapper"], "--wrapper: gsm8k has none"),
         (["gsm8k", "--from", "good.jsonl", "--against", "good.jsonl"], "good.jsonl, row 1: has no field 'prompt'"),
         (["gsm8k", "--from", "good.jsonl", "--out", "taken"], "taken/gsm8k.jsonl: already exists"),
-        (["gsm8k", "--from", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl: cannot be written"),
+        (["gsm8k", "--from", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl/gsm8k.jsonl: cannot be written"),
         (["gsm8k"], "cannot load openai/gsm8k from the hub"),
         (["filter", "missing.jsonl", "--model", "arithmetic", "--out", "kept.jsonl"], "missing.jsonl: no such file"),
         (["filter", "good.jsonl", "--model", "m", "--out", "kept.txt"], "--out kept.txt: expected a name that ends in .jsonl"),
@@ -211,9 +208,9 @@ def test_the_command_writes_rows_and_a_report(here, drpo):  # noqa: F811
 
 
 def test_the_pass_rate_decides_what_is_kept_bounds_included():
-    rows = [Row(str(n), "1", "made", str(n)) for n in range(5)]
+    rows = [Problem(str(n), "1", "made", str(n)) for n in range(5)]
     table = [{"correct": n, "samples": 4} for n in range(5)]
-    assert [row.id for row in keep(rows, table, 0.25, 0.75)] == ["1", "2", "3"]
+    assert [row.id for row in within_pass_rates(rows, table, 0.25, 0.75)] == ["1", "2", "3"]
 
 
 def test_every_source_has_its_published_count():

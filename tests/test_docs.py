@@ -15,11 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from trl import GRPOConfig
 
 import test_fuzz
 import test_objectives
-from drpo import OBJECTIVES
+from drpo import OBJECTIVES, DRPOConfig
 from drpo.cli.catalogue import describe_fields
+from drpo.run.recipe import Recipe, TaskSpec
 
 ROOT = Path(__file__).parents[1]
 PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
@@ -78,6 +80,30 @@ def test_an_objective_has_its_row_with_file_anchor_and_defaults(name: str) -> No
 def test_every_field_says_what_it_is_for(name: str) -> None:
     described = describe_fields(OBJECTIVES[name])
     assert [field.name for field in dataclasses.fields(OBJECTIVES[name]) if not described.get(field.name)] == []
+
+
+def option_row(name: str, default: Any, description: str) -> str:
+    shown = "required" if default is None else f"`{default!r}`" if default != "None" else "–"
+    text = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", description).replace("|", "\\|")
+    return f"| `{name}` | {shown} | {text} |"
+
+
+def test_every_field_of_a_recipe_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    for prefix, kind in (("", Recipe), ("task.", TaskSpec)):
+        for name, field in kind.model_fields.items():
+            default = None if field.is_required() else "None" if field.default is None else field.default
+            assert option_row(prefix + name, default, field.description or "") in page
+
+
+def test_every_option_of_the_trainer_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+    described = describe_fields(DRPOConfig)
+    inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
+    own = [field for field in dataclasses.fields(DRPOConfig) if field.name not in inherited]
+    for field in own:
+        default = "None" if field.default is None else field.default
+        assert option_row(field.name, default, described[field.name]) in page
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -190,6 +216,8 @@ class TestOffPolicy:
         "docs/verl.md",
         "docs/off-policy.md",
         "docs/doctor.md",
+        "docs/trl.md",
+        "docs/command-line.md",
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:

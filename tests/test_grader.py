@@ -423,7 +423,11 @@ class TestVerl:
             def decode(self, ids, **_):
                 return "".join(map(chr, ids.tolist()))
 
-        custom = {"path": "pkg://drpo.rewards.verl", "name": "compute_score", "reward_kwargs": {"time_limit": 1.0}}
+        custom = {
+            "path": "pkg://drpo.integrations.verl.grader",
+            "name": "compute_score",
+            "reward_kwargs": {"time_limit": 1.0},
+        }
         manager = {"source": "register", "name": "naive"}
         config = omegaconf.OmegaConf.create({"reward": {"custom_reward_function": custom, "reward_manager": manager}})
         return lambda: reward.load_reward_manager(config, Characters())

@@ -63,6 +63,30 @@ def test_its_error_is_within_the_budget_of_plain_pytorch_in_the_same_dtype(dtype
         assert of_fused <= 1.5 * of_plain, what
 
 
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(256, 512, 32_768), (100, 768, 50_257)])
+def test_its_error_at_a_real_size_is_within_the_budget_of_plain_pytorch(
+    tokens: int, width: int, vocabulary: int
+) -> None:
+    """Against fp64 of the same rounded inputs, at most half as much again."""
+    given = {**case(0, tokens, width, vocabulary), "objective": make_objective("drpo")}
+    given |= {name: given[name].float().double() for name in LEAVES}
+    truth = differentiated(reference_policy_loss, given)
+    fused, plain = (differentiated(f, given, torch.float32) for f in (fused_policy_loss, reference_policy_loss))
+    for name in LEAVES:
+        of_fused, of_plain = (relative_error(result[f"by {name}"], truth[f"by {name}"]) for result in (fused, plain))
+        assert of_fused <= 1.5 * of_plain, name
+
+
+def test_it_compiles() -> None:
+    given = {**case(0), "objective": make_objective("drpo")}
+    eager, compiled = (
+        differentiated(function, given, torch.float32)
+        for function in (fused_policy_loss, torch.compile(fused_policy_loss))
+    )
+    for what, expected in eager.items():
+        torch.testing.assert_close(compiled[what], expected, msg=lambda m, w=what: f"{w}: {m}")
+
+
 @pytest.mark.parametrize("name", ["drpo", "spo", "pg", "drpo_topk", "drpo_unweighted"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.usefixtures("chunks_of_ten")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import string
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
-from drpo.data.arithmetic import LARGEST_TERM, LARGEST_TOTAL, TERMS, sample_problem, sample_problems, split_of
-from drpo.data.problems import BUILTIN_MODELS, MODEL_PATH, Problem, builtin_problems, read_problems
+from drpo.data.arithmetic import LARGEST_TERM, LARGEST_TOTAL, TERMS, sample_prompt, sample_prompts, split_of
+from drpo.data.files import MalformedRowsError, read_problems
+from drpo.data.problems import BUILTIN_MODELS, MODEL_PATH, Problem, builtin_problems
 from drpo.errors import UserError
 from drpo.rewards import exact_answer
+from drpo.run.build import load_problems
+from drpo.run.recipe import load_recipe
 
 SPLITS = ("train", "heldout")
 SEEDS = (0, 1, 2)
@@ -22,24 +29,24 @@ SEEDS = (0, 1, 2)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_totals_add_up(split, seed):
-    for problem in sample_problems(split, 500, seed):
-        assert re.fullmatch(r"\d+([+-]\d+){4}=", problem.prompt)
-        first, *operands = map(int, re.findall(r"[+-]?\d+", problem.prompt))
-        totals = [first + sum(operands[: n + 1]) for n in range(len(operands))]
-        assert problem.totals == tuple(totals)
-        assert problem.solution == ",".join(map(str, totals))
-        assert problem.answer == str(totals[-1])
+    totals_of = sample_prompts(split, 500, seed)
+    for prompt, totals in totals_of.items():
+        assert re.fullmatch(r"\d+([+-]\d+){4}=", prompt)
+        first, *operands = map(int, re.findall(r"[+-]?\d+", prompt))
+        assert totals == [first + sum(operands[: n + 1]) for n in range(len(operands))]
         assert all(0 <= total <= 99 for total in totals)
+    answers = {problem.prompt: problem.answer for problem in builtin_problems(split, 500, seed)}
+    assert answers == {prompt: str(totals[-1]) for prompt, totals in totals_of.items()}
 
 
 def test_a_problem_keeps_to_its_bounds():
     rng = random.Random(0)
     for _ in range(200):
-        problem = sample_problem(rng)
-        terms = list(map(int, re.findall(r"\d+", problem.prompt)))
+        prompt, totals = sample_prompt(rng)
+        terms = list(map(int, re.findall(r"\d+", prompt)))
         assert len(terms) == TERMS
         assert all(1 <= term <= LARGEST_TERM for term in terms)
-        assert all(0 <= total <= LARGEST_TOTAL for total in problem.totals)
+        assert all(0 <= total <= LARGEST_TOTAL for total in totals)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -134,6 +141,63 @@ def test_rows_become_problems(tmp_path):
     ]
 
 
+NUMBERS = [
+    ("0.00005", "0.00005"),
+    ("5e-05", "0.00005"),
+    ("8.59140914", "8.59140914"),
+    ("2.50", "2.50"),
+    ("0.1234567890123456789", "0.1234567890123456789"),
+    ("12345678901234567890", "12345678901234567890"),
+    ("70.0", "70"),
+    ("1e3", "1000"),
+    ("-3", "-3"),
+]
+
+
+@pytest.mark.parametrize(("written", "answer"), NUMBERS)
+def test_a_number_keeps_its_digits_and_gets_no_exponent(tmp_path, written, answer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"question": "q", "answer": {written}}}\n')
+    assert read(path) == [Problem("q", answer)]
+
+
+@pytest.mark.parametrize(
+    ("values", "answers"),
+    [
+        ([0.00005, 70.0], ["0.00005", "70"]),
+        ([2**62, -1], [str(2**62), "-1"]),
+        ([Decimal("2.50"), Decimal("0.00")], ["2.50", "0"]),
+    ],
+)
+def test_a_number_of_a_parquet_file_gets_no_exponent(tmp_path, values, answers):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pydict({"question": ["q"] * 2, "answer": values}), path)
+    assert read(path) == [Problem("q", answer) for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("labels", "source", "identifier"),
+    [
+        ({"source": "gsm8k", "id": 7}, "gsm8k", "7"),
+        ({"source": None, "id": {"a": 1}}, "", ""),
+        ({"id": ""}, "", ""),
+    ],
+    ids=str,
+)
+def test_a_label_is_taken_where_it_is_text_or_a_number(tmp_path, labels, source, identifier):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": "4", **labels}))
+    assert read(path) == [Problem("q", "4", source, identifier)]
+
+
+def test_all_malformed_rows_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"null\n" + GOOD + b'{"question": "q"}\n')
+    with pytest.raises(MalformedRowsError) as error:
+        read(path)
+    assert [line.split(": ")[0] for line in error.value.lines] == [f"{path}, row 2", f"{path}, row 4"]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -144,19 +208,19 @@ def test_rows_become_problems(tmp_path):
         (b'{"question": "\xff", "answer": "4"}', "is not JSON in UTF-8"),
         (b"\x80\x02}q\x00.", "is not JSON in UTF-8"),
         (b"[" * 100_000, "is not JSON in UTF-8"),
-        (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "is not JSON in UTF-8"),
+        (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "expected text or a finite number"),
         (b"null", "expected an object"),
         (b'["2+2?", "4"]', "is a list; expected an object"),
         (b'"2+2?"', "is a str; expected an object"),
-        (b"3", "is a int; expected an object"),
-        (b'{"qestion": "2+2?", "answer": "4"}', "unknown field 'question'; did you mean 'qestion'?"),
-        (b'{"question": "2+2?", "anwser": "4"}', "unknown field 'answer'; did you mean 'anwser'?"),
-        (b"{}", "unknown field 'question'. There are none."),
-        (b'{"a\\nb": 1}', "unknown field 'question'"),
+        (b"3", "is a Number; expected an object"),
+        (b'{"qestion": "2+2?", "answer": "4"}', "has no field 'question'; did you mean 'qestion'?"),
+        (b'{"question": "2+2?", "anwser": "4"}', "has no field 'answer'; did you mean 'anwser'?"),
+        (b"{}", "has no field 'question'. There are none."),
+        (b'{"a\\nb": 1}', "has no field 'question'"),
         (b'{"question": 4, "answer": "4"}', "question is 4; expected text"),
         (b'{"question": null, "answer": "4"}', "question is None; expected text"),
         (b'{"question": ["2+2?"], "answer": "4"}', "question is ['2+2?']; expected text"),
-        (b'{"question": " ", "answer": "4"}', "question is ' '; expected text"),
+        (b'{"question": " ", "answer": "4"}', "question is empty"),
         (b'{"question": ["' + b"x" * 1_000_000 + b'"], "answer": "4"}', "question is ['xxx"),
         (b'{"question": "\\ud800", "answer": "4"}', "question has a lone surrogate"),
         (b'{"question": "2+2?", "answer": "\\udfff"}', "answer has a lone surrogate"),
@@ -183,13 +247,13 @@ def test_a_malformed_row_is_named_by_file_and_row_in_one_line(tmp_path, row, exp
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("empty.jsonl", b"", "has no rows; expected one JSON object a line"),
+        ("empty.jsonl", b"", "has no rows; expected one JSON object a line, or one row of parquet"),
         ("blank.jsonl", b"\n \n\r\n", "has no rows; expected one JSON object a line"),
         ("missing.jsonl", None, "no such file"),
-        ("rows.csv", GOOD, "expected a .jsonl file"),
-        ("rows.json", GOOD, "expected a .jsonl file"),
-        ("rows", GOOD, "expected a .jsonl file"),
-        ("arithmatic", None, "expected a .jsonl file (one JSON object a line) or one of arithmetic"),
+        ("rows.csv", GOOD, "expected a file that ends in .jsonl or .parquet"),
+        ("rows.json", GOOD, "expected a file that ends in .jsonl or .parquet"),
+        ("rows", GOOD, "expected a file that ends in .jsonl or .parquet"),
+        ("arithmatic", None, "expected a file that ends in .jsonl or .parquet"),
         ("utf16.jsonl", GOOD.decode().encode("utf-16"), "row 1: is not JSON in UTF-8"),
         ("n" * 300 + ".jsonl", None, ""),
         ("nul\0.jsonl", None, ""),
@@ -210,3 +274,29 @@ def test_a_folder_is_no_file_of_problems(tmp_path):
     (tmp_path / "rows.jsonl").mkdir()
     with pytest.raises(UserError, match=r"rows\.jsonl: cannot be read"):
         read(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_recipe_s_problems_are_read_from_either_kind_of_file(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    table = pyarrow.Table.from_pylist([{"question": f"{n}?", "gold": n / 2} for n in range(20)])
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, "rows.parquet")
+    else:
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    source = f"rows{suffix}"
+    fields = [f"task.train={source}", f"task.heldout={source}", "task.prompt=question", "task.answer=gold"]
+    recipe = load_recipe(None, [*fields, "task.template='Q: {prompt}'"])
+    assert recipe.task.train == str(tmp_path / source)
+    assert load_problems(recipe, "train", 1)[:4] == [
+        Problem(f"Q: {n}?", answer) for n, answer in enumerate(("0", "0.5", "1", "1.5"))
+    ]
+    assert len(load_problems(recipe, "heldout", 3)) == 3
+
+
+def test_all_malformed_rows_of_a_task_are_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("1\n" * 2)
+    with pytest.raises(MalformedRowsError) as error:
+        load_problems(load_recipe(None, [f"task.train={tmp_path}/rows.jsonl"]), "train", 1)
+    expected = [f"task.train: {tmp_path}/rows.jsonl, row {n}: is a Number; expected an object" for n in (1, 2)]
+    assert error.value.lines == expected

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,14 +52,14 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def json_line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> str:
     # ASCII, so that a lone surrogate in a completion cannot break the file.
     return json.dumps(_clean(row), allow_nan=False) + "\n"
 
 
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(map(json_line, rows))
+        file.writelines(map(_line, rows))
 
 
 @contextmanager
@@ -81,12 +82,24 @@ def locked(path: Path, otherwise: str) -> Iterator[None]:
         lock.release()
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file this library wrote; none if there is no file. A last line cut short by a crash is dropped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            yield from (json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of :func:`iterate_jsonl` at once."""
+    return list(iterate_jsonl(path))
+
+
+def replace_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file anew. It appears whole or stays as it was, and ``rows`` may come from itself."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
+    os.replace(partial, path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -95,8 +95,8 @@ def filter_(
 
       drpo data filter data/dapo-math-17k.jsonl --model Qwen/Qwen3-4B-Base --min 0.2 --max 0.8 --out data/dapo-13k.jsonl
     """
-    from drpo.data.files import read_rows
-    from drpo.data.pass_rate import keep, write_kept
+    from drpo.data.build import within_pass_rates
+    from drpo.data.files import read_problems, write_with_report
 
     if least > most:
         raise UserError(f"--min {least:g}: expected at most --max, {most:g}")
@@ -106,16 +106,19 @@ def filter_(
         raise UserError(f"--out {out}: is what is filtered; expected another file")
     if out.exists() and not (overwrite or resume):
         raise UserError(f"--out {out}: already exists; choose another, or give --overwrite")
-    rows = read_rows(path)
+    problems = read_problems(path)
     settings = check_settings(
         model=model, data=(str(path),), samples=samples, reward=reward, template=template, max_tokens=max_tokens,
         batch_size=batch_size, temperature=temperature, seed=seed, engine=engine, precision=precision,
     )  # fmt: skip
     result = run_evaluation(settings, out.with_suffix(".evaluation"), resume, overwrite)
-    kept = keep(rows, result["problems_table"], least, most)
-    report = {"from": str(path), "read": len(rows), "kept": len(kept), "min": least, "max": most, "model": model}
-    write_kept(out, kept, report | {"samples": samples, "average": result["average"]})
-    typer.echo(f"{len(kept):,} of {len(rows):,} problems kept, {out}")
+    within = within_pass_rates(problems, result["problems_table"], least, most)
+    report = {
+        "from": str(path), "read": len(problems), "kept": len(within), "min": least, "max": most, "model": model,
+        "samples": samples, "average": result["average"],
+    }  # fmt: skip
+    write_with_report(out, within, report)
+    typer.echo(f"{len(within):,} of {len(problems):,} problems kept, {out}")
 
 
 @data.command("verl")
@@ -125,7 +128,7 @@ def for_verl(
     ],
     out: Annotated[Path, typer.Option(help="The .jsonl file for verl.", show_default=False)],
     template: Template = Settings.template,
-    problems: Annotated[int, typer.Option(help="Of the built-in task.", min=1)] = 10_000,
+    size: Annotated[int, typer.Option("--problems", help="Of the built-in task.", min=1)] = 10_000,
     heldout: Annotated[bool, typer.Option("--heldout", help="The built-in task's held-out problems.")] = False,
 ) -> None:
     """Write problems as verl's trainer reads them.
@@ -136,7 +139,8 @@ def for_verl(
 
       drpo data verl arithmetic --heldout --problems 250 --out data/verl/heldout.jsonl
     """
-    from drpo.data.problems import BUILTIN_TASKS, builtin_problems, read_problems
+    from drpo.data.files import read_problems
+    from drpo.data.problems import BUILTIN_TASKS, builtin_problems
     from drpo.integrations.verl.problems import write_rows
 
     if out.suffix != ".jsonl":
@@ -144,7 +148,7 @@ def for_verl(
     if "{prompt}" not in template:
         raise UserError(f"--template {template!r}: expected text with {{prompt}} in it")
     if path in BUILTIN_TASKS:
-        found = builtin_problems("heldout" if heldout else "train", problems, seed=0)
+        problems = builtin_problems("heldout" if heldout else "train", size, seed=0)
     else:
-        found = read_problems(Path(path), prompt="prompt", answer="answer", template=template)
-    typer.echo(f"{write_rows(found, out, Path(path).stem):,} problems, {out}")
+        problems = read_problems(Path(path), template=template)
+    typer.echo(f"{write_rows(problems, out, Path(path).stem):,} problems, {out}")

@@ -80,7 +80,7 @@ def report(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    """Run the command line; a user's mistake is one line on standard error and exit code 2, or a traceback with DRPO_DEBUG=1."""
     # TRL reports each trainer it builds; a run of this library talks to nobody but the model hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # torchao, which Transformers imports where it is installed, tells of every extension that is for other hardware.
@@ -93,6 +93,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if os.environ.get("DRPO_DEBUG") == "1":
+            raise
         for line in error.lines:
             typer.echo(f"error: {line}", err=True)
         sys.exit(2)

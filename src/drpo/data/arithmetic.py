@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,29 +17,13 @@ MODEL_PATH = Path(__file__).parent / "arithmetic_model"
 """The model pretrained on this task (Qwen3 architecture, character tokenizer), made by ``scripts/pretrain_arithmetic.py``."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A prompt and the running totals that solve it; the last one is the answer."""
-
-    prompt: str
-    totals: tuple[int, ...]
-
-    @property
-    def answer(self) -> str:
-        return str(self.totals[-1])
-
-    @property
-    def solution(self) -> str:
-        return ",".join(map(str, self.totals))
-
-
 TERMS = 5
 LARGEST_TERM = 49
 LARGEST_TOTAL = 99
 
 
-def sample_problem(rng: random.Random) -> Problem:
-    """Draw a problem of ``TERMS`` terms whose running totals all lie in [0, LARGEST_TOTAL]."""
+def sample_prompt(rng: random.Random) -> tuple[str, list[int]]:
+    """Draw a prompt of ``TERMS`` terms and its running totals, which all lie in [0, LARGEST_TOTAL]."""
     total = rng.randint(1, LARGEST_TERM)
     prompt, totals = str(total), []
     for _ in range(TERMS - 1):
@@ -50,7 +33,7 @@ def sample_problem(rng: random.Random) -> Problem:
         total += sign * operand
         prompt += f"{'+' if sign > 0 else '-'}{operand}"
         totals.append(total)
-    return Problem(prompt + "=", tuple(totals))
+    return prompt + "=", totals
 
 
 def split_of(prompt: str) -> Split:
@@ -58,12 +41,12 @@ def split_of(prompt: str) -> Split:
     return "heldout" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
 
 
-def sample_problems(split: Split, size: int, seed: int) -> list[Problem]:
-    """``size`` distinct problems of a split, the same for the same seed."""
+def sample_prompts(split: Split, size: int, seed: int) -> dict[str, list[int]]:
+    """Draw ``size`` distinct prompts of a split, and the running totals of each; the same for the same seed."""
     rng = random.Random(f"{split}-{seed}")
-    problems: dict[str, Problem] = {}
-    while len(problems) < size:
-        problem = sample_problem(rng)
-        if split_of(problem.prompt) == split:
-            problems[problem.prompt] = problem
-    return list(problems.values())
+    totals_of: dict[str, list[int]] = {}
+    while len(totals_of) < size:
+        prompt, totals = sample_prompt(rng)
+        if split_of(prompt) == split:
+            totals_of[prompt] = totals
+    return totals_of

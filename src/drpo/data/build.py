@@ -1,20 +1,20 @@
-"""From a published data set to a file in the schema, with a report of what was found in it."""
+"""From a published data set to a file of problems, with a report of its repetitions."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drpo.data.files import Row, converted, read_rows, records, write_rows
+from drpo.data.files import converted, decode_exactly, read_problems, records, write_with_report
+from drpo.data.problems import Problem
 from drpo.data.sources import SOURCES, dapo_prompt
 from drpo.errors import UserError
-from drpo.files import versions, write_json
 from drpo.registry import unknown_name
 
 OVERLAP = 20
@@ -23,15 +23,15 @@ OVERLAP = 20
 
 @dataclass(frozen=True)
 class Collected:
-    """Rows of a data set, and what there is to say of them.
+    """The problems of a data set, and what there is to say of them.
 
     Args:
-        rows: each problem with each of its answers once.
+        problems: each problem with each of its answers once.
         report: ``read``, ``kept``, ``duplicates``, ``conflicts`` (problems with several answers),
             ``expected`` and, where compared, ``contamination``.
     """
 
-    rows: list[Row]
+    problems: list[Problem]
     report: dict[str, Any]
 
 
@@ -41,8 +41,8 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
     Args:
         name: of :data:`SOURCES`.
         path: a copy of it, .jsonl or .parquet.
-        wrapper: keep the text that DAPO-Math puts around its problems.
-        against: files in the schema whose problems should not be in it.
+        wrapper: whether to keep the text that DAPO-Math puts around its problems.
+        against: files of problems that should not be in it.
 
     Raises:
         UserError: an unknown name, a file that cannot be read, malformed rows by file and number.
@@ -51,45 +51,45 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
         raise UserError(unknown_name("data set", name, SOURCES))
     if wrapper and name != "dapo-math-17k":
         raise UserError(f"--wrapper: {name} has none; expected with dapo-math-17k")
-    others = {str(other): read_rows(other) for other in against}
+    others = {str(other): read_problems(other) for other in against}
     source = SOURCES[name]
     if wrapper:
         source = replace(source, problem=dapo_prompt)
-    found = records(path) if path is not None else source.hub_records()
-    kept: dict[tuple[str, str], Row] = {}
+    published = records(path, decode_exactly) if path is not None else source.hub_records()
+    distinct: dict[tuple[str, str], Problem] = {}
     read = 0
-    for row in converted(path or source.hub, found, lambda record, number: source.row(name, record, number)):
+    for problem in converted(path or source.hub, published, partial(source.convert, name)):
         read += 1
-        kept.setdefault((normalised(row.prompt), row.answer), row)
+        distinct.setdefault((normalised(problem.prompt), problem.answer), problem)
     answers: defaultdict[str, set[str]] = defaultdict(set)
-    for prompt, answer in kept:
+    for prompt, answer in distinct:
         answers[prompt].add(answer)
-    rows = list(kept.values())
+    problems = list(distinct.values())
     report: dict[str, Any] = {
         "data": name,
         "from": str(path) if path is not None else source.hub,
         "read": read,
-        "kept": len(rows),
-        "duplicates": read - len(rows),
-        "conflicts": sum(len(given) > 1 for given in answers.values()),
+        "kept": len(problems),
+        "duplicates": read - len(problems),
+        "conflicts": sum(len(several) > 1 for several in answers.values()),
         "expected": source.rows,
-        "contamination": {other: contamination(rows, theirs) for other, theirs in others.items()},
+        "contamination": {other: contamination(problems, theirs) for other, theirs in others.items()},
     }
-    return Collected(rows, report)
+    return Collected(problems, report)
 
 
-def contamination(rows: Iterable[Row], others: Iterable[Row]) -> dict[str, list[str]]:
-    """Ids of the rows whose problem is among the others: ``same`` text, or ``overlap``, a run of 20 words in common."""
-    theirs = [normalised(row.prompt) for row in others]
+def contamination(problems: Iterable[Problem], others: Iterable[Problem]) -> dict[str, list[str]]:
+    """Ids of the problems that are among the others: ``same`` text, or ``overlap``, a run of 20 words in common."""
+    theirs = [normalised(problem.prompt) for problem in others]
     same, runs = set(theirs), {run for text in theirs for run in _runs(text)}
-    found: dict[str, list[str]] = {"same": [], "overlap": []}
-    for row in rows:
-        text = normalised(row.prompt)
+    ids: dict[str, list[str]] = {"same": [], "overlap": []}
+    for problem in problems:
+        text = normalised(problem.prompt)
         if text in same:
-            found["same"].append(row.id)
+            ids["same"].append(problem.id)
         elif any(run in runs for run in _runs(text)):
-            found["overlap"].append(row.id)
-    return found
+            ids["overlap"].append(problem.id)
+    return ids
 
 
 def normalised(text: str) -> str:
@@ -111,14 +111,19 @@ def write(collected: Collected, folder: Path, *, overwrite: bool = False) -> Pat
     path = folder / f"{collected.report['data']}.jsonl"
     if not overwrite and path.exists():
         raise UserError(f"{path}: already exists; choose another folder with --out, or give --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(path, collected.rows)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        write_json(path.with_suffix(".json"), {**collected.report, "sha256": digest, "versions": versions()})
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from error
+    write_with_report(path, collected.problems, collected.report)
     return path
+
+
+def within_pass_rates(
+    problems: Sequence[Problem], table: Sequence[dict[str, Any]], least: float, most: float
+) -> list[Problem]:
+    """The problems whose share of correct samples, by the table of an evaluation, is at least ``least`` and at most ``most``.
+
+    A policy gradient learns nothing from problems that are solved always or never.
+    """
+    rates = [row["correct"] / row["samples"] for row in table]
+    return [problem for problem, rate in zip(problems, rates, strict=True) if least <= rate <= most]
 
 
 def summary(report: dict[str, Any]) -> list[str]:
@@ -127,8 +132,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines = [f"{report['kept']:,} problems{note} from {report['read']:,} rows, {report['duplicates']:,} duplicates"]
     if report["conflicts"]:
         lines.append(f"{report['conflicts']:,} problems have several answers; all are kept")
-    for other, found in report["contamination"].items():
+    for other, ids in report["contamination"].items():
         lines.append(
-            f"{len(found['same'])} of them are in {other}, {len(found['overlap'])} more share {OVERLAP} words with one there"
+            f"{len(ids['same'])} of them are in {other}, {len(ids['overlap'])} more share {OVERLAP} words with one there"
         )
     return lines

@@ -1,52 +1,48 @@
-"""The schema of a problem, and the rows of JSON Lines and Parquet files."""
+"""Problems and other records in JSON Lines and Parquet files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
+from drpo.data.problems import Problem
 from drpo.errors import UserError
+from drpo.files import versions, write_json
 from drpo.registry import unknown_name
 
 LONGEST_TEXT = 100_000
 """Characters of a prompt or an answer; more is a mistake in the file."""
 
+LARGEST_EXPONENT = 308
+"""Of ten, in a number: what has a larger one is infinite or 0 as a float, and has no end of digits."""
+
 BLANK = object()
-"""In place of a line with nothing in it, which is counted and skipped."""
+"""Stands for a line with nothing in it, which is counted and skipped."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A problem.
+class Number(Decimal):
+    """A number of a JSON file with all of its digits, of which a float loses some."""
 
-    Args:
-        prompt: what is asked, as the model sees it.
-        answer: the reference answer, as text.
-        source: the data set it is from.
-        id: of the problem within its source.
-    """
-
-    prompt: str
-    answer: str
-    source: str
-    id: str
+    __repr__ = Decimal.__str__
 
 
 class MalformedRowsError(UserError):
-    """Rows that are not what they should be, a line each."""
+    """Rows that are not what they should be; each has a line."""
 
     MOST = 100
 
     def __init__(self, mistakes: list[str]) -> None:
         super().__init__(mistakes[0])
+        self.mistakes = mistakes
         self._lines = [str(UserError(mistake)) for mistake in mistakes[: self.MOST]]
         if len(mistakes) > self.MOST:
             self._lines.append(f"and {len(mistakes) - self.MOST:,} more rows")
@@ -56,38 +52,61 @@ class MalformedRowsError(UserError):
         return self._lines
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file in the schema, as :func:`write_rows` writes it.
+def read_problems(
+    path: Path, *, prompt: str = "prompt", answer: str = "answer", template: str = "{prompt}"
+) -> list[Problem]:
+    """The problems of a .jsonl or .parquet file.
+
+    Args:
+        path: the file.
+        prompt: the field that holds the question.
+        answer: the field that holds the reference answer, text or a number.
+        template: the text that the model sees, with ``{prompt}`` where the question goes.
 
     Raises:
         UserError: a file that cannot be read.
-        MalformedRowsError: all rows that are not in the schema, by file and row.
+        MalformedRowsError: the rows without these fields, by file and row.
     """
-    return list(converted(path, records(path), row_of))
+
+    def convert(record: dict[str, Any], _: int) -> Problem:
+        question = text_field(record, prompt)
+        labels = (_label(record, name) for name in ("source", "id"))
+        return Problem(template.replace("{prompt}", question), value_field(record, answer), *labels)
+
+    return list(converted(path, records(path, decode_exactly), convert))
 
 
-def row_of(record: dict[str, Any], number: int) -> Row:
-    """A record that is in the schema already."""
-    del number
-    return Row(*(text_field(record, name) for name in ("prompt", "answer", "source", "id")))
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSON Lines; the file appears whole or not at all."""
+def write_problems(path: Path, problems: Iterable[Problem]) -> None:
+    """Write problems as JSON Lines; the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
     os.replace(partial, path)
 
 
-def converted(path: Path | str, found: Iterable[Any], convert: Callable[[dict[str, Any], int], T]) -> Iterator[T]:
-    """What ``convert`` makes of each record and its number; it raises ValueError on one that it cannot take.
+def write_with_report(path: Path, problems: Iterable[Problem], report: dict[str, Any]) -> None:
+    """Write problems as JSON Lines, and a report of the same name in .json beside them.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_problems(path, problems)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_json(path.with_suffix(".json"), {**report, "sha256": digest, "versions": versions()})
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+
+
+def converted(path: Path | str, rows: Iterable[Any], convert: Callable[[dict[str, Any], int], T]) -> Iterator[T]:
+    """Convert each record, given its number; ``convert`` raises ValueError on a record that it cannot take.
 
     Raises:
         MalformedRowsError: after the last record, if any were malformed.
     """
     mistakes, empty = [], True
-    for number, record in enumerate(found, 1):
+    for number, record in enumerate(rows, 1):
         if record is BLANK:
             continue
         empty = False
@@ -102,11 +121,20 @@ def converted(path: Path | str, found: Iterable[Any], convert: Callable[[dict[st
     if mistakes:
         raise MalformedRowsError(mistakes)
     if empty:
-        raise UserError(f"{path}: has no rows")
+        raise UserError(f"{path}: has no rows; expected one JSON object a line, or one row of parquet for each")
 
 
-def records(path: Path) -> Iterator[Any]:
-    """The records of a .jsonl or .parquet file, in order; a ValueError in place of one that cannot be read.
+def decode_exactly(line: str) -> Any:
+    """Decode JSON with every digit of its numbers."""
+    return json.loads(line, parse_float=Number, parse_int=Number)
+
+
+def records(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[Any]:
+    """The records of a .jsonl or .parquet file, in order; a ValueError stands for one that cannot be read.
+
+    Args:
+        path: the file.
+        decode: what reads a line of JSON.
 
     Raises:
         UserError: a file that cannot be read.
@@ -114,19 +142,19 @@ def records(path: Path) -> Iterator[Any]:
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: expected a file that ends in .jsonl or .parquet")
     try:
-        yield from _json_records(path) if path.suffix == ".jsonl" else _parquet_records(path)
+        yield from _json_records(path, decode) if path.suffix == ".jsonl" else _parquet_records(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _json_records(path: Path) -> Iterator[Any]:
+def _json_records(path: Path, decode: Callable[[str], Any]) -> Iterator[Any]:
     with path.open("rb") as lines:
         for line in lines:
             try:
-                yield json.loads(line.decode("utf-8")) if line.strip() else BLANK
-            except (ValueError, RecursionError) as error:
+                yield decode(line.decode("utf-8")) if line.strip() else BLANK
+            except (ValueError, ArithmeticError, RecursionError) as error:
                 yield ValueError(f"is not JSON in UTF-8 ({error})")
 
 
@@ -143,26 +171,48 @@ def _parquet_records(path: Path) -> Iterator[Any]:
 
 
 def text_field(record: dict[str, Any], *names: str) -> str:
-    """The text of the first of these fields that a record has; dots reach inside, and a whole number is its digits.
+    """The text of the first of these fields that a record has; dots reach inside.
 
     Raises:
         ValueError: none of them is there, or it is not text that can be used.
     """
     name, value = _first(record, names)
-    if isinstance(value, float) and math.isfinite(value):
-        value = str(int(value)) if value.is_integer() else str(value)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {reprlib.repr(value)}; expected text or a finite number")
-    if not value.strip():
+    return _checked(name, value, value, "text")
+
+
+def value_field(record: dict[str, Any], name: str) -> str:
+    """The text of a field, or the digits of its number without an exponent; a whole number has no decimal point.
+
+    Raises:
+        ValueError: it is not there, or holds something else.
+    """
+    name, value = _first(record, (name,))
+    text = value.strip() if isinstance(value, str) else value
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        number = Decimal(str(value))
+        if number.is_finite() and abs(number.adjusted()) <= LARGEST_EXPONENT:
+            text = str(int(number)) if number == number.to_integral_value() else format(number, "f")
+    return _checked(name, value, text, "text or a finite number")
+
+
+def _checked(name: str, value: Any, text: Any, expected: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {reprlib.repr(value)}; expected {expected}")
+    if not text.strip():
         raise ValueError(f"{name} is empty")
-    if len(value) > LONGEST_TEXT:
-        raise ValueError(f"{name} has {len(value):,} characters; expected at most {LONGEST_TEXT:,}")
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{name} has {len(text):,} characters; expected at most {LONGEST_TEXT:,}")
     # Valid in JSON and in nothing that is written later.
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{name} has a lone surrogate; expected valid Unicode")
-    return value.strip()
+    return text
+
+
+def _label(record: dict[str, Any], name: str) -> str:
+    try:
+        return value_field(record, name)
+    except ValueError:  # a label is for people; a file of one's own may have another use for the field
+        return ""
 
 
 def has_field(record: dict[str, Any], name: str) -> bool:

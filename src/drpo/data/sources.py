@@ -1,4 +1,4 @@
-"""The data sets: where each is on the hub, and how its records become rows."""
+"""The data sets: where each is on the hub, and how its records become problems."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from drpo.data.files import Row, has_field, text_field
+from drpo.data.files import has_field, text_field, value_field
+from drpo.data.problems import Problem
 from drpo.errors import UserError
 from drpo.rewards.answers import number
 
@@ -41,15 +42,15 @@ class Source:
     identifier: str | None
     rows: int
 
-    def row(self, name: str, record: dict[str, Any], position: int) -> Row:
-        """The row of a record.
+    def convert(self, name: str, record: dict[str, Any], position: int) -> Problem:
+        """Make a problem of a record.
 
         Raises:
             ValueError: a record without what it takes, or with something else in its place.
         """
-        given = self.identifier is not None and has_field(record, self.identifier)
-        identifier = text_field(record, self.identifier) if given else str(position)  # type: ignore[arg-type]
-        return Row(self.problem(record), self.answer(record), name, identifier)
+        has_id = self.identifier is not None and has_field(record, self.identifier)
+        identifier = value_field(record, self.identifier) if has_id else str(position)  # type: ignore[arg-type]
+        return Problem(self.problem(record).strip(), self.answer(record), name, identifier)
 
     def hub_records(self) -> Iterator[Any]:
         """The records on the hub.
@@ -73,11 +74,11 @@ def _question(record: dict[str, Any]) -> str:
 
 
 def _answer(record: dict[str, Any]) -> str:
-    return text_field(record, "answer")
+    return value_field(record, "answer")
 
 
 def _integer(record: dict[str, Any]) -> str:
-    answer = text_field(record, "answer")
+    answer = _answer(record)
     value = number(answer)
     if value is None or value.denominator != 1:
         raise ValueError(f"answer is {answer[:40]!r}; expected an integer")
@@ -85,7 +86,7 @@ def _integer(record: dict[str, Any]) -> str:
 
 
 def _gsm8k_answer(record: dict[str, Any]) -> str:
-    solution = text_field(record, "answer")
+    solution = _answer(record)
     value = number(solution.rpartition("####")[2]) if "####" in solution else None
     if value is None:
         raise ValueError(f"answer is {solution[-40:]!r}; expected a solution that ends in #### and a number")
@@ -94,9 +95,9 @@ def _gsm8k_answer(record: dict[str, Any]) -> str:
 
 def _dapo_problem(record: dict[str, Any]) -> str:
     """The problem without the wrapper, where it has the wrapper."""
-    asked = dapo_prompt(record)
-    wrapped = WRAPPER.fullmatch(asked)
-    return wrapped["problem"].strip() if wrapped else asked
+    prompt = dapo_prompt(record)
+    wrapped = WRAPPER.fullmatch(prompt.strip())
+    return wrapped["problem"] if wrapped else prompt
 
 
 def dapo_prompt(record: dict[str, Any]) -> str:
@@ -111,7 +112,7 @@ def dapo_prompt(record: dict[str, Any]) -> str:
 
 
 def _dapo_answer(record: dict[str, Any]) -> str:
-    return text_field(record, "reward_model.ground_truth")
+    return value_field(record, "reward_model.ground_truth")
 
 
 SOURCES: dict[str, Source] = {

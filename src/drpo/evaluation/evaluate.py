@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, read_problems
+from drpo.data.files import read_problems
+from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems
 from drpo.errors import UserError
 from drpo.evaluation.engines import ENGINES, Completion, Engine
 from drpo.evaluation.folder import EvaluationFolder
@@ -42,7 +43,7 @@ def load(settings: Settings) -> list[tuple[str, Problem]]:
         if source in BUILTIN_TASKS:
             problems = builtin_problems("heldout", settings.problems or 250, seed=0)
         else:
-            problems = read_problems(Path(source), prompt="prompt", answer="answer", template=settings.template)
+            problems = read_problems(Path(source), template=settings.template)
         name = Path(source).stem if stems[Path(source).stem] == 1 else source
         loaded += [(name, problem) for problem in problems[: settings.problems]]
     return loaded

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from drpo.kernels.logits import LogitTransform
-from drpo.kernels.matmul import add_outer, last_size, multiply_hidden, multiply_weight, next_size
 
 CHUNK_BYTES = {"cpu": 40 * 2**20, "cuda": 768 * 2**20}
 """Logits and their gradient in memory at once, by device type. More makes the products more efficient."""
@@ -38,11 +37,11 @@ class Head(NamedTuple):
         dtype = torch.float32 if wide else hidden.dtype
         per_logit = dtype.itemsize + (hidden.dtype.itemsize if wide else 0)
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        most = max(1, last_size(budget // (len(self.weight) * per_logit)))
+        most = max(1, budget // (len(self.weight) * per_logit))
         chunks = math.ceil(len(hidden) / most)
         if not chunks:
             return
-        size = min(next_size(math.ceil(len(hidden) / chunks)), most, len(hidden))
+        size = math.ceil(len(hidden) / chunks)
         if hidden.device.type != "cpu":
             buffer = hidden.new_empty(size, len(self.weight), dtype=dtype)
         elif chunks > 1:
@@ -52,7 +51,13 @@ class Head(NamedTuple):
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             logits = buffer[: rows.stop - start]
-            multiply_hidden(hidden[rows], self.weight, self.bias, out=logits)
+            if self.bias is None or wide:
+                _multiply(hidden[rows], self.weight.t(), out=logits)
+                if self.bias is not None:
+                    logits.add_(self.bias)
+            else:
+                # Addition within the product rounds once.
+                torch.addmm(self.bias, hidden[rows], self.weight.t(), out=logits)
             yield rows, logits
 
 
@@ -99,13 +104,13 @@ class Gradients:
         gradient = gradient[: len(kept)]
         coefficient = (coefficient[kept].unsqueeze(1) * self._head.transform.slope).to(self._precise)
         if self._hidden is not None:
-            by_hidden = multiply_weight(gradient, self._head.weight) * coefficient
+            by_hidden = _multiply(gradient, self._head.weight) * coefficient
             self._hidden[rows].index_copy_(0, kept, by_hidden.to(self._hidden.dtype))
         if self._bias is not None:
             self._bias += coefficient.squeeze(1) @ gradient.to(self._precise)
         if self._needs_weight:
             states = self._states[rows][kept]
-            self._weight = add_outer(self._weight, gradient, states, coefficient)
+            self._weight = _add_outer(self._weight, gradient, states, coefficient)
 
     def __iter__(self) -> Iterator[Tensor | None]:
         """By hidden states, weight and bias; None where it was not needed."""
@@ -124,3 +129,21 @@ def _to_front(rows: Tensor, keep: Tensor) -> Tensor:
     rows[gaps] = rows[movers]
     order[gaps] = movers
     return order[:count]
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b; on a GPU half-precision numbers are multiplied into fp32."""
+    if a.is_cuda and a.dtype.itemsize < 4:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def _add_outer(total: Tensor | None, gradient: Tensor, states: Tensor, scale: Tensor) -> Tensor:
+    """total [V, D] + gradient [M, V]ᵀ @ (states [M, D] · scale [M, 1]), in place; fp32 at least, None for a total of 0."""
+    scaled = states * scale
+    if gradient.dtype.itemsize >= 4:
+        return torch.mm(gradient.t(), scaled) if total is None else total.addmm_(gradient.t(), scaled)
+    # What may exceed fp16's range stays outside: the largest scale, and as |gradient| ≤ 1, the largest sum there can be.
+    outside = torch.maximum(scale.abs().amax(), scaled.abs().sum(dim=0).amax() / 2**15)
+    added = _multiply(gradient.t(), (scaled / outside).to(gradient.dtype)).float()
+    return added.mul_(outside) if total is None else total.addcmul_(added, outside)

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from drpo.errors import UserError
+from drpo.report.tokens import STYLE as TOKEN_STYLE
 
 _DRAW = """
 for (const holder of document.querySelectorAll(".figure")) {
@@ -47,7 +48,7 @@ def document(heading: str, kind: str, body: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} - {kind}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{TOKEN_STYLE}</style></head>\n'
         f"<body><h1>{title}</h1>{body}\n"
         f"<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
     )

@@ -9,9 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from drpo.metrics.effects import EFFECTS
 from drpo.report import figures, off_policy
 from drpo.report.html import document, section, table, write_page
 from drpo.report.read import RunData, read_run
+from drpo.report.tokens import marked_completion
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import dump_recipe
 
@@ -74,7 +76,10 @@ def render(runs: Sequence[RunData]) -> str:
     drawn = ((title, note, draw(runs)) for title, note, draw in _FIGURES)
     sections = "".join(section(title, note, figure) for title, note, figure in drawn if figure is not None)
     names = ", ".join(run.name for run in runs)
-    body = f"{_overview(runs)}{_measured(runs)}{_origins(runs)}{sections}{_samples(runs)}{_configuration(runs)}"
+    body = (
+        f"{_overview(runs)}{_measured(runs)}{_origins(runs)}{sections}"
+        f"{_changed_tokens(runs)}{_samples(runs)}{_configuration(runs)}"
+    )
     return document(names, "drpo report", body)
 
 
@@ -165,6 +170,17 @@ def _origins(runs: Sequence[RunData]) -> str:
 
 def _interval(estimate: dict[str, Any]) -> str:
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**estimate) if estimate else "–"
+
+
+def _changed_tokens(runs: Sequence[RunData]) -> str:
+    legend = ", ".join(f'<mark class="{effect}">{effect}</mark>' for effect in EFFECTS)
+    parts = [
+        "<h2>Tokens that the objective changed most</h2>"
+        f'<p class="note">In the completions with the weights farthest from 1: {legend}.</p>'
+    ]
+    for run in runs:
+        parts += [f"<h3>{escape(run.name)}</h3>", *map(marked_completion, run.changed)] if run.changed else []
+    return "".join(parts) if len(parts) > 1 else ""
 
 
 def _samples(runs: Sequence[RunData]) -> str:

@@ -15,7 +15,8 @@ from transformers import PrinterCallback
 from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.arithmetic import Split
-from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, read_problems
+from drpo.data.files import MalformedRowsError, read_problems
+from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
@@ -50,8 +51,11 @@ def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
         return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed)
     try:
         problems = read_problems(Path(source), prompt=task.prompt, answer=task.answer, template=task.template)
+    except MalformedRowsError as error:
+        raise MalformedRowsError([f"task.{split}: {mistake}" for mistake in error.mistakes]) from error
     except UserError as error:
-        raise UserError(f"task.{split}: {error}") from error
+        otherwise = "" if Path(source).suffix else f", or one of {', '.join(BUILTIN_TASKS)}"
+        raise UserError(f"task.{split}: {error}{otherwise}") from error
     if split == "train" and len(problems) < recipe.prompts_per_rollout:
         raise UserError(
             f"task.train: {source} has {len(problems)} rows; prompts_per_rollout {recipe.prompts_per_rollout} needs as many"
@@ -88,7 +92,9 @@ def make_trainer(
     except UserError:
         raise
     except Exception as error:  # each option fails in its own way, deep in a library
-        raise UserError(f"cannot set up training: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"cannot set up training: {type(error).__name__}: {error} (DRPO_DEBUG=1 shows the traceback)"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 

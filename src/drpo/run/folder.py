@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from drpo.errors import UserError
-from drpo.files import json_line, locked, read_jsonl, versions, write_json
+from drpo.files import iterate_jsonl, locked, replace_jsonl, versions, write_json
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
 
 
@@ -101,20 +101,29 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run and not overwrite:
             raise UserError(f"--output {self}: another process has begun a run there")
-        written = (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report)
-        for old in (*written, self.recipe, self.info):
-            old.unlink(missing_ok=True)
-        for old in (self.checkpoints, self.model, self.evaluated):
-            if old.exists():
-                shutil.rmtree(old)
+        self._clear()
         self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
+
+    def discard(self) -> None:
+        """Remove a run that ended before its first update, and the folder if nothing else is in it."""
+        if not self.metrics.is_file():
+            self._clear()
+            if all(child.name == "run.lock" for child in self.path.iterdir()):
+                shutil.rmtree(self.path)
+
+    def _clear(self) -> None:
+        written = (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report)
+        for file in (*written, self.recipe, self.info):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.model, self.evaluated):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def rewind(self, update: int) -> None:
         """Drop what was logged after an update, to continue from its checkpoint."""
         for path in filter(Path.is_file, (self.metrics, self.rollouts, self.evaluations, self.samples)):
-            kept = [row for row in read_jsonl(path) if row["update"] <= update]
-            path.write_text("".join(json_line(row) for row in kept), encoding="utf-8")
+            replace_jsonl(path, (row for row in iterate_jsonl(path) if row["update"] <= update))
 
 
 def update_of(checkpoint: Path) -> int:

@@ -36,23 +36,30 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class TaskSpec(_Strict):
-    """Where problems come from: ``arithmetic`` or a .jsonl file, for training and for evaluation."""
+    """Where problems come from: ``arithmetic`` or a .jsonl or .parquet file, for training and for evaluation."""
 
     train: Text
+    """`arithmetic`, or a file of problems."""
     heldout: Text | None = None
+    """The same, for evaluation; none by default."""
     prompt: Text = "prompt"
+    """The field of a row that holds the question."""
     answer: Text = "answer"
+    """The field that holds the reference answer."""
     template: Text = "{prompt}"
+    """The text the model sees, with `{prompt}` where the question goes."""
 
     @field_validator("train", "heldout")
     @classmethod
     def _absolute(cls, source: str | None) -> str | None:
         # A resolved recipe means the same from any folder.
-        return str(Path(source).absolute()) if source and source.endswith(".jsonl") else source
+        return str(Path(source).absolute()) if source and source.endswith((".jsonl", ".parquet")) else source
 
     @field_validator("template")
     @classmethod
@@ -147,36 +154,65 @@ class Recipe(_Strict):
     """
 
     model: Text
+    """The built-in `arithmetic`, a folder with a model, or a name on the hub."""
     task: TaskSpec
+    """Problems to train on and held-out ones; see the fields of a task."""
     reward: Annotated[list[RewardSpec], Field(min_length=1), BeforeValidator(_as_list)]
+    """A name, a mapping with `name` and options, `module:function`, or a list of them with weights."""
     objective: ObjectiveSpec
+    """A name of `drpo objectives`, or a mapping with `name` and its hyperparameters."""
     rollouts: Positive
+    """How many rollouts the run has."""
     prompts_per_rollout: Positive
+    """Prompts sampled from in a rollout."""
     num_generations: Annotated[int, Field(ge=2)]
+    """Completions of each prompt: its group."""
     updates_per_rollout: Positive
+    """Optimizer steps on each rollout, on disjoint parts of it."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """The optimizer's, constant unless `trainer.lr_scheduler_type` says otherwise."""
     max_completion_length: Positive
+    """Longest completion, in tokens."""
     micro_batch_size: Positive | None = None
+    """Samples of a forward pass and process; the whole update by default."""
     temperature: Annotated[float, Field(gt=0)] | None = None
+    """Sampling temperature; log-probs are of the logits divided by it."""
     aggregation: (
         Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
     ) = None
+    """How token losses become one number, by verl's names."""
     horizon: Positive | None = None
+    """The length that `seq-mean-token-sum-norm` divides by, in tokens."""
     advantage: Literal["mean", "mean-std", "leave-one-out"] | None = None
+    """How rewards become advantages within a group."""
     anchor: Literal["sampler", "old"] | None = None
+    """The policy that the ratio is taken against; the objective's own by default."""
     correction: CorrectionSpec | None = None
+    """A weight by π_old/μ, for an objective anchored on the old policy."""
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
+    """The mean |log π − log μ| before the first update, in nats, above which training stops."""
     train_precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """The precision of the training forward and backward pass; weights stay in fp32."""
     rollout_precision: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    """The precision that samples; the training precision by default."""
     rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Rollouts between the weights that sample and those that train."""
     lora: LoRASpec | None = None
+    """Low-rank adapters (`r`, `alpha`, `target_modules`) instead of all weights."""
     evaluate_every: Positive = 10
+    """Rollouts between held-out evaluations."""
     checkpoint_every: Positive = 25
+    """Rollouts between checkpoints."""
     record_rollouts: bool = False
+    """Whether `rollouts.jsonl` is written."""
     heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250
+    """Held-out problems of an evaluation, at most."""
     heldout_samples: Positive = 1
+    """Completions of each held-out problem."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The seed of everything that is drawn."""
     trainer: dict[str, Any] = {}
+    """Any further option of `DRPOConfig`, TRL's and Transformers' among them."""
 
     def make_reward(self) -> Reward:
         """The reward of the run: the only one, or the weighted sum of several.

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.problems import Problem
+from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl, write_json
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries
@@ -65,7 +66,12 @@ def train(
         elif state.is_main_process and checkpoint is not None:
             folder.rewind(update_of(checkpoint))
         state.wait_for_everyone()
-        summary = _run(trainer, recipe, folder, heldout, reward, checkpoint)
+        try:
+            summary = _run(trainer, recipe, folder, heldout, reward, checkpoint)
+        except UserError:
+            if state.is_main_process and checkpoint is None:
+                folder.discard()
+            raise
     # A process that exits while gloo's threads still serve another one aborts now and then.
     state.wait_for_everyone()
     state.destroy_process_group()

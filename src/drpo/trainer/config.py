@@ -57,6 +57,7 @@ REFUSED: dict[str, str] = {
     "top_k": _FILTER,
     "min_p": _FILTER,
     "repetition_penalty": _CHANGE,
+    "vllm_structured_outputs_regex": _CHANGE,
     "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
     "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
     "sapo_temperature_neg": _OTHER_OBJECTIVE,

@@ -1,4 +1,4 @@
-"""The grader as verl's reward function: ``reward.custom_reward_function.path=pkg://drpo.rewards.verl``, ``.name=compute_score``."""
+"""The grader as verl's reward function: ``reward.custom_reward_function.path=pkg://drpo.integrations.verl.grader``, ``.name=compute_score``."""
 
 from __future__ import annotations
 

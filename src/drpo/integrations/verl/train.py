@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from transformers import AutoTokenizer
 
-from drpo.data.problems import BUILTIN_MODELS, Problem, prompt_ids
+from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl, write_json
 from drpo.integrations.verl.hydra import of_main_ppo
@@ -81,7 +81,7 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = ()) -> Plan:
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
     # verl cuts what is longer, held-out prompts too.
-    longest = max(len(prompt_ids(problem, tokenizer)) for problem in (*problems, *heldout))
+    longest = max(len(tokenize_prompt(problem, tokenizer)) for problem in (*problems, *heldout))
     settings = overrides(recipe, folder.path.absolute(), len(problems), longest, plain=not tokenizer.chat_template)
     arguments = as_arguments(settings, more)
     return Plan(recipe, folder, problems, heldout, arguments, of_main_ppo(arguments, more))
