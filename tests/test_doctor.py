@@ -101,8 +101,12 @@ SAME = rows(*[(f"{n}-{n}=", "0") for n in range(16)])
 WORDS = rows(*[(f"{n}+1=", "two" if n % 2 else str(n + 1)) for n in range(16)])
 
 
-def both(*plants: Plant) -> Plant:
-    return lambda here, patch: [plant(here, patch) for plant in plants] and None
+def both(first: Plant, second: Plant) -> Plant:
+    def plant(here: Path, patch: pytest.MonkeyPatch) -> None:
+        first(here, patch)
+        second(here, patch)
+
+    return plant
 
 
 WITHOUT_WEIGHTS = [
@@ -133,13 +137,16 @@ WITHOUT_WEIGHTS = [
     fault("two templates", template(CHAT), "task.template=<eos>{prompt}", what="prompt: has '<eos>' in its text", fix="task.template"),
     fault("two beginnings", edit("tokenizer_config.json", bos_token="<unk>"), "task.template=<unk><unk>{prompt}", what="begins with '<unk>' twice", fix="without <unk>"),
     fault("missing file", None, "task.train=nowhere.jsonl", what="nowhere.jsonl: no such file"),
-    fault("few rows", rows(("1+1=", "2")), what="has 1 rows"),
+    fault("few rows", rows(("1+1=", "2")), what="has 1 rows", fix="prompts_per_rollout: 1"),
     fault("duplicates", rows(*[("1+1=", "2")] * 16), verdict="warning", what="16 rows hold 1 distinct prompts", fix="drpo data"),
     fault("not held out", None, "task.heldout=train.jsonl", verdict="warning", what="32 of 32 prompts are in task.train too", fix="drpo data NAME --against"),
     fault("unknown characters", rows(*[(f"é{n}=", str(n)) for n in range(16)]), verdict="warning", what="16 of 16 have characters", fix="without what becomes <unk>"),
     fault("answers in words", WORDS, "reward=gsm8k", verdict="warning", what="gsm8k does not recognize 8 of 16 reference answers as right, the first 'two'", fix="task.answer"),
-    *(fault(f"reward for {test} of {of}", both(reward(f"sloppy_{n}", f"float({test})"), answers), f"reward=sloppy_{n}:score", what="grader: score gives 1 to", fix="a reward that reads them")
-      for n, test in enumerate(("True", "any(map(str.isdigit, c))", "'boxed' in c", "'1' in c")) for of, answers in (("numbers", SIXTEEN), ("words too", WORDS), ("one number", SAME)) if (n, of) not in ((3, "one number"), (3, "words too"))),
+    *(fault(f"reward for {name} of {of}", both(reward(f"likes_{name}", f"float({test})"), answers), f"reward=likes_{name}:score",
+            what="grader: score gives 1 to", fix="a reward that reads them")
+      for name, test in (("anything", "True"), ("digits", "any(map(str.isdigit, c))"), ("boxes", "'boxed' in c"))
+      for of, answers in (("numbers", SIXTEEN), ("words too", WORDS), ("one number", SAME))),
+    fault("reward for a digit", both(reward("likes_ones", "float('1' in c)"), SIXTEEN), "reward=likes_ones:score", what="grader: score gives 1 to", fix="a reward that reads them"),
     *(fault(f"reward of {value}", reward(f"of_{n}", f"float('{value}')"), f"reward=of_{n}:score", what=f"grader: score gives {value} to") for n, value in enumerate(("nan", "inf"))),
     fault("reward that exits", reward("exits", "exit(3)"), "reward=exits:score", what="SystemExit: 3"),
     fault("half a point", reward("half", "0.5 * (c == a)"), "reward=half:score", verdict="warning", what="grader: score gives 0.5 at most", fix="1 for a right answer"),
