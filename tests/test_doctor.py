@@ -26,7 +26,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-Plant = Callable[[Path, pytest.MonkeyPatch], None]
+Plant = Callable[[Path, pytest.MonkeyPatch], object]
 
 
 def edit(file: str, **values: Any) -> Plant:
@@ -233,14 +233,15 @@ def doctor(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
         before = sorted(here.rglob("*"))
         monkeypatch.setattr(sys, "argv", ["drpo", "doctor", *arguments])
         # pytest's own does not go by way of file descriptor 1.
-        monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))
+        monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             main()
         sys.stdout.flush()
         os.dup2(stdout, 1)
         assert sorted(here.rglob("*")) == before
-        return (int(end.value.code or 0), *capfd.readouterr())
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
 
     yield run
     os.close(stdout)
