@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from drpo.cli.main import app
 from drpo.doctor import Finding
-from drpo.doctor.verl import examine
+from drpo.doctor.verl import examine_file
 from drpo.errors import UserError
 from drpo.integrations.verl import PolicyLoss
 from drpo.integrations.verl.hydra import from_file
@@ -24,7 +22,7 @@ LOSS = "actor_rollout_ref.actor.policy_loss"
 
 
 def found(setting: str, *overrides: str) -> list[Finding]:
-    return examine(RECIPES / f"{setting}.yaml", overrides, workers=False)
+    return examine_file(RECIPES / f"{setting}.yaml", overrides, workers=False)
 
 
 def test_there_are_thirty_recipes() -> None:
@@ -36,13 +34,11 @@ def test_there_are_thirty_recipes() -> None:
 def test_every_recipe_composes_and_passes(setting: str, objective: str) -> None:
     findings = found(setting, f"objective={objective}")
     assert [finding for finding in findings if finding.verdict == "stop"] == []
-    said = "\n".join(finding.what for finding in findings)
-    assert "anchor: the sampler" in said
-    assert "64 prompts x 8 = 512 samples a rollout, 4 updates of 128" in said
-    assert "verl's own checks pass" in said
-    # What is not on this machine is the data, and nothing else is wanting.
-    warnings = {finding.what.split(":")[0] for finding in findings if finding.verdict == "warning"}
-    assert {what for what in warnings if not what.startswith("delta = 12.5")} == {"data.train_files", "data.val_files"}
+    shown = "\n".join(finding.what for finding in findings)
+    assert "anchor: the sampler" in shown
+    assert "64 prompts x 8 = 512 samples a rollout, 4 updates of 128" in shown
+    assert "verl's own checks pass" in shown
+    assert all("delta = 12.5" in finding.what for finding in findings if finding.verdict == "warning")
 
 
 @pytest.mark.parametrize(
@@ -65,11 +61,16 @@ def test_the_recipes_have_the_paper_s_hyperparameters(objective: str, expected: 
     assert repr(loss.make_objective()) == expected
 
 
+VERL_S_OWN = [
+    f"{LOSS}._target_=verl.workers.config.PolicyLossConfig",
+    *(f"~{LOSS}.{name}" for name in ("hyperparameters", "use_v1", "histograms")),
+]
+
 WRONG = [
     pytest.param([f"{LOSS}.loss_mode=drop"], "stop", "unknown loss_mode 'drop'; did you mean", "'dro' or 'drpo'", id="misspelt"),
     pytest.param(
-        [f"{LOSS}._target_=verl.workers.config.PolicyLossConfig", f"~{LOSS}.hyperparameters"],
-        "stop", "does not say what loss_mode=drpo is anchored on", "+drpo=loss", id="config-class",
+        VERL_S_OWN,
+        "stop", "does not say what loss_mode=drpo is anchored on", "_target_=drpo.integrations.verl.PolicyLoss", id="config-class",
     ),
     pytest.param(
         ["algorithm.rollout_correction.bypass_mode=false"],
@@ -83,11 +84,11 @@ WRONG = [
         "stop", "clip_ratio_high=0.28 is not read by loss_mode=ppo", "hyperparameters", id="clip-ratio",
     ),
     pytest.param(
-        [f"{LOSS}._target_=verl.workers.config.PolicyLossConfig", f"{LOSS}.loss_mode=dppo_tv"],
+        [*VERL_S_OWN, f"{LOSS}.loss_mode=dppo_tv"],
         "stop", "truncates the ratio at actor_rollout_ref.actor.clip_ratio_c=3", "loss_mode=drpo/dppo_tv", id="truncation",
     ),
     pytest.param(
-        [f"{LOSS}._target_=verl.workers.config.PolicyLossConfig", f"{LOSS}.loss_mode=dro", f"{LOSS}.dro_beta=0.1"],
+        [*VERL_S_OWN, f"{LOSS}.loss_mode=dro", f"{LOSS}.dro_beta=0.1"],
         "warning", "verl's Direct Reward Optimisation, not DRPO", "loss_mode=drpo", id="dro",
     ),
     pytest.param(
@@ -119,7 +120,7 @@ WRONG = [
     pytest.param(
         ["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"], "warning", "lost to rounding", "=fp32", id="bf16-weights"
     ),
-    pytest.param(["actor_rollout_ref.actor.loss_agg_mode=mean"], "stop", "verl refuses: Invalid loss_agg_mode", "another loss_agg_mode", id="verl-s-own"),
+    pytest.param(["actor_rollout_ref.actor.loss_agg_mode=mean"], "stop", "Invalid loss_agg_mode: mean", "", id="verl-s-own"),
 ]  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_a_wrong_configuration_is_found_with_its_fix(overrides: list[str], verdi
     findings = found("qwen3-4b-base", *overrides)
     matching = [finding for finding in findings if what in finding.what and finding.verdict == verdict]
     assert matching, "\n".join(f"{f.verdict} {f.what}" for f in findings)
-    assert any(fix in (finding.fix or "") for finding in matching)
+    assert any(fix in f"{finding.what} {finding.fix}" for finding in matching), matching
 
 
 A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -145,8 +146,6 @@ A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
         (f"{LOSS}=3", f"{LOSS} is 3; expected a mapping"),
         (f"{R}=null", f"{R} is null; expected a mapping"),
         ("algorithm.rollout_correction=3", "algorithm.rollout_correction is 3; expected a mapping"),
-        ("data.train_files=5", "data.train_files is 5; expected a file or a list of files"),
-        ("data.train_files=[null]", "data.train_files is [None]; expected a file or a list of files"),
         (f"{A}.optim.lr=abc", f"{A}.optim.lr is abc; expected a number, at least 0"),
         (f"{R}.temperature=null", f"{R}.temperature is null; expected a number > 0"),
         ("algorithm.rollout_correction.bypass_mode=maybe", "bypass_mode is maybe; expected true or false"),
@@ -154,31 +153,21 @@ A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
         ("trainer.project_name=${nothing}", "Interpolation key 'nothing' not found"),
         (f"{R}.logprobs_mode=raw_logits", "logprobs_mode=raw_logits: the ratio needs log-probs"),
         (f"{R}.do_sample=False", "do_sample=False: greedy samples"),
-        (f"+{R}.min_p=0.1", "min_p=0.1: verl's rollout has no such setting"),
+        (f"+{R}.min_p=0.1", "min_p=0.1: samples come from a filtered distribution"),
         (f"+{R}.repetition_penalty=1.1", "repetition_penalty=1.1: samples come from a filtered distribution"),
     ],
 )  # fmt: skip
 def test_a_value_that_verl_cannot_compute_with_is_a_stop(override: str, expected: str) -> None:
     stops = [finding for finding in found("qwen3-4b-base", override) if finding.verdict == "stop"]
-    assert any(expected in finding.what and finding.fix for finding in stops), stops
+    assert any(expected in finding.what for finding in stops), stops
 
 
 def test_of_a_partial_file_it_says_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("actor_rollout_ref: {actor: {policy_loss: {loss_mode: drpo}}}")
-    findings = examine(path, workers=False)
+    findings = examine_file(path, workers=False)
     assert {finding.verdict for finding in findings} == {"stop"}
     assert "data is missing; expected a mapping" in [finding.what for finding in findings]
-
-
-def test_the_command_prints_json_and_exits_with_1_where_something_stops() -> None:
-    arguments = ["doctor", "--verl", str(RECIPES / "qwen3-4b-base.yaml"), "--no-workers", "--json"]
-    right = CliRunner().invoke(app, arguments)
-    assert right.exit_code == 0
-    assert {row["verdict"] for row in json.loads(right.stdout)} == {"ok", "warning"}
-    wrong = CliRunner().invoke(app, [*arguments, "--set", "trainer.use_v1=false"])
-    assert wrong.exit_code == 1
-    assert "stop" in {row["verdict"] for row in json.loads(wrong.stdout)}
 
 
 def test_what_a_plug_in_of_verl_prints_is_not_on_standard_output(
@@ -191,6 +180,7 @@ def test_what_a_plug_in_of_verl_prints_is_not_on_standard_output(
     command = [sys.executable, "-m", "drpo", "doctor", "--verl", str(config), "--no-workers", "--json"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert {row["verdict"] for row in json.loads(ended.stdout)} == {"ok", "warning"}
+    assert ended.stderr.count("loaded\n") >= 2
 
 
 @pytest.mark.parametrize(
@@ -212,7 +202,7 @@ def test_what_cannot_be_examined_is_said_in_one_line(
     if text is not None:
         path.write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
-        examine(path, overrides, workers=False)
+        examine_file(path, overrides, workers=False)
 
 
 def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> None:
@@ -220,4 +210,4 @@ def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> N
 
     path = tmp_path / "config.yaml"
     OmegaConf.save(from_file(RECIPES / "qwen3-4b-base.yaml"), path)
-    assert not [finding for finding in examine(path, workers=False) if finding.verdict == "stop"]
+    assert not [finding for finding in examine_file(path, workers=False) if finding.verdict == "stop"]

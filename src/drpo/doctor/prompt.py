@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from drpo.data.problems import BUILTIN_MODELS, Problem, prompt_ids
+from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
 from drpo.run.recipe import Recipe
@@ -42,7 +42,7 @@ class Prompting:
 
     def ids(self, problem: Problem) -> list[int]:
         """The tokens of a prompt, as the trainer sees them."""
-        return prompt_ids(problem, self.tokenizer, **self.template_options)
+        return tokenize_prompt(problem, self.tokenizer, **self.template_options)
 
 
 def load_prompting(recipe: Recipe, config: DRPOConfig) -> Prompting:

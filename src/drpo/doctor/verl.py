@@ -117,10 +117,7 @@ def _check_loss_of_verl(actor: Any, mode: str) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A setting, the values at which all is well (the first is the one to write), and why others are not.
-
-    With a verdict of its own, another value may be meant.
-    """
+    """A setting, the values at which all is well (the first is the one to write), and why others are not well."""
 
     key: str
     right: tuple[Any, ...]
@@ -146,7 +143,6 @@ _SETTINGS = (
         ("processed_logprobs", "raw_logprobs", None),
         "the ratio needs log-probs of the sampled tokens",
     ),
-    _Setting("algorithm.adv_estimator", ("grpo", "rloo"), "the group baseline is not used", "warning"),
     _Setting(
         f"{ACTOR}.fsdp_config.model_dtype",
         ("fp32", "float32", None),

@@ -58,7 +58,8 @@ def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
         raise UserError(f"task.{split}: {error}{otherwise}") from error
     if split == "train" and len(problems) < recipe.prompts_per_rollout:
         raise UserError(
-            f"task.train: {source} has {len(problems)} rows; prompts_per_rollout {recipe.prompts_per_rollout} needs as many"
+            f"task.train: {source} has {len(problems)} rows; prompts_per_rollout {recipe.prompts_per_rollout} needs as many",
+            fix=f"more rows, or prompts_per_rollout: {len(problems)}",
         )
     return problems if split == "train" else problems[:size]
 
