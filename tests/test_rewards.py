@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import math
 import sys
 
 import pytest
@@ -13,6 +16,7 @@ from drpo.rewards import (
     MathGrader,
     Overlong,
     Weighted,
+    checked_scores,
     exact_answer,
     gsm8k,
     integer,
@@ -84,6 +88,14 @@ def test_exact_answer_is_what_follows_the_last_comma(completion, answer, expecte
         # no ####: the last number counts
         ("There are 48-42=6 bottles left.", WATER, 1.0),
         ("6 of 48", WATER, 0.0),
+        # no ####: the number in the last box counts, whatever follows
+        ("\\boxed{6} m^2", WATER, 1.0),
+        ("\\boxed{2}, no: \\boxed{6\\text{ m}^2}", WATER, 1.0),
+        ("\\boxed{2} of 6", WATER, 0.0),
+        ("\\boxed{180{,}000}", HOUSE, 1.0),
+        ("#### 180{,}000", HOUSE, 1.0),
+        ("180{,}000", HOUSE, 1.0),
+        ("\\boxed{2}\n#### 6", WATER, 1.0),
         # thousands separators and $
         ("#### 180000", HOUSE, 1.0),
         ("#### $180,000", HOUSE, 1.0),
@@ -212,6 +224,52 @@ def test_a_weighted_sum_leaves_out_what_one_part_leaves_out():
     assert reward(completions=["#### 1", "#### 1", "#### 2"], answer=["1", "1", "1"]) == [None, 2.5, 2.0]
     assert reward.__name__ == "left_out+gsm8k"
     assert reward.correctness is left_out
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["plain", "asynchronous"])
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (ZeroDivisionError("by\nzero"), "ZeroDivisionError: by zero"),
+        (SystemExit(3), "SystemExit: 3"),
+        ("ab", "returned a str; expected a list of 2"),
+        (None, "returned a NoneType"),
+        ([1.0], "returned 1 scores; expected a list of 2"),
+        ([1.0, "1"], "returned '1' for completion 1, 'second'; expected a finite number or None"),
+        ([math.inf, None], "returned inf for completion 0, 'first'"),
+        ([None, math.nan], "returned nan for completion 1"),
+        ([None, None], "returned None for all 2 completions"),
+    ],
+    ids=str,
+)
+def test_a_reward_that_gives_no_scores_fails_in_one_line_with_its_name(scores, expected, asynchronous):
+    def own(completions, **_):
+        if isinstance(scores, BaseException):
+            raise scores
+        return scores
+
+    async def own_asynchronous(completions, **_):
+        return own(completions)
+
+    function = checked_scores(own_asynchronous if asynchronous else own)
+    assert inspect.iscoroutinefunction(function) == asynchronous
+    with pytest.raises(UserError) as error:
+        asyncio.run(function(completions=["first", "second"])) if asynchronous else function(
+            completions=["first", "second"]
+        )
+    assert str(error.value).startswith(f"reward {function.__name__}: ")
+    assert function.__name__ == ("own_asynchronous" if asynchronous else "own")
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_checked_reward_gives_what_the_reward_gives():
+    import torch
+
+    assert checked_scores(gsm8k)(completions=["#### 1", "2"], answer=["1", "1"]) == [1.0, 0.0]
+    assert checked_scores(lambda **_: torch.tensor([1.0, 0.5]))(completions=["", ""]) == [1.0, 0.5]
+    assert checked_scores(lambda **_: (None, 1))(completions=["", ""]) == [None, 1]
+    assert checked_scores(MathGrader(strict=True)).__name__ == "math_strict"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any, cast, get_type_hints
 
 from drpo.errors import UserError
 from drpo.registry import unknown_name
-from drpo.rewards.call import scores_of
+from drpo.rewards.call import checked_scores, scores_of
 from drpo.rewards.exact import exact_answer, gsm8k, integer
 from drpo.rewards.math import MathGrader
 from drpo.rewards.shaping import Format, Overlong, Weighted
@@ -24,6 +24,7 @@ __all__ = [
     "Overlong",
     "Reward",
     "Weighted",
+    "checked_scores",
     "exact_answer",
     "gsm8k",
     "integer",
@@ -55,13 +56,13 @@ def make_reward(name: str, **options: Any) -> Reward:
     """
     if name not in REWARDS:
         raise ValueError(unknown_name("reward", name, REWARDS))
-    found = REWARDS[name]
-    if not isinstance(found, type):
+    entry = REWARDS[name]
+    if not isinstance(entry, type):
         if options:
             raise ValueError(f"{next(iter(options))}: {name} has no options")
-        return found
-    known = {field.name: field for field in fields(found)}
-    types = get_type_hints(found)
+        return entry
+    known = {field.name: field for field in fields(entry)}
+    types = get_type_hints(entry)
     for option, value in options.items():
         if option not in known:
             raise ValueError(unknown_name(f"option of {name}", option, known))
@@ -69,7 +70,7 @@ def make_reward(name: str, **options: Any) -> Reward:
     for option, field in known.items():
         if option not in options and field.default is MISSING:
             raise ValueError(f"{option}: is missing; {name} has no default for it")
-    return found(**options)
+    return entry(**options)
 
 
 def _check_type(option: str, value: Any, expected: Any) -> None:
@@ -78,8 +79,8 @@ def _check_type(option: str, value: Any, expected: Any) -> None:
     try:
         TypeAdapter(expected).validate_python(value, strict=True)
     except ValidationError as error:
-        said = dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
-        raise ValueError(f"{option}: got {value!r}; expected {' or '.join(said)}") from error
+        expectations = dict.fromkeys(mistake["msg"].removeprefix("Input should be ") for mistake in error.errors())
+        raise ValueError(f"{option}: got {value!r}; expected {' or '.join(expectations)}") from error
 
 
 def load_reward(name: str, **options: Any) -> Reward:
@@ -106,10 +107,10 @@ def _load_function(name: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(import_module(module), function)
+        reward = getattr(import_module(module), function)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         raise UserError(f"reward: cannot load {name!r}: {type(error).__name__}: {error}") from error
-    if callable(found) and not isinstance(found, type):
-        return cast(Reward, found)
-    kind = "class" if isinstance(found, type) else type(found).__name__
+    if callable(reward) and not isinstance(reward, type):
+        return cast(Reward, reward)
+    kind = "class" if isinstance(reward, type) else type(reward).__name__
     raise UserError(f"reward: {name!r} is a {kind}; expected a function")

@@ -5,19 +5,46 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_STATED = re.compile(r"(?i)\banswer\s*(?:is)?\s*[:：]")
+_BOXED = re.compile(r"\\boxed\s*\{")
+_STATED = re.compile(r"(?i)(?:\banswer\s*(?:is)?|答案是?)\s*:")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
-_UNIT = re.compile(r"(?:\\[ ,;!]|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{[^{}0-9]*\}|\^\s*\{?\\circ\}?)$")
+_CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("−"): "-", ord("°"): r"^\circ"}
+_SPELLINGS = (
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\(?:display|text|script)style(?![A-Za-z])\s*"), ""),
+    (re.compile(r"\\fbox(?![A-Za-z])"), r"\\boxed"),
+    (re.compile(r"\\boxed\s+([-\\]?\w+(?:[.,/]\w+)*)"), r"\\boxed{\1}"),
+    (re.compile(r"(frac\s*(?:\{[^{}]*\}|[0-9]))\s*((?:\\[A-Za-z]+|[A-Za-z])(?![A-Za-z]|\s*[{\[(]))"), r"\1{\2}"),
+    (
+        re.compile(r"(?<![\w.,])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]\+?(-?[0-9]{1,3})(?!\w|\.[0-9])"),
+        lambda number: rf"{number[1]}\times10^{{{int(number[2])}}}",
+    ),
+    (
+        re.compile(r"(?<![\w.,/}\\])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![\w/]|\.[0-9])"),
+        lambda mixed: f"{int(mixed[1]) * int(mixed[3]) + int(mixed[2])}/{mixed[3]}",
+    ),
+)
+
+_NO_UNIT = r"(?i:[^{}]*\b(?:hundred|[mbtr]+illion|thousand|dozen|squared|cubed|factorial|percent|or|and|to|times|over|plus|minus|not)\b)"
+_UNIT = re.compile(
+    r"(?<!\s)(?:\\[ ,;!]|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{"
+    rf"(?!{_NO_UNIT})[^{{}}0-9]*\}}(?:\^\s*\{{?[0-9]\}}?)?|\^\s*\{{?\\circ\}}?)$"
+)
+_UNIT_WORDS = re.compile(rf"(?<=[0-9])\s+(?!{_NO_UNIT})(?:[A-Za-z]{{3,}}|[ckm]m|kg|ft)(?:[ /][A-Za-z]{{2,}})*$")
 _INTEGER = r"[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+"
-_DECIMAL = rf"(?:{_INTEGER})?\.[0-9]+|(?:{_INTEGER})\.?"
+_DECIMAL = re.compile(
+    rf"(?P<digits>(?:{_INTEGER})?\.[0-9]+|(?:{_INTEGER})\.?)(?:\\(?:times|cdot)10\^\{{?(?P<power>-?[0-9]{{1,3}})\}}?)?"
+)
 _FRACTION = re.compile(
-    r"(?P<whole>[0-9]*)\\frac(?:\{(?P<n>-?[0-9]+)\}|(?P<n1>[0-9]))(?:\{(?P<d>[0-9]+)\}|(?P<d1>[0-9]))"
+    r"(?P<whole>[0-9]*)\\frac(?:\{(?P<n>-?[0-9]+)\}|(?P<n1>[0-9]))(?:\{(?P<d>-?[0-9]+)\}|(?P<d1>[0-9]))"
     r"|(?P<n2>[0-9]+)/(?P<d2>[0-9]+)"
 )
-_NAME = r"(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?|[A-Za-z]\([A-Za-z, ]+\))"
-_ASSIGNMENT = re.compile(rf"{_NAME}\s*(?:=|\\in(?![A-Za-z]))\s*(?P<value>[^=]+)")
+_NAME = r"(?:(?:\\angle\s*)?\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([\w, ]+\))?|\|[A-Za-z]+\|)"
+_NAMES = rf"{_NAME}(?:\s*[+-]\s*{_NAME})*"
+_ASSIGNMENT = re.compile(rf"{_NAMES}\s*(?:=|\\in(?![A-Za-z]))\s*(?P<value>[^=]+)|(?P<first>[^=A-Za-z]+)=\s*{_NAMES}")
+_DOTS = re.compile(r"\\[lc]?dots[bcmio]?(?![A-Za-z])")
+_LITERAL = re.compile(r"[0-9]:[0-9]|\.\.\.|[0-9]_[0-9]")
 _TEXT = re.compile(r"\\(?:text|mathrm|textrm|mbox|mathbf|textbf)\s*\{([^{}]*)\}")
 _RELATION = re.compile(r"[=<>≤≥≠]|\\(?:leq?|geq?|neq?|l|g|lt|gt|approx|equiv|in)(?![A-Za-z])")
 
@@ -25,11 +52,20 @@ LONGEST_NUMBER = 400
 """Characters; integers beyond some thousand digits are quadratic to read."""
 
 
+def readable(text: str) -> str:
+    """A text in spellings that math-verify reads: ``\\frac1{\\pi}`` for ``\\frac1\\pi``, ``5/4`` for ``1 1/4``, ASCII for full-width signs."""
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 def final_answer(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}``; without one, the rest of the line of the last ``Answer:``.
 
     None where there is neither, or where the last box is empty or not closed.
     """
+    text = readable(text)
     boxes = list(_BOXED.finditer(text))
     if boxes:
         return _until_closed(text, boxes[-1].end())
@@ -60,8 +96,8 @@ def _undelimited(answer: str) -> str:
 
 def bare(answer: str) -> str:
     r"""An answer without its delimiters, spacing commands, size commands and trailing unit: ``$\dfrac12\text{ cm}$`` is ``\frac12``."""
-    answer = _undelimited(answer)
-    answer = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]", "", answer).replace("{,}", ",").replace("−", "-")
+    answer = _undelimited(readable(answer))
+    answer = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:!]", "", answer).replace("{,}", ",").replace("\\ ", " ")
     answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer)
     if text := _TEXT.fullmatch(answer):
         return text[1].strip()
@@ -75,19 +111,20 @@ def number(answer: str) -> Fraction | None:
     """
     if len(answer) > LONGEST_NUMBER:
         return None
-    text = re.sub(r"\s+", "", bare(answer).removesuffix("."))
+    text = re.sub(r"\s+", "", _UNIT_WORDS.sub("", bare(answer).removesuffix(".")))
     sign = -1 if text.startswith("-") else 1
     text = text.lstrip("+-") if text[:1] in ("+", "-") and text[1:2] not in ("+", "-") else text
     text = text.removeprefix("\\$").removeprefix("$")
-    if re.fullmatch(_DECIMAL, text):
-        return sign * Fraction(text.replace(",", "").removesuffix("."))
+    if decimal := _DECIMAL.fullmatch(text):
+        digits = Fraction(decimal["digits"].replace(",", "").removesuffix("."))
+        return sign * digits * Fraction(10) ** int(decimal["power"] or 0)
     if fraction := _FRACTION.fullmatch(text):
         numerator, denominator = (
             int(next(fraction[name] for name in names if fraction[name] is not None))
             for names in (("n", "n1", "n2"), ("d", "d1", "d2"))
         )
         # A fraction that is a whole number is a computation left undone.
-        if denominator and numerator % denominator and not (fraction["whole"] and numerator < 0):
+        if denominator and numerator % denominator and not (fraction["whole"] and numerator * denominator < 0):
             return sign * (int(fraction["whole"] or 0) + Fraction(numerator, denominator))
     return None
 
@@ -95,7 +132,18 @@ def number(answer: str) -> Fraction | None:
 def assigned(answer: str) -> str:
     r"""What an answer says a single name is or is in, ``5`` of ``x = 5``; the answer itself if it says no such thing."""
     assignment = _ASSIGNMENT.fullmatch(bare(answer))
-    return assignment["value"].strip() if assignment else answer
+    return (assignment["value"] or assignment["first"]).strip() if assignment else answer
+
+
+def is_same_literal(answer: str, reference: str) -> bool | None:
+    r"""Whether answers with dots, a base or a clock time, which math-verify misreads, are spelled alike; None for others.
+
+    ``1011`` is taken for ``1011_2``.
+    """
+    answer, reference = (re.sub(r"[\s{}]", "", _DOTS.sub("...", bare(text))) for text in (answer, reference))
+    if not _LITERAL.search(answer + " " + reference):
+        return None
+    return answer in (reference, re.sub(r"_[0-9]+$", "", reference))
 
 
 def is_relation(answer: str) -> bool:

@@ -1,12 +1,17 @@
-"""A reward outside the trainer, asked as TRL's trainer asks it."""
+"""Calls of reward functions: as TRL's trainer calls them, and with what they return checked."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+import math
+import reprlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import TYPE_CHECKING, Any
+
+from drpo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -49,6 +54,51 @@ def scores_of(
             log_metric=_log_nothing,
         )
     )
+
+
+def checked_scores(reward: Any) -> Callable[..., Any]:
+    """A reward function, under its own name and asynchronous if it is, that fails in one line.
+
+    The function raises UserError where the reward raises, or gives something else than a finite number or None for
+    each completion, or None for all.
+    """
+    name = getattr(reward, "__name__", type(reward).__name__)
+
+    def failure(error: BaseException) -> UserError:
+        return error if isinstance(error, UserError) else UserError(f"reward {name}: {type(error).__name__}: {error}")
+
+    def checked(completions: Sequence[Any], scores: Any) -> list[float | None]:
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores
+        if not isinstance(scores, (list, tuple)) or len(scores) != len(completions):
+            kind = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
+            raise UserError(f"reward {name}: returned {kind}; expected a list of {len(completions)}, one a completion")
+        for row, (completion, score) in enumerate(zip(completions, scores, strict=True)):
+            if score is not None and not (isinstance(score, Real) and math.isfinite(score)):
+                raise UserError(
+                    f"reward {name}: returned {score!r} for completion {row}, {reprlib.repr(completion)}; "
+                    "expected a finite number or None"
+                )
+        if scores and all(score is None for score in scores):
+            raise UserError(f"reward {name}: returned None for all {len(scores)} completions; expected some numbers")
+        return list(scores)
+
+    def call(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        try:
+            scores = reward(completions=completions, **columns)
+        except (Exception, SystemExit) as error:
+            raise failure(error) from error
+        return checked(completions, scores)
+
+    async def call_asynchronous(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        try:
+            scores = await reward(completions=completions, **columns)
+        except (Exception, SystemExit) as error:
+            raise failure(error) from error
+        return checked(completions, scores)
+
+    function = call_asynchronous if inspect.iscoroutinefunction(reward) else call
+    function.__name__ = name
+    return function
 
 
 def awaited(scores: Any) -> Any:

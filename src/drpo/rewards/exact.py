@@ -16,8 +16,8 @@ _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 def exact_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """1.0 where what follows the completion's last comma is the answer, else 0.0 (the built-in task)."""
-    given = (last_item(text_of(completion)) for completion in completions)
-    return [float(number == reference) for number, reference in zip(given, answer, strict=True)]
+    items = (last_item(text_of(completion)) for completion in completions)
+    return [float(item == reference) for item, reference in zip(items, answer, strict=True)]
 
 
 def last_item(text: str) -> str:
@@ -32,13 +32,15 @@ def gsm8k_answer(text: str) -> str | None:
 
 
 def _gsm8k_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``, or the last number of a text without one."""
-    marked = text.replace("−", "-").rpartition("####")
-    found = _NUMBER.findall(marked[2])
-    if not found:
+    """The first number after the last ``####``, else in the last box, or the last number of a text without either."""
+    text = text.replace("−", "-").replace("{,}", ",")
+    _, mark, after_mark = text.rpartition("####")
+    boxed = final_answer(text) if not mark and "\\boxed" in text else None
+    numbers = _NUMBER.findall(after_mark if boxed is None else boxed)
+    if not numbers:
         return None
     try:
-        return Decimal(found[0 if marked[1] else -1].replace(",", "").replace("$", ""))
+        return Decimal(numbers[0 if mark or boxed else -1].replace(",", "").replace("$", ""))
     except InvalidOperation:
         return None
 
@@ -46,12 +48,12 @@ def _gsm8k_number(text: str) -> Decimal | None:
 def gsm8k(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the completion's final number equals that of the GSM8K answer, else 0.0.
 
-    The final number stands after the last ``####``; without one it is the last number.
+    The final number stands after the last ``####``, else in the last box; without either it is the last number.
     """
     scores = []
     for completion, reference in zip(completions, answer, strict=True):
-        given = _gsm8k_number(text_of(completion))
-        scores.append(float(given is not None and given == _gsm8k_number(reference)))
+        value = _gsm8k_number(text_of(completion))
+        scores.append(float(value is not None and value == _gsm8k_number(reference)))
     return scores
 
 

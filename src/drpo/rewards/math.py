@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from drpo.rewards.answers import assigned, final_answer, is_percentage, is_relation, number
+from drpo.rewards.answers import assigned, final_answer, is_percentage, is_relation, is_same_literal, number, readable
 from drpo.rewards.sandbox import Sandbox
 from drpo.rewards.text import text_of
 
@@ -22,6 +22,7 @@ Status = Literal["correct", "wrong", "no_answer", "timeout", "error"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")
+_CLOCK = re.compile(r"[0-9]:[0-9]")
 _BOX = re.compile(r"\\boxed\{(-?[0-9]+)\}")
 
 
@@ -119,7 +120,7 @@ class MathGrader:
         """A grade for each completion, text or a conversation, against its own reference answer.
 
         Raises:
-            ValueError: another number of answers than of completions, or an answer that is empty or not text.
+            ValueError: the numbers of answers and completions differ, or an answer that is empty or not text.
             RuntimeError: the grading processes cannot start or cannot grade.
         """
         grades: dict[int, Grade] = {}
@@ -165,11 +166,16 @@ class MathGrader:
 
     def _decide(self, text: str, reference: str) -> Status | tuple[str, str, bool]:
         """The status of a completion where plain text tells it, else what to ask a child."""
-        if not self.strict:
-            return _same_plain_integer(text, reference) or (reference, text, False)
+        text, reference = readable(text), readable(reference)
         answer = final_answer(text)
+        # math-verify fails on 12:00.
+        if not self.strict and not (answer and _CLOCK.search(reference)):
+            return _same_plain_integer(text, reference) or (reference, text, False)
         if answer is None:
             return "no_answer"
+        same = is_same_literal(answer, reference)
+        if same is not None:
+            return "correct" if same else "wrong"
         if is_percentage(answer) != is_percentage(reference):
             return "wrong"
         if is_relation(answer) != is_relation(reference):
@@ -191,8 +197,8 @@ class MathGrader:
             self.counts.update(grade.status for grade in grades)
         failed = [grade for grade in grades if grade.status in ("timeout", "error")]
         if failed:
-            said = Counter(f"{grade.status} ({grade.detail})" for grade in failed)
-            kinds = ", ".join(f"{count} {kind}" for kind, count in said.items())
+            reasons = Counter(f"{grade.status} ({grade.detail})" for grade in failed)
+            kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             logger.warning("%s: of %d completions %s", self.__name__, len(grades), kinds)
 
     def _running_sandbox(self) -> Sandbox:
