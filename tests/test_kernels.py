@@ -31,7 +31,9 @@ def chunks_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("chunks_of_ten")
 def test_it_equals_the_reference_in_fp64(name: str, tight: bool, softcap: float | None) -> None:
     for seed in range(3):
-        given = {**case(seed), "objective": objective_of(name, tight), "softcap": softcap}
+        objective = objective_of(name, tight)
+        anchor = "old" if objective.corrects_mismatch else "sampler"
+        given = {**case(seed), "objective": objective, "anchor": anchor, "softcap": softcap}
         fused, reference = (differentiated(f, given) for f in (fused_policy_loss, reference_policy_loss))
         for what, expected in reference.items():
             atol = 1e-12 * expected.abs().max().item()
@@ -131,7 +133,7 @@ def products(given: dict[str, Any], **needs: bool) -> float:
 def test_it_takes_the_least_products(name: str, needs: dict[str, bool], expected: int) -> None:
     given = {**case(0), "objective": make_objective(name)}
     given["advantage"] = torch.ones_like(given["advantage"])
-    given["behavior_logp"] = None if name == "gspo" else given["behavior_logp"]
+    given |= {"anchor": "old", "old_logp": None} if name == "gspo" else {}
     assert products(given, **needs) == pytest.approx(expected)
 
 
@@ -173,8 +175,8 @@ def test_no_tokens_are_a_zero_that_can_be_differentiated(name: str) -> None:
     assert all((result[f"by {leaf}"] == 0).all() for leaf in LEAVES)
 
 
-def test_without_behavior_log_probs_the_policy_is_its_own_anchor() -> None:
-    given = {**case(0), "objective": make_objective("pg"), "behavior_logp": None}
+def test_without_old_log_probs_the_policy_is_its_own_anchor() -> None:
+    given = {**case(0), "objective": make_objective("pg"), "anchor": "old", "old_logp": None}
     result = differentiated(fused_policy_loss, given)
     # The surrogate at r = 1 is −Σ scale · A.
     assert result["loss"].item() == pytest.approx(-(given["scale"] * given["advantage"]).sum().item())

@@ -32,7 +32,7 @@ def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, to
         "bias": bias,
         "token_ids": token_ids,
         "behavior_logp": behavior_logp,
-        "sampler_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
+        "old_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
         "advantage": advantage,
         "scale": torch.rand(tokens, generator=generator, dtype=torch.float64) / max(tokens, 1),
         "sequence_ids": torch.arange(tokens) // 7,

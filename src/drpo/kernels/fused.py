@@ -19,6 +19,7 @@ from drpo.kernels.logits import LogitTransform
 from drpo.kernels.packed import FlatTokens
 from drpo.kernels.softmax import Rows, differentiate
 from drpo.objectives import Objective, TopKObjective
+from drpo.tokens import Anchor
 
 
 class FusedLoss(NamedTuple):
@@ -42,7 +43,7 @@ def fused_policy_loss(
     lm_head_weight: Tensor,
     *,
     token_ids: Tensor,
-    behavior_logp: Tensor | None,
+    behavior_logp: Tensor,
     advantage: Tensor,
     scale: Tensor,
     objective: Objective,
@@ -50,7 +51,8 @@ def fused_policy_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    sampler_logp: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    anchor: Anchor = "sampler",
     sequence_ids: Tensor | None = None,
     top_k_ids: Tensor | None = None,
     top_k_behavior_logp: Tensor | None = None,
@@ -67,7 +69,7 @@ def fused_policy_loss(
         hidden: [N, D], the body's output at the positions that predict the tokens.
         lm_head_weight: [V, D].
         token_ids: [N], int64, the tokens sampled there.
-        behavior_logp: [N], their log μ in nats; None where the policy itself is the anchor (r = 1).
+        behavior_logp: [N], their log μ in nats.
         advantage: [N].
         scale: [N], the weight of each token's loss in the sum: :func:`drpo.token_scale`, flattened.
         objective: any of :data:`drpo.OBJECTIVES`.
@@ -75,7 +77,8 @@ def fused_policy_loss(
         temperature: what logits are divided by.
         logit_scale: what the model multiplies its logits by.
         softcap: z becomes softcap · tanh(z / softcap) before the division by the temperature.
-        sampler_logp: [N], for corrections by π_old/μ.
+        old_logp: [N], their log π_old.
+        anchor: what the ratio is taken against.
         sequence_ids: [N], which sequence each token belongs to, not decreasing; for objectives
             that look at whole sequences.
         top_k_ids: [N, K], the sampler's likeliest tokens, for objectives that look at them.
@@ -89,7 +92,7 @@ def fused_policy_loss(
     if not isinstance(objective, Objective):
         raise TypeError(f"objective is {objective!r}; expected an Objective, as drpo.make_objective makes")
     tokens = FlatTokens(
-        token_ids, advantage, scale, behavior_logp, sampler_logp, sequence_ids, top_k_ids, top_k_behavior_logp
+        token_ids, behavior_logp, advantage, scale, old_logp, anchor, sequence_ids, top_k_ids, top_k_behavior_logp
     )
     if hidden.dim() != 2 or len(hidden) != len(tokens):
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; expected ({len(tokens)}, D), as token_ids has")
