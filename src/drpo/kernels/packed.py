@@ -11,7 +11,7 @@ from drpo.tokens import Anchor, TokenBatch, TopK
 
 
 @dataclass(frozen=True)
-class FlatTokens:
+class PackedTokens:
     """N tokens of some sequences, one after another. Checked here, once.
 
     Args:
@@ -27,7 +27,7 @@ class FlatTokens:
         top_k_behavior_logp: [N, K], their log μ.
 
     Raises:
-        ValueError: a shape that does not fit, or sequences out of order.
+        ValueError: a shape or dtype that does not fit, or sequences out of order.
     """
 
     token_ids: Tensor
@@ -43,6 +43,9 @@ class FlatTokens:
     def __post_init__(self) -> None:
         if self.token_ids.dim() != 1:
             raise ValueError(f"token_ids has shape {tuple(self.token_ids.shape)}; expected one dimension, [N]")
+        for name, ids in self._ids().items():
+            if ids.dtype != torch.int64:
+                raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64")
         for name, tensor in self._tensors().items():
             dims = 2 if name.startswith("top_k") else 1
             if tensor.dim() != dims or len(tensor) != len(self.token_ids):
@@ -56,11 +59,24 @@ class FlatTokens:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def __getitem__(self, rows: slice | Tensor) -> FlatTokens:
-        return replace(self, **{name: tensor[rows] for name, tensor in self._tensors().items()})
+    def chunk(self, rows: slice) -> PackedTokens:
+        """Some of the tokens, as if of one sequence."""
+        tensors = {name: tensor[rows] for name, tensor in self._tensors().items()}
+        return replace(self, **(tensors | {"sequence_ids": None}))
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise a ValueError where an id is not of a vocabulary of ``size``."""
+        for name, ids in self._ids().items():
+            least, greatest = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0, 0)
+            if least < 0 or greatest >= size:
+                wrong = least if least < 0 else greatest
+                raise ValueError(f"{name} has {wrong}; expected tokens of the vocabulary, 0 to {size - 1}")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _ids(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._tensors().items() if name in ("token_ids", "top_k_ids")}
 
     def batch(self, logp: Tensor, top_k_logp: Tensor | None = None) -> TokenBatch:
         """The tokens under log-probs ``logp`` [N]: one row a sequence if there are ``sequence_ids``, else one row of all."""

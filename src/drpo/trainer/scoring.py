@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from drpo.kernels import PackedTokens
 from drpo.objectives import Anchor, Objective
 from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.tokens import TokenBatch, TopK
@@ -68,28 +70,21 @@ def score_fused(
 
     ids, places = left_aligned(inputs, longest)
     sequences, _ = places.nonzero(as_tuple=True)
-    advantage = inputs["advantages"][sequences]
-    tokens = {
-        "token_ids": ids[places],
-        "behavior_logp": inputs["sampling_per_token_logps"][counted],
-        "advantage": advantage,
-        "scale": scale[counted],
-        "sequence_ids": sequences,
-        "top_k_ids": of_tokens("top_k_ids"),
-        "top_k_behavior_logp": of_tokens("top_k_sampling_logps"),
+    tokens = PackedTokens(
+        token_ids=ids[places],
+        behavior_logp=inputs["sampling_per_token_logps"][counted],
+        advantage=inputs["advantages"][sequences],
+        scale=scale[counted],
         # TRL keeps no log-probs of the old policy where a rollout is a single update: it is π then.
-        "old_logp": of_tokens("old_per_token_logps") if anchor == "old" else None,
-        "anchor": anchor,
-    }
-    loss, *measured = model(input_ids=ids[:, :-1], scored=ScoredTokens(places[:, 1:], objective, tokens))
-    logp, entropy, weight = (tensor.unsqueeze(0) for tensor in measured)
-    sampled = TokenBatch(
-        logp=logp,
-        behavior_logp=tokens["behavior_logp"].unsqueeze(0),
-        advantage=advantage.unsqueeze(0),
-        mask=torch.ones_like(logp, dtype=torch.bool),
+        old_logp=of_tokens("old_per_token_logps") if anchor == "old" else None,
+        anchor=anchor,
+        sequence_ids=sequences,
+        top_k_ids=of_tokens("top_k_ids"),
+        top_k_behavior_logp=of_tokens("top_k_sampling_logps"),
     )
-    return Scored(loss, sampled, weight, entropy)
+    loss, logp, entropy, weight = model(input_ids=ids[:, :-1], scored=ScoredTokens(places[:, 1:], objective, tokens))
+    in_one_row = replace(tokens, sequence_ids=None)
+    return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0))
 
 
 def score_plain(scores: Scores, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor) -> Scored:
