@@ -21,7 +21,7 @@ from trl.kernels import ChunkedLogProbFunction
 from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
 from benchmarks import measure, tables
-from drpo import TokenBatch, make_objective
+from drpo import PackedTokens, make_objective
 from drpo.kernels import fused_policy_loss
 from drpo.kernels.lm_head import workspace
 from drpo.kernels.reference import reference_policy_loss
@@ -61,7 +61,7 @@ class Tensors:
 
     hidden: Tensor
     weight: Tensor
-    tokens: dict[str, Tensor]
+    tokens: PackedTokens
 
     @classmethod
     def of(cls, shape: Shape) -> Tensors:
@@ -72,12 +72,12 @@ class Tensors:
         token_ids = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
         with torch.no_grad():
             logp = ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, 1.0, TRL_VOCABULARY_CHUNK)[0]
-        tokens = {
-            "token_ids": token_ids,
-            "behavior_logp": (logp.float() + 0.1 * torch.randn_like(logp, dtype=torch.float32)).clamp(max=0),
-            "advantage": torch.randn(shape.tokens, device=device),
-            "scale": torch.full((shape.tokens,), 1 / shape.tokens, device=device),
-        }
+        tokens = PackedTokens(
+            token_ids=token_ids,
+            behavior_logp=(logp.float() + 0.1 * torch.randn_like(logp, dtype=torch.float32)).clamp(max=0),
+            advantage=torch.randn(shape.tokens, device=device),
+            scale=torch.full((shape.tokens,), 1 / shape.tokens, device=device),
+        )
         return cls(hidden.requires_grad_(), weight.requires_grad_(), tokens)
 
     def backward(self, loss: Tensor) -> None:
@@ -85,13 +85,7 @@ class Tensors:
         loss.backward()
 
     def loss_of(self, logp: Tensor) -> Tensor:
-        batch = TokenBatch(
-            logp=logp.unsqueeze(0),
-            behavior_logp=self.tokens["behavior_logp"].unsqueeze(0),
-            advantage=self.tokens["advantage"].unsqueeze(0),
-            mask=torch.ones_like(logp, dtype=torch.bool).unsqueeze(0),
-        )
-        return (self.tokens["scale"] * OBJECTIVE.loss(batch)).sum()
+        return (self.tokens.scale * OBJECTIVE.loss(self.tokens.batch(logp))).sum()
 
 
 def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
@@ -106,13 +100,13 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         torch.mm(logits.t(), hidden, out=by_weight)
 
     def drpo() -> None:
-        given.backward(fused_policy_loss(hidden, weight, objective=OBJECTIVE, **tokens).loss)
+        given.backward(fused_policy_loss(hidden, weight, tokens, OBJECTIVE).loss)
 
     def pytorch() -> None:
-        given.backward(reference_policy_loss(hidden, weight, objective=OBJECTIVE, **tokens).loss)
+        given.backward(reference_policy_loss(hidden, weight, tokens, OBJECTIVE).loss)
 
     def trl() -> None:
-        arguments = (hidden, weight, None, tokens["token_ids"], 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ("entropy",))
+        arguments = (hidden, weight, None, tokens.token_ids, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ("entropy",))
         given.backward(given.loss_of(ChunkedLogProbFunction.apply(*arguments)[0]))
 
     liger_loss = LigerFusedLinearGRPOLoss(
@@ -123,9 +117,7 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         return tensor.view(-1, SEQUENCE, *tensor.shape[1:])
 
     def liger() -> None:
-        ids, behavior_logp, advantage = (
-            in_sequences(tokens[name]) for name in ("token_ids", "behavior_logp", "advantage")
-        )
+        ids, behavior_logp, advantage = map(in_sequences, (tokens.token_ids, tokens.behavior_logp, tokens.advantage))
         loss, _ = liger_loss(
             in_sequences(hidden),
             weight,
@@ -140,10 +132,10 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         from cut_cross_entropy import linear_cross_entropy as cut
 
         impl = "cce" if torch.cuda.is_available() else "torch_compile"
-        given.backward(given.loss_of(-cut(hidden, weight, tokens["token_ids"], reduction="none", impl=impl)))
+        given.backward(given.loss_of(-cut(hidden, weight, tokens.token_ids, reduction="none", impl=impl)))
 
     def verl() -> None:
-        logp, _ = linear_cross_entropy(hidden, weight, tokens["token_ids"], 1.0, "none")
+        logp, _ = linear_cross_entropy(hidden, weight, tokens.token_ids, 1.0, "none")
         given.backward(given.loss_of(logp))
 
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,14 @@ def tokens(prob: list[float], behavior_prob: list[float], advantage: list[float]
     return TokenBatch(logp=logp, behavior_logp=behavior_logp, advantage=advantages, mask=torch.ones_like(logp))
 
 
+def anchored_tokens(
+    prob: list[float], old_prob: list[float], behavior_prob: list[float], advantage: list[float]
+) -> TokenBatch:
+    """The same, with their ratio taken against π_old."""
+    old_logp = torch.tensor([old_prob], dtype=torch.float64).log()
+    return replace(tokens(prob, behavior_prob, advantage), old_logp=old_logp, anchor="old")
+
+
 def one_token(prob: float, behavior_prob: float, advantage: float) -> TokenBatch:
     return tokens([prob], [behavior_prob], [advantage])
 
@@ -83,7 +92,7 @@ def random_tensors(
     logp = (behavior_logp + spread * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(max=-1e-3)
     advantage = torch.where(uniform() < 1 / 7, 0.0, torch.randn(shape, generator=generator, dtype=torch.float64))
     mask = uniform() > 1 / 3
-    sampler_logp = (behavior_logp + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(max=-1e-3)
+    old_logp = (behavior_logp + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(max=-1e-3)
     is_sampled = torch.zeros((*shape, 3), dtype=torch.bool)
     is_sampled[..., 0] = uniform() < 0.5
 
@@ -94,8 +103,8 @@ def random_tensors(
         return torch.where(is_sampled, sampled.unsqueeze(2), others[..., :3])
 
     topk = TopK(over_support(logp), over_support(behavior_logp), is_sampled)
-    logp, behavior_logp, sampler_logp, advantage = (
-        torch.where(mask, t, torch.nan).to(dtype) for t in (logp, behavior_logp, sampler_logp, advantage)
+    logp, behavior_logp, old_logp, advantage = (
+        torch.where(mask, t, torch.nan).to(dtype) for t in (logp, behavior_logp, old_logp, advantage)
     )
     topk_logp, topk_behavior_logp = (
         torch.where(mask.unsqueeze(2), t, torch.nan).to(dtype) for t in (topk.logp, topk.behavior_logp)
@@ -105,9 +114,14 @@ def random_tensors(
         "behavior_logp": behavior_logp,
         "advantage": advantage,
         "mask": mask,
-        "sampler_logp": sampler_logp,
+        "old_logp": old_logp,
         "topk": TopK(topk_logp.requires_grad_(), topk_behavior_logp, is_sampled),
     }
+
+
+def batch_of(objective: Objective, given: dict[str, Any]) -> TokenBatch:
+    """Anchored on the sampler, or on the old policy for an objective that weighs by π_old/μ."""
+    return TokenBatch(**given, anchor="old" if objective.corrects_mismatch else "sampler")
 
 
 def gradients(loss: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -120,9 +134,11 @@ def gradients(loss: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def indexed(given: dict[str, Any], index: Any) -> dict[str, Any]:
-    """What TokenBatch takes, at some of its places; ``sampler_logp`` and ``topk`` too."""
+    """What TokenBatch takes, at some of its places; ``old_logp`` and ``topk`` too."""
 
     def at(value: Any) -> Any:
+        if isinstance(value, str):
+            return value
         return TopK(*(tensor[index] for tensor in vars(value).values())) if isinstance(value, TopK) else value[index]
 
     return {name: at(value) for name, value in given.items()}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, gradients, indexed, random_tensors
-from drpo import OBJECTIVES, Counts, Objective, TokenBatch, aggregate, make_objective, token_scale
+from builders import TIGHT, batch_of, gradients, indexed, random_tensors
+from drpo import OBJECTIVES, Counts, Objective, aggregate, make_objective, token_scale
 from drpo.aggregation import Aggregation
 from drpo.tokens import TopK
 
@@ -101,7 +101,8 @@ def _gradient(objective: Objective, mode: Aggregation, rows: Tensor, rows_a_batc
         if padding == "left":
             column = column - (width - length)
         mask = (column >= 0) & (column < length)
-        batch = TokenBatch(**indexed(sequences, (batch_rows.unsqueeze(1), column.clamp(0))), mask=mask)
+        given = indexed(sequences, (batch_rows.unsqueeze(1), column.clamp(0)))
+        batch = batch_of(objective, {**given, "mask": mask})
         total = total + aggregate(objective.loss(batch), mask, mode, counts=counts, horizon=HORIZON.get(mode))
     of_sampled, of_others = gradients(total, sequences)
     return torch.cat([of_sampled.unsqueeze(2), of_others], dim=2)

@@ -72,7 +72,7 @@ def test_quantiles_lie_between_the_extremes_of_their_tokens(seed: int, dtype: to
         metrics.update(part, torch.ones_like(part.ratio))
     found = metrics.compute().scalars
     divergence, mu, advantage = (
-        t.detach()[batch.mask] for t in (batch.shift.abs(), batch.behavior_prob, batch.advantage)
+        t.detach()[batch.mask] for t in (batch.shift.abs(), batch.anchor_prob, batch.advantage)
     )
     lows = dict(zip(BUCKETS, (-1.0, *BUCKETS.values()), strict=False))
     groups = {"positive": advantage > 0, "negative": advantage < 0}

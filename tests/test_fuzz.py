@@ -32,7 +32,7 @@ class Tokens:
     a: Array
     mask: NDArray[np.bool_]
     r_sampler: Array
-    """π_old/μ: what the anchor and the sampler differ by."""
+    """π_old/μ, where ``behavior_logp`` is the anchor's, π_old."""
     topk_pi: Array
     topk_mu: Array
     is_sampled: NDArray[np.bool_]
@@ -478,7 +478,10 @@ def test_loss_weight_and_gradient_are_finite_and_match_an_independent_reference(
         is_sampled,
     )
     topk.logp.requires_grad_()
-    batch = TokenBatch(leaf, given_behavior, given_advantage, counts, given_sampler, topk)
+    if OBJECTIVES[name].corrects_mismatch:
+        batch = TokenBatch(leaf, given_sampler, given_advantage, counts, given_behavior, "old", topk)
+    else:
+        batch = TokenBatch(leaf, given_behavior, given_advantage, counts, given_sampler, "sampler", topk)
     assert batch.topk is not None
     objective = make_objective(name, **hyperparameters)
     loss = aggregate(objective.loss(batch), batch.mask, mode, horizon=horizon if mode.endswith("norm") else None)  # type: ignore[arg-type]

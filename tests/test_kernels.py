@@ -18,7 +18,7 @@ from drpo.kernels import fused_policy_loss
 from drpo.kernels.logits import LogitTransform
 from drpo.kernels.reference import reference_policy_loss
 from drpo.kernels.softmax import _differentiate_blocks
-from support.fused import LEAVES, case, differentiated, relative_error
+from support.fused import LEAVES, called, case, differentiated, relative_error
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def chunks_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("chunks_of_ten")
 def test_it_equals_the_reference_in_fp64(name: str, tight: bool, softcap: float | None) -> None:
     for seed in range(3):
-        given = {**case(seed), "objective": objective_of(name, tight), "softcap": softcap}
+        objective = objective_of(name, tight)
+        anchor = "old" if objective.corrects_mismatch else "sampler"
+        given = {**case(seed), "objective": objective, "anchor": anchor, "softcap": softcap}
         fused, reference = (differentiated(f, given) for f in (fused_policy_loss, reference_policy_loss))
         for what, expected in reference.items():
             atol = 1e-12 * expected.abs().max().item()
@@ -95,7 +97,7 @@ def test_it_passes_gradcheck(name: str, softcap: float | None) -> None:
     leaves = [given.pop(name).requires_grad_() for name in LEAVES]
 
     def loss(*leaves: Tensor) -> Tensor:
-        return fused_policy_loss(**dict(zip(LEAVES, leaves, strict=True)), **given).loss
+        return called(fused_policy_loss, {**dict(zip(LEAVES, leaves, strict=True)), **given}).loss
 
     assert torch.autograd.gradcheck(loss, leaves)
 
@@ -110,7 +112,7 @@ def products(given: dict[str, Any], **needs: bool) -> float:
     vocabulary = len(given["lm_head_weight"])
     leaves = {name: given[name].clone().requires_grad_(needs.get(name, True)) for name in LEAVES[:2]}
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops_of_addmm}) as counter:
-        loss = fused_policy_loss(**{**given, **leaves, "bias": None}).loss
+        loss = called(fused_policy_loss, {**given, **leaves, "bias": None}).loss
         if loss.requires_grad:
             loss.backward()
     return counter.get_total_flops() / (2 * tokens * width * vocabulary)
@@ -131,7 +133,7 @@ def products(given: dict[str, Any], **needs: bool) -> float:
 def test_it_takes_the_least_products(name: str, needs: dict[str, bool], expected: int) -> None:
     given = {**case(0), "objective": make_objective(name)}
     given["advantage"] = torch.ones_like(given["advantage"])
-    given["behavior_logp"] = None if name == "gspo" else given["behavior_logp"]
+    given |= {"anchor": "old", "old_logp": None} if name == "gspo" else {}
     assert products(given, **needs) == pytest.approx(expected)
 
 
@@ -173,8 +175,8 @@ def test_no_tokens_are_a_zero_that_can_be_differentiated(name: str) -> None:
     assert all((result[f"by {leaf}"] == 0).all() for leaf in LEAVES)
 
 
-def test_without_behavior_log_probs_the_policy_is_its_own_anchor() -> None:
-    given = {**case(0), "objective": make_objective("pg"), "behavior_logp": None}
+def test_without_old_log_probs_the_policy_is_its_own_anchor() -> None:
+    given = {**case(0), "objective": make_objective("pg"), "anchor": "old", "old_logp": None}
     result = differentiated(fused_policy_loss, given)
     # The surrogate at r = 1 is −Σ scale · A.
     assert result["loss"].item() == pytest.approx(-(given["scale"] * given["advantage"]).sum().item())
@@ -203,7 +205,7 @@ def test_under_autocast_gradients_come_in_the_dtype_of_their_tensors() -> None:
 def test_a_second_backward_gives_the_same_gradients() -> None:
     given = {**case(0), "objective": make_objective("drpo")}
     hidden = given["hidden"].requires_grad_()
-    loss = fused_policy_loss(**given).loss
+    loss = called(fused_policy_loss, given).loss
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert first.abs().sum() > 0
@@ -236,12 +238,12 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fused_policy_loss(**{**case(0), "objective": make_objective("drpo"), **change})
+        called(fused_policy_loss, {**case(0), "objective": make_objective("drpo"), **change})
 
 
 def test_an_objective_is_an_objective() -> None:
     with pytest.raises(TypeError, match=r"objective is 'drpo'; expected an Objective, as drpo\.make_objective makes"):
-        fused_policy_loss(**{**case(0), "objective": "drpo"})
+        called(fused_policy_loss, {**case(0), "objective": "drpo"})
 
 
 @pytest.mark.usefixtures("chunks_of_ten")
@@ -249,7 +251,7 @@ def test_inference_mode_leaves_nothing_behind_that_training_trips_over() -> None
     drpo.kernels.lm_head.workspace.cache_clear()
     given = {**case(0), "objective": make_objective("drpo")}
     with torch.inference_mode():
-        seen = fused_policy_loss(**given)
+        seen = called(fused_policy_loss, given)
     torch.testing.assert_close(differentiated(fused_policy_loss, given)["logp"], seen.logp, rtol=0, atol=0)
 
 
@@ -257,7 +259,7 @@ def test_where_nothing_is_differentiated_the_head_is_the_only_product() -> None:
     given = {**case(0), "objective": make_objective("drpo")}
     given["hidden"].requires_grad_()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fused_policy_loss(**given)
+        called(fused_policy_loss, given)
     assert counter.get_total_flops() == 2 * 37 * 16 * 101
 
 
@@ -265,7 +267,7 @@ def test_a_graph_of_the_gradient_is_refused() -> None:
     given = {**case(0), "objective": make_objective("drpo")}
     hidden = given["hidden"].requires_grad_()
     with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(fused_policy_loss(**given).loss, hidden, create_graph=True)
+        torch.autograd.grad(called(fused_policy_loss, given).loss, hidden, create_graph=True)
 
 
 def test_the_scale_of_a_loss_keeps_fp16_gradients_within_their_range() -> None:
@@ -275,7 +277,7 @@ def test_the_scale_of_a_loss_keeps_fp16_gradients_within_their_range() -> None:
     gradients = []
     for function, dtype in ((fused_policy_loss, torch.float16), (reference_policy_loss, torch.float64)):
         leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in ("hidden", "lm_head_weight")}
-        (function(**{**given, **leaves}).loss * 2**16).backward()
+        (called(function, {**given, **leaves}).loss * 2**16).backward()
         gradients.append([leaf.grad.double() for leaf in leaves.values() if leaf.grad is not None])
     for fused, reference in zip(*gradients, strict=True):
         assert (fused - reference).norm() < 0.01 * reference.norm()
@@ -294,7 +296,7 @@ def test_fp16_gradients_of_the_head_add_up_beyond_the_range_of_their_terms() -> 
     weights = {}
     for function, dtype in ((fused_policy_loss, torch.float16), (reference_policy_loss, torch.float64)):
         weight = torch.zeros(vocabulary, width, dtype=dtype, requires_grad=True)
-        function(hidden=hidden.to(dtype), lm_head_weight=weight, **given).loss.backward()
+        called(function, {**given, "hidden": hidden.to(dtype), "lm_head_weight": weight}).loss.backward()
         assert weight.grad is not None
         weights[dtype] = weight.grad.double()
     torch.testing.assert_close(weights[torch.float16], weights[torch.float64], rtol=2e-3, atol=1e-3)

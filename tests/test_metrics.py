@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, indexed, one_token, random_tensors, tokens
+from builders import TIGHT, batch_of, indexed, one_token, random_tensors, tokens
 from drpo import OBJECTIVES, TokenBatch, TrustRegion, TrustRegionMetrics, make_objective
 from drpo.metrics.histograms import (
     DIVERGENCE_EDGES,
@@ -202,8 +202,8 @@ def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("rows_a_batch", [1, 2, 5])
 def test_micro_batches_combine_to_the_whole(rows_a_batch: int, name: str) -> None:
-    batch = TokenBatch(**random_tensors(seed=6, shape=(12, 9)))
     objective = make_objective(name, **TIGHT[name])
+    batch = batch_of(objective, random_tensors(seed=6, shape=(12, 9)))
     metrics = TrustRegionMetrics()
     for start in range(0, 12, rows_a_batch):
         part = rows_of(batch, slice(start, start + rows_a_batch))

@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import EVERY, TIGHT, FrozenStops, gradients, objective_of, one_token, random_tensors, tokens
+from builders import (
+    EVERY,
+    TIGHT,
+    FrozenStops,
+    anchored_tokens,
+    batch_of,
+    gradients,
+    objective_of,
+    one_token,
+    random_tensors,
+    tokens,
+)
 from drpo import OBJECTIVES, TokenBatch, aggregate, make_objective
 from drpo.aggregation import Aggregation
 from drpo.objectives import (
@@ -62,7 +73,7 @@ def test_the_gradient_is_minus_advantage_times_ratio_times_weight(name: str, spr
     objective = objective_of(name, tight)
     for seed in range(20):
         given = random_tensors(seed, spread=spread)
-        batch = TokenBatch(**given)
+        batch = batch_of(objective, given)
         gradient, others = gradients(objective.loss(batch), given)
         ratio, weight = batch.ratio.detach(), objective.gradient_weight(batch)
         # A weight near 0 is a difference of terms and keeps fewer digits than they have.
@@ -92,7 +103,8 @@ def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> No
         def batch(
             logp: Tensor, topk_logp: Tensor, mask: Tensor = mask, given: Any = given, topk: TopK = topk
         ) -> TokenBatch:
-            return TokenBatch(logp=logp, mask=mask, topk=TopK(topk_logp, topk.behavior_logp, topk.is_sampled), **given)
+            topk = TopK(topk_logp, topk.behavior_logp, topk.is_sampled)
+            return batch_of(objective, {**given, "logp": logp, "mask": mask, "topk": topk})
 
         def weight(step: float, batch: Any = batch, logp: Tensor = logp, topk: TopK = topk) -> Tensor:
             return objective.gradient_weight(batch(logp + step, topk.logp.detach() + step * topk.is_sampled))
@@ -444,8 +456,7 @@ def test_the_expectation_of_drpo_topk_over_a_whole_vocabulary_is_that_of_drpo(to
 def test_corrections_are_those_worked_by_hand(
     name: str, sampler: list[float], expected: dict[str, list[float]]
 ) -> None:
-    t = tokens(prob=[0.5, 0.5], behavior_prob=[0.6, 0.6], advantage=[1.0, 1.0])
-    t = dataclasses.replace(t, sampler_logp=torch.tensor([sampler], dtype=torch.float64).log())
+    t = anchored_tokens(prob=[0.5, 0.5], old_prob=[0.6, 0.6], behavior_prob=sampler, advantage=[1.0, 1.0])
     correction = make_correction(name)
     assert correction.weight(t)[0].tolist() == pytest.approx(expected[name])
     corrected, plain = Corrected(PPO(), correction), PPO()
@@ -459,16 +470,15 @@ def test_corrections_are_those_worked_by_hand(
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_correction_of_policies_far_apart_is_finite(name: str, distance: float) -> None:
     logp = torch.full((1, 64), -600.0)
-    behavior, sampler = (logp, logp + 600) if distance < 0 else (logp + 600, logp)
-    t = TokenBatch(behavior, behavior, torch.ones(1), torch.ones(1, 64), sampler_logp=sampler)
+    old, sampler = (logp, logp + 600) if distance < 0 else (logp + 600, logp)
+    t = TokenBatch(old, sampler, torch.ones(1), torch.ones(1, 64), old_logp=old, anchor="old")
     weight = make_correction(name).weight(t)
     assert ((weight >= 0) & (weight <= 2)).all()
 
 
 def test_icepop_weighs_by_the_mismatch_and_drops_what_is_out_of_range() -> None:
     # r = 1, π_old/μ = 1.5, 6 (above 5) and 0.4 (below 0.5); L = −1.5 · 1 · 2
-    t = tokens(prob=[0.6, 0.6, 0.2], behavior_prob=[0.6, 0.6, 0.2], advantage=[2.0, 2.0, 2.0])
-    t = dataclasses.replace(t, sampler_logp=torch.tensor([[0.4, 0.1, 0.5]], dtype=torch.float64).log())
+    t = anchored_tokens([0.6, 0.6, 0.2], old_prob=[0.6, 0.6, 0.2], behavior_prob=[0.4, 0.1, 0.5], advantage=[2.0] * 3)
     assert IcePop().gradient_weight(t)[0].tolist() == pytest.approx([1.5, 0, 0])
     assert IcePop().loss(t)[0].tolist() == pytest.approx([-3, 0, 0])
 
@@ -479,8 +489,8 @@ def test_a_top_k_objective_without_a_support_says_what_is_missing(name: str) -> 
         make_objective(name).loss(one_token(0.6, 0.4, 1.0))
 
 
-def test_a_correction_without_the_sampler_says_what_is_missing() -> None:
-    with pytest.raises(ValueError, match="sampler_logp is missing"):
+def test_a_correction_of_a_ratio_against_the_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match="anchor is 'sampler'; a correction by π_old/μ needs anchor 'old'"):
         IcePop().loss(one_token(0.6, 0.4, 1.0))
 
 
@@ -491,8 +501,9 @@ def test_a_correction_on_top_of_a_correction_is_refused() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_masked_token_has_no_loss(name: str) -> None:
-    batch = TokenBatch(**random_tensors(seed=2))
-    loss = make_objective(name, **TIGHT[name]).loss(batch)
+    objective = make_objective(name, **TIGHT[name])
+    batch = batch_of(objective, random_tensors(seed=2))
+    loss = objective.loss(batch)
     assert (loss[~batch.mask] == 0).all()
     assert (loss[batch.mask & (batch.advantage != 0)] != 0).any()
 
@@ -584,7 +595,7 @@ def test_loss_gradient_and_weight_are_finite_in_fp32_with_any_hyperparameter(
         return
     for spread in (1e-3, 0.5, 15.0, 1000.0):
         given = random_tensors(seed=1, spread=spread, dtype=torch.float32)
-        batch = TokenBatch(**given)
+        batch = batch_of(objective, given)
         loss = objective.loss(batch)
         for tensor in (loss, *gradients(loss, given), objective.gradient_weight(batch)):
             assert tensor.isfinite().all()
@@ -632,12 +643,12 @@ def test_over_sequences_says_whether_a_token_depends_on_the_others_of_its_row(na
     depends = False
     for seed in range(20):
         given = random_tensors(seed, spread=0.3)
-        whole = objective.coefficient(TokenBatch(**given))
+        whole = objective.coefficient(batch_of(objective, given))
         alone = torch.zeros_like(whole)
         for column in range(whole.shape[1]):
             given_column = {**given, "mask": given["mask"].clone()}
             given_column["mask"][:, :column] = False
             given_column["mask"][:, column + 1 :] = False
-            alone += objective.coefficient(TokenBatch(**given_column))
+            alone += objective.coefficient(batch_of(objective, given_column))
         depends |= not torch.equal(whole, alone)
     assert depends == objective.over_sequences

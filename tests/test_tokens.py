@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from builders import TIGHT, gradients, one_token, random_tensors
+from builders import TIGHT, anchored_tokens, batch_of, gradients, one_token, random_tensors
 from drpo import OBJECTIVES, TokenBatch, TrustRegionMetrics, aggregate, make_objective
 from drpo.tokens import TopK
 
@@ -51,14 +52,18 @@ def holding(value: float) -> Tensor:
             {"behavior_logp": holding(math.inf)},
             r"behavior_logp is inf at \[1, 2\], .*mask tokens the sampler could not",
         ),
+        ({"old_logp": torch.zeros(2, 4)}, r"old_logp has shape \(2, 4\); expected \(2, 3\), like logp"),
+        ({"old_logp": holding(math.nan)}, r"old_logp is nan at \[1, 2\], a token that counts"),
+        ({"anchor": "old"}, "old_logp is missing; expected π_old's log-probs"),
+        ({"anchor": "olt"}, "unknown anchor 'olt'; did you mean 'old'"),
         ({"advantage": holding(math.nan)}, r"advantage is nan at \[1, 2\], a token that counts; expected a finite num"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused_with_what_got_and_expected(
-    replaced: dict[str, Tensor], message: str
+    replaced: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenBatch(**tensors(**replaced))
+        TokenBatch(**(tensors() | replaced))
 
 
 def test_a_log_probability_may_exceed_zero_by_a_rounding_error() -> None:
@@ -103,8 +108,9 @@ def test_what_masked_positions_hold_changes_neither_loss_nor_gradient(name: str,
         given["logp"].requires_grad_()
         of_support = [torch.where(mask.unsqueeze(2), t.detach(), filler) for t in (topk.logp, topk.behavior_logp)]
         given["topk"] = TopK(of_support[0].requires_grad_(), of_support[1], topk.is_sampled)
-        batch = TokenBatch(**given, mask=mask)
-        loss = aggregate(make_objective(name, **TIGHT[name]).loss(batch), batch.mask)
+        objective = make_objective(name, **TIGHT[name])
+        batch = batch_of(objective, {**given, "mask": mask})
+        loss = aggregate(objective.loss(batch), batch.mask)
         of_sampled, of_others = gradients(loss, given)
         gradient = torch.cat([of_sampled.unsqueeze(2), of_others], dim=2)
         assert (gradient[~mask] == 0).all()
@@ -131,14 +137,14 @@ def test_the_log_ratio_is_bounded_at_twenty_and_its_gradient_passes_through(dist
 
 def test_behavior_log_probs_and_advantages_get_no_gradient() -> None:
     given = tensors(logp=torch.full((2, 3), -1.0, requires_grad=True))
-    given["sampler_logp"] = given["behavior_logp"].clone()
-    for name in ("behavior_logp", "advantage", "sampler_logp"):
+    given["old_logp"] = given["behavior_logp"].clone()
+    for name in ("behavior_logp", "advantage", "old_logp"):
         given[name].requires_grad_()
     wide = torch.full((2, 3, 2), -1.0, requires_grad=True)
     batch = TokenBatch(**given, topk=TopK(wide, wide.clone(), torch.zeros(2, 3, 2)))
     assert batch.logp.requires_grad
     assert batch.support.logp.requires_grad
-    for tensor in (batch.behavior_logp, batch.advantage, batch.sampler_logp, batch.support.behavior_logp):
+    for tensor in (batch.behavior_logp, batch.advantage, batch.old_logp, batch.support.behavior_logp):
         assert tensor is not None
         assert not tensor.requires_grad
 
@@ -158,12 +164,37 @@ def test_a_support_that_does_not_fit_is_refused(replaced: dict[str, Tensor], mes
         TokenBatch(**tensors(), topk=TopK(**{**valid, **replaced}))
 
 
-def test_ratio_behavior_prob_and_shift_are_those_of_the_probabilities() -> None:
+def test_ratio_anchor_prob_and_shift_are_those_of_the_probabilities() -> None:
     batch = one_token(prob=0.6, behavior_prob=0.4, advantage=2.0)
     # r = 0.6 / 0.4; π − μ = 0.6 − 0.4
     assert batch.ratio.item() == pytest.approx(1.5)
-    assert batch.behavior_prob.item() == pytest.approx(0.4)
+    assert batch.anchor_prob.item() == pytest.approx(0.4)
     assert batch.shift.item() == pytest.approx(0.2)
+
+
+def test_what_is_measured_from_the_anchor_follows_it() -> None:
+    batch = anchored_tokens(prob=[0.6], old_prob=[0.5], behavior_prob=[0.4], advantage=[2.0])
+    for t, ratio, prob, shift in ((batch, 1.2, 0.5, 0.1), (batch.against("sampler"), 1.5, 0.4, 0.2)):
+        assert t.ratio.item() == pytest.approx(ratio)
+        assert t.anchor_prob.item() == pytest.approx(prob)
+        assert t.shift.item() == pytest.approx(shift)
+        assert t.excess.item() == pytest.approx(ratio - 1)
+        # log (1 − π)/(1 − anchor)
+        assert t.others_log_ratio.item() == pytest.approx(math.log(0.4 / (1 - prob)))
+        assert t.behavior_logp.exp().item() == pytest.approx(0.4)
+    assert batch.against("old") is batch
+    # log ρ = log(π_old / μ)
+    assert batch.mismatch_log_ratio.item() == pytest.approx(math.log(0.5 / 0.4))
+
+
+def test_the_trust_region_is_measured_from_the_sampler_whatever_the_anchor() -> None:
+    scalars = []
+    for anchor in ("sampler", "old"):
+        metrics = TrustRegionMetrics()
+        batch = TokenBatch(**random_tensors(seed=3), anchor=anchor)
+        metrics.update(batch, torch.ones_like(batch.logp))
+        scalars.append(metrics.compute().scalars)
+    assert scalars[0] == scalars[1]
 
 
 def test_shift_keeps_its_precision_in_fp32_where_the_policies_nearly_agree() -> None:
@@ -179,10 +210,10 @@ def test_reading_a_batch_without_gradient_first_does_not_lose_the_gradient(name:
 
     def gradient(read_first: bool) -> Tensor:
         given = random_tensors(seed=1)
-        batch = TokenBatch(**given)
+        batch = batch_of(objective, given)
         if read_first:
             with torch.no_grad():
-                batch.ratio, batch.behavior_prob, batch.shift  # noqa: B018
+                batch.ratio, batch.anchor_prob, batch.shift  # noqa: B018
                 TrustRegionMetrics().update(batch, objective.gradient_weight(batch))
         return torch.autograd.grad(objective.loss(batch).sum(), given["logp"])[0]
 

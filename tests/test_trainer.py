@@ -63,8 +63,8 @@ class TestAnchor:
             assert rollout[0]["batch"].log_ratio.abs().max() < 1e-5 < rollout[1]["batch"].log_ratio.abs().max()
             for update in rollout:
                 mask, batch = update["completion_mask"].bool(), update["batch"]
-                assert torch.equal(batch.behavior_logp.squeeze(0), update["old_per_token_logps"][mask])
-                assert torch.equal(batch.sampler_logp.squeeze(0), update["sampling_per_token_logps"][mask])
+                assert torch.equal(batch.anchor_logp.squeeze(0), update["old_per_token_logps"][mask])
+                assert torch.equal(batch.behavior_logp.squeeze(0), update["sampling_per_token_logps"][mask])
         # The made-up sampler is another policy, and how far π is from that one is what is measured.
         assert trainer.state.log_history[0]["divergence/mean"] > 0.1
 

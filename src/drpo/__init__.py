@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drpo.advantage import group_advantage
     from drpo.aggregation import Counts, aggregate, token_scale
-    from drpo.kernels import FusedLoss, fused_policy_loss
+    from drpo.kernels import FusedLoss, PackedTokens, fused_policy_loss
     from drpo.metrics import TrustRegion, TrustRegionMetrics
     from drpo.objectives import CORRECTIONS, OBJECTIVES, Corrected, Objective, make_correction, make_objective
     from drpo.tokens import TokenBatch, TopK
@@ -24,6 +24,7 @@ __all__ = [
     "DRPOTrainer",
     "FusedLoss",
     "Objective",
+    "PackedTokens",
     "TokenBatch",
     "TopK",
     "TrustRegion",
@@ -39,7 +40,7 @@ __all__ = [
 _MODULES = {
     "advantage": ("group_advantage",),
     "aggregation": ("Counts", "aggregate", "token_scale"),
-    "kernels": ("FusedLoss", "fused_policy_loss"),
+    "kernels": ("FusedLoss", "PackedTokens", "fused_policy_loss"),
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
     "objectives": ("CORRECTIONS", "OBJECTIVES", "Corrected", "Objective", "make_correction", "make_objective"),
     "tokens": ("TokenBatch", "TopK"),

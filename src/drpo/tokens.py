@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
+
+from drpo.registry import unknown_name
+
+Anchor = Literal["sampler", "old"]
+"""What a ratio is taken against: the sampler's own log-probs (μ), or the trainer's when the rollout began (π_old)."""
 
 LOG_RATIO_BOUND = 20.0
 """|log π − log μ| is bounded here before it is exponentiated: e^20 is about 5e8."""
@@ -36,33 +42,33 @@ class TokenBatch:
 
     Args:
         logp: [B, T], log π of each sampled token under the policy being trained, in nats.
-        behavior_logp: [B, T], log μ of the same tokens under the policy that the ratio is taken
-            against: as the sampler recorded them, or, for an objective anchored on it, of the
-            trainer's own policy when the rollout began. Gets no gradient.
+        behavior_logp: [B, T], log μ of the same tokens, as the sampler recorded them; gets no gradient.
         advantage: [B, T], or [B] for one value a sequence; gets no gradient.
         mask: [B, T], true or 1 at tokens that count. Whatever the other tensors hold elsewhere,
             inf and NaN included, reaches neither a loss nor a gradient.
-        sampler_logp: [B, T], where ``behavior_logp`` is not the sampler's: the log-probs that the
-            sampler recorded. Only corrections of the mismatch between the two read it.
+        old_logp: [B, T], log π_old of the same tokens under the trainer's own policy when the
+            rollout began; gets no gradient. Needed where it is the anchor.
+        anchor: what the ratio is taken against, ``sampler`` (μ) or ``old`` (π_old).
         topk: the sampler's likeliest tokens, for objectives that look beyond the sampled one.
 
     Everything is computed in fp32, or in fp64 if log-probs come in fp64.
 
     Attributes:
-        log_ratio: [B, T], log r = log π − log μ, its value bounded at ±20. The gradient passes
+        log_ratio: [B, T], log r = log π − log μ (log π_old where that is the anchor), its value bounded at ±20. The gradient passes
             through the bound, so that ∂r/∂log π = r at every token and an objective that pulls
             back still pulls back a token that has run away.
 
     Raises:
-        ValueError: a shape that does not fit, or a value at a counted token that is not finite or
-            not a log-probability.
+        ValueError: a shape that does not fit, an unknown anchor or one whose log-probs are missing,
+            or a value at a counted token that is not finite or not a log-probability.
     """
 
     logp: Tensor
     behavior_logp: Tensor
     advantage: Tensor
     mask: Tensor
-    sampler_logp: Tensor | None = None
+    old_logp: Tensor | None = None
+    anchor: Anchor = "sampler"
     topk: TopK | None = None
     log_ratio: Tensor = field(init=False)
 
@@ -71,8 +77,12 @@ class TokenBatch:
         if logp.dim() != 2:
             raise ValueError(f"logp has shape {tuple(logp.shape)}; expected two dimensions, [B, T]")
         log_probs = {"logp": logp, "behavior_logp": behavior_logp}
-        if self.sampler_logp is not None:
-            log_probs["sampler_logp"] = self.sampler_logp
+        if self.old_logp is not None:
+            log_probs["old_logp"] = self.old_logp
+        if self.anchor not in get_args(Anchor):
+            raise ValueError(unknown_name("anchor", self.anchor, get_args(Anchor)))
+        if self.anchor == "old" and self.old_logp is None:
+            raise ValueError("old_logp is missing; expected π_old's log-probs, [B, T], since anchor is 'old'")
         for name, tensor in (*log_probs.items(), ("mask", mask)):
             if tensor.shape != logp.shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(logp.shape)}, like logp")
@@ -86,7 +96,9 @@ class TokenBatch:
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
 
-        dtype = torch.promote_types(torch.promote_types(logp.dtype, behavior_logp.dtype), torch.float32)
+        dtype = torch.float32
+        for tensor in log_probs.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
         mask = mask.bool()
         # Mask before any arithmetic: exp of a padding difference is inf, and inf * 0 is NaN in the gradient.
         checked = {
@@ -94,7 +106,7 @@ class TokenBatch:
             for name, tensor in {**log_probs, "advantage": advantage}.items()
         }
         _check_values(checked)
-        difference = checked["logp"] - checked["behavior_logp"]
+        difference = checked["logp"] - checked["old_logp" if self.anchor == "old" else "behavior_logp"]
         bounded = difference.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         log_ratio = bounded + (difference - difference.detach())
         for name, tensor in (*checked.items(), ("mask", mask), ("log_ratio", log_ratio)):
@@ -102,15 +114,27 @@ class TokenBatch:
         if self.topk is not None:
             object.__setattr__(self, "topk", _checked_topk(self.topk, mask, dtype))
 
+    def against(self, anchor: Anchor) -> Self:
+        """The same tokens with their ratio taken against ``anchor``."""
+        return self if anchor == self.anchor else replace(self, anchor=anchor)
+
+    @property
+    def anchor_logp(self) -> Tensor:
+        """Log-probs of the anchor, [B, T]: ``behavior_logp`` or ``old_logp``. Below, μ stands for either."""
+        if self.anchor == "sampler":
+            return self.behavior_logp
+        assert self.old_logp is not None
+        return self.old_logp
+
     @property
     def ratio(self) -> Tensor:
         """r = π/μ, [B, T]."""
         return self.log_ratio.exp()
 
     @property
-    def behavior_prob(self) -> Tensor:
+    def anchor_prob(self) -> Tensor:
         """μ, [B, T]."""
-        return self.behavior_logp.exp()
+        return self.anchor_logp.exp()
 
     @property
     def excess(self) -> Tensor:
@@ -123,12 +147,12 @@ class TokenBatch:
     @property
     def shift(self) -> Tensor:
         """π − μ = μ(r − 1), [B, T], signed."""
-        return self.behavior_prob * self.excess
+        return self.anchor_prob * self.excess
 
     @property
     def others_log_ratio(self) -> Tensor:
         """log of (1 − π)/(1 − μ), of any other token than the sampled one, [B, T]; finite, and without gradient."""
-        return _log_others(self.logp.detach()) - _log_others(self.behavior_logp)
+        return _log_others(self.logp.detach()) - _log_others(self.anchor_logp)
 
     @property
     def length(self) -> Tensor:
@@ -136,15 +160,15 @@ class TokenBatch:
         return self.mask.sum(dim=1, keepdim=True).clamp(min=1).to(self.log_ratio.dtype)
 
     @property
-    def sampler_log_ratio(self) -> Tensor:
-        """log of π_old/μ, [B, T]: what ``behavior_logp`` and ``sampler_logp`` differ by, bounded at ±20.
+    def mismatch_log_ratio(self) -> Tensor:
+        """log ρ = log π_old − log μ, [B, T], bounded at ±20; μ is the sampler's.
 
         Raises:
-            ValueError: there is no ``sampler_logp``.
+            ValueError: the ratio is π/μ, to which ρ has nothing to add.
         """
-        if self.sampler_logp is None:
-            raise ValueError("sampler_logp is missing; a correction of π_old/μ needs the log-probs of the sampler too")
-        return (self.behavior_logp - self.sampler_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        if self.anchor != "old":
+            raise ValueError(f"anchor is {self.anchor!r}; a correction by π_old/μ needs anchor 'old', and old_logp")
+        return (self.anchor_logp - self.behavior_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
     @property
     def support(self) -> TopK:

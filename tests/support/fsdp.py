@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from drpo import make_objective
+from drpo import PackedTokens, make_objective
 from drpo.trainer.fused_head import ScoredTokens, add_policy_loss
 from support.rollouts import load_model
 
@@ -21,12 +21,12 @@ SEQUENCES, LENGTH = 4, 8
 def loss(model: Any, ids: Tensor, advantage: Tensor) -> Tensor:
     """Of all tokens but each sequence's first, each counting as its share of all ranks'."""
     places = torch.ones(len(ids), LENGTH, dtype=torch.bool)
-    tokens = {
-        "token_ids": ids[:, 1:].flatten(),
-        "advantage": advantage.flatten(),
-        "scale": torch.full((ids.shape[0] * LENGTH,), 1 / (SEQUENCES * LENGTH)),
-        "behavior_logp": torch.full((ids.shape[0] * LENGTH,), -3.0),
-    }
+    tokens = PackedTokens(
+        token_ids=ids[:, 1:].flatten(),
+        behavior_logp=torch.full((ids.shape[0] * LENGTH,), -3.0),
+        advantage=advantage.flatten(),
+        scale=torch.full((ids.shape[0] * LENGTH,), 1 / (SEQUENCES * LENGTH)),
+    )
     return model(input_ids=ids[:, :-1], scored=ScoredTokens(places, make_objective("drpo"), tokens)).loss
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drpo.kernels import FusedLoss
+from drpo.kernels import FusedLoss, PackedTokens
 
 HEAD = {"temperature": 0.7, "logit_scale": 1.3}
 
@@ -32,7 +33,7 @@ def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, to
         "bias": bias,
         "token_ids": token_ids,
         "behavior_logp": behavior_logp,
-        "sampler_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
+        "old_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
         "advantage": advantage,
         "scale": torch.rand(tokens, generator=generator, dtype=torch.float64) / max(tokens, 1),
         "sequence_ids": torch.arange(tokens) // 7,
@@ -45,10 +46,17 @@ def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, to
 LEAVES = ("hidden", "lm_head_weight", "bias")
 
 
+def called(function: Any, given: dict[str, Any]) -> FusedLoss:
+    """The function of these arguments, those of the tokens packed."""
+    of_tokens = {field.name for field in fields(PackedTokens)} & given.keys()
+    tokens = PackedTokens(**{name: given[name] for name in of_tokens})
+    return function(tokens=tokens, **{name: value for name, value in given.items() if name not in of_tokens})
+
+
 def differentiated(function: Any, given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Loss, log-probs, entropies and three times the loss's gradients, with states and head in ``dtype``."""
     leaves = {name: given[name].to(dtype, copy=True).requires_grad_() for name in LEAVES if given[name] is not None}
-    result: FusedLoss = function(**{**given, **leaves})
+    result = called(function, {**given, **leaves})
     (3 * result.loss).backward()
     grads = {f"by {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     assert len(grads) == len(leaves)

@@ -13,7 +13,7 @@ from torch import Tensor
 from drpo.inspect.read import Rollouts
 from drpo.metrics import TrustRegionMetrics, effects
 from drpo.objectives import SYMBOLS, Objective, TopKObjective
-from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
+from drpo.tokens import LOG_RATIO_BOUND
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
 """Shares of tokens for which δ is given beside the one asked for."""
@@ -100,14 +100,11 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
     distances = []
     why_not = {name: reason for name, o in objectives.items() if (reason := _why_not(o, rollouts.old_logp is not None))}
     for sequences in rollouts.batches():
-        given = rollouts.padded(sequences)
-        sampled = _against(given, "behavior_logp")
+        sampled = rollouts.padded(sequences)
         total.update(sampled, torch.ones_like(sampled.logp))
         moves_away = sampled.mask & (sampled.advantage * sampled.excess > 0)
         distances.append(sampled.shift.abs()[moves_away])
-        batches = {"sampler": sampled, "old": sampled}
-        if rollouts.old_logp is not None:
-            batches["old"] = _against(given, "old_logp")
+        batches = {"sampler": sampled, "old": sampled if rollouts.old_logp is None else sampled.against("old")}
         for name, objective in objectives.items():
             if name not in why_not:
                 batch = batches[objective.anchor]
@@ -155,11 +152,6 @@ def _remarks(rollouts: Rollouts) -> list[str]:
     return []
 
 
-def _against(given: Mapping[str, Tensor], anchor: str) -> TokenBatch:
-    sampler_logp = given["behavior_logp"] if anchor == "old_logp" else None
-    return TokenBatch(given["logp"], given[anchor], given["advantage"], given["mask"], sampler_logp=sampler_logp)
-
-
 def _why_not(objective: Objective, has_old: bool) -> str:
     if isinstance(objective, TopKObjective):
         return "it needs log-probs of the sampler's likeliest tokens, which the file does not have"
@@ -194,7 +186,7 @@ def _measured_by(rollouts: Rollouts, key: Tensor) -> dict[int, dict[str, float]]
     for value, batches in groupby(rollouts.batches(key), lambda sequences: int(key[sequences[0]])):
         metrics = TrustRegionMetrics()
         for sequences in batches:
-            sampled = _against(rollouts.padded(sequences), "behavior_logp")
+            sampled = rollouts.padded(sequences)
             metrics.update(sampled, torch.ones_like(sampled.logp))
         found[value] = _of_policies(metrics.compute().scalars)
     return found

@@ -18,6 +18,7 @@ from drpo.data.files import converted, records
 from drpo.errors import UserError
 from drpo.inspect.columns import Columns, find_columns
 from drpo.inspect.rows import checked_row
+from drpo.tokens import TokenBatch
 
 NO_ADVANTAGE = 1e-18
 """An advantage of this size counts as 0: what divides by one that is much smaller overflows."""
@@ -71,16 +72,19 @@ class Rollouts:
         if group:
             yield torch.tensor(group)
 
-    def padded(self, sequences: Tensor) -> dict[str, Tensor]:
-        """Some sequences as [B, T]: every tensor that the file has, and the ``mask``."""
+    def padded(self, sequences: Tensor) -> TokenBatch:
+        """Some sequences as [B, T], anchored on the sampler."""
         starts, lengths = self._starts[sequences], self.lengths[sequences]
         position = torch.arange(int(lengths.max()))
         mask = position < lengths.unsqueeze(1)
         places = torch.where(mask, starts.unsqueeze(1) + position, 0)
-        given = {"logp": self.logp, "behavior_logp": self.behavior_logp, "advantage": self.advantage}
-        if self.old_logp is not None:
-            given["old_logp"] = self.old_logp
-        return {**{name: tensor[places] for name, tensor in given.items()}, "mask": mask}
+        return TokenBatch(
+            logp=self.logp[places],
+            behavior_logp=self.behavior_logp[places],
+            advantage=self.advantage[places],
+            mask=mask,
+            old_logp=None if self.old_logp is None else self.old_logp[places],
+        )
 
     @cached_property
     def _starts(self) -> Tensor:

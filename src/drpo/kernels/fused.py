@@ -8,7 +8,6 @@ gradient at once, and the gradients of hidden states and head are ready when the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from drpo.kernels.lm_head import Gradients, Head
 from drpo.kernels.logits import LogitTransform
-from drpo.kernels.packed import FlatTokens
+from drpo.kernels.packed import PackedTokens
 from drpo.kernels.softmax import Rows, differentiate
 from drpo.objectives import Objective, TopKObjective
 
@@ -40,20 +39,13 @@ class FusedLoss(NamedTuple):
 def fused_policy_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    *,
-    token_ids: Tensor,
-    behavior_logp: Tensor | None,
-    advantage: Tensor,
-    scale: Tensor,
+    tokens: PackedTokens,
     objective: Objective,
+    *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    sampler_logp: Tensor | None = None,
-    sequence_ids: Tensor | None = None,
-    top_k_ids: Tensor | None = None,
-    top_k_behavior_logp: Tensor | None = None,
 ) -> FusedLoss:
     """The loss of any objective from hidden states, and its gradient, without ever holding all logits.
 
@@ -66,20 +58,12 @@ def fused_policy_loss(
     Args:
         hidden: [N, D], the body's output at the positions that predict the tokens.
         lm_head_weight: [V, D].
-        token_ids: [N], int64, the tokens sampled there.
-        behavior_logp: [N], their log μ in nats; None where the policy itself is the anchor (r = 1).
-        advantage: [N].
-        scale: [N], the weight of each token's loss in the sum: :func:`drpo.token_scale`, flattened.
+        tokens: the N tokens sampled there.
         objective: any of :data:`drpo.OBJECTIVES`.
         bias: [V], of the head.
         temperature: what logits are divided by.
         logit_scale: what the model multiplies its logits by.
         softcap: z becomes softcap · tanh(z / softcap) before the division by the temperature.
-        sampler_logp: [N], for corrections by π_old/μ.
-        sequence_ids: [N], which sequence each token belongs to, not decreasing; for objectives
-            that look at whole sequences.
-        top_k_ids: [N, K], the sampler's likeliest tokens, for objectives that look at them.
-        top_k_behavior_logp: [N, K], their log μ.
 
     Raises:
         TypeError: an objective that is none.
@@ -88,9 +72,6 @@ def fused_policy_loss(
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective is {objective!r}; expected an Objective, as drpo.make_objective makes")
-    tokens = FlatTokens(
-        token_ids, advantage, scale, behavior_logp, sampler_logp, sequence_ids, top_k_ids, top_k_behavior_logp
-    )
     if hidden.dim() != 2 or len(hidden) != len(tokens):
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; expected ({len(tokens)}, D), as token_ids has")
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != hidden.shape[1]:
@@ -98,34 +79,21 @@ def fused_policy_loss(
             f"lm_head_weight has shape {tuple(lm_head_weight.shape)}; expected (V, {hidden.shape[1]}), as hidden has"
         )
     name = type(objective).__name__
-    if objective.over_sequences and sequence_ids is None:
+    if objective.over_sequences and tokens.sequence_ids is None:
         raise ValueError(f"sequence_ids is missing; {name} looks at whole sequences")
-    if isinstance(objective, TopKObjective) and top_k_ids is None:
+    if isinstance(objective, TopKObjective) and tokens.top_k_ids is None:
         raise ValueError(f"top_k_ids is missing; {name} looks at the sampler's likeliest tokens")
     if bias is not None and bias.shape != lm_head_weight.shape[:1]:
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; expected ({len(lm_head_weight)},), as lm_head_weight has"
         )
-    for what, ids in (("token_ids", token_ids), ("top_k_ids", top_k_ids)):
-        if ids is not None:
-            _check_ids(what, ids, len(lm_head_weight))
+    tokens.check_vocabulary(len(lm_head_weight))
     transform = LogitTransform(temperature, logit_scale, softcap)
     # Autograd turns gradients off within a function's forward.
     differentiated = torch.is_grad_enabled()
     return FusedLoss(
         *_FusedPolicyLoss.apply(hidden, lm_head_weight, bias, tokens, objective, transform, differentiated)
     )
-
-
-def _check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
-    if ids.dtype != torch.int64:
-        raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64")
-    if not ids.numel():
-        return
-    least, greatest = torch.stack(ids.aminmax()).tolist()
-    if least < 0 or greatest >= vocabulary:
-        wrong = least if least < 0 else greatest
-        raise ValueError(f"{name} has {wrong}; expected tokens of the vocabulary, 0 to {vocabulary - 1}")
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
@@ -135,7 +103,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tokens: FlatTokens,
+        tokens: PackedTokens,
         objective: Objective,
         transform: LogitTransform,
         differentiated: bool,
@@ -186,7 +154,7 @@ def _evaluate(
     return result._replace(loss=result.loss.to(result.logp.dtype)), tuple(by)
 
 
-def _compute(hidden: Tensor, head: Head, tokens: FlatTokens, objective: Objective, gradients: Gradients) -> FusedLoss:
+def _compute(hidden: Tensor, head: Head, tokens: PackedTokens, objective: Objective, gradients: Gradients) -> FusedLoss:
     if isinstance(objective, TopKObjective):
         return _compute_top_k(hidden, head, tokens, objective, gradients)
     if objective.over_sequences:
@@ -195,11 +163,11 @@ def _compute(hidden: Tensor, head: Head, tokens: FlatTokens, objective: Objectiv
 
 
 def _compute_tokens(
-    hidden: Tensor, head: Head, tokens: FlatTokens, objective: Objective, gradients: Gradients
+    hidden: Tensor, head: Head, tokens: PackedTokens, objective: Objective, gradients: Gradients
 ) -> FusedLoss:
     parts = []
     for rows, logits in head.logits(hidden):
-        chunk = replace(tokens[rows], sequence_ids=None)
+        chunk = tokens.chunk(rows)
         scored = differentiate(logits, chunk.token_ids, head.transform, hidden.dtype)
         batch = chunk.batch(scored.logp)
         gradients.add(rows, scored.gradient, chunk.scale * objective.coefficient(batch).squeeze(0))
@@ -209,7 +177,7 @@ def _compute_tokens(
 
 
 def _compute_sequences(
-    hidden: Tensor, head: Head, tokens: FlatTokens, objective: Objective, gradients: Gradients
+    hidden: Tensor, head: Head, tokens: PackedTokens, objective: Objective, gradients: Gradients
 ) -> FusedLoss:
     def differentiated() -> Iterator[tuple[slice, Rows]]:
         for rows, logits in head.logits(hidden):
@@ -229,11 +197,11 @@ def _compute_sequences(
 
 
 def _compute_top_k(
-    hidden: Tensor, head: Head, tokens: FlatTokens, objective: TopKObjective, gradients: Gradients
+    hidden: Tensor, head: Head, tokens: PackedTokens, objective: TopKObjective, gradients: Gradients
 ) -> FusedLoss:
     parts = []
     for rows, logits in head.logits(hidden):
-        chunk = replace(tokens[rows], sequence_ids=None)
+        chunk = tokens.chunk(rows)
         ids = torch.cat([chunk.token_ids.unsqueeze(1), chunk.support_ids], dim=1)
         z = head.transform(logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True))
         log_probs = z.log_softmax(dim=1)

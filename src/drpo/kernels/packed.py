@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from drpo.tokens import TokenBatch, TopK
+from drpo.tokens import Anchor, TokenBatch, TopK
 
 
 @dataclass(frozen=True)
-class FlatTokens:
+class PackedTokens:
     """N tokens of some sequences, one after another. Checked here, once.
 
     Args:
         token_ids: [N], int64.
+        behavior_logp: [N], log μ, the sampler's, in nats.
         advantage: [N].
         scale: [N], the weight of each token's loss in the sum (:func:`drpo.token_scale`, flattened).
-        behavior_logp: [N], log μ of what the ratio is taken against, in nats; None for the policy
-            itself, so that r = 1.
-        sampler_logp: [N], the sampler's log-probs where ``behavior_logp`` is not the sampler's.
+        old_logp: [N], log π_old, where the policy has moved since the rollout began; without it and
+            anchored on it r = 1.
+        anchor: what the ratio is taken against.
         sequence_ids: [N], which sequence each token belongs to, not decreasing.
         top_k_ids: [N, K], the sampler's likeliest tokens.
         top_k_behavior_logp: [N, K], their log μ.
 
     Raises:
-        ValueError: a shape that does not fit, or sequences out of order.
+        ValueError: a shape or dtype that does not fit, or sequences out of order.
     """
 
     token_ids: Tensor
+    behavior_logp: Tensor
     advantage: Tensor
     scale: Tensor
-    behavior_logp: Tensor | None = None
-    sampler_logp: Tensor | None = None
+    old_logp: Tensor | None = None
+    anchor: Anchor = "sampler"
     sequence_ids: Tensor | None = None
     top_k_ids: Tensor | None = None
     top_k_behavior_logp: Tensor | None = None
@@ -41,7 +43,10 @@ class FlatTokens:
     def __post_init__(self) -> None:
         if self.token_ids.dim() != 1:
             raise ValueError(f"token_ids has shape {tuple(self.token_ids.shape)}; expected one dimension, [N]")
-        for name, tensor in self._given().items():
+        for name, ids in self._ids().items():
+            if ids.dtype != torch.int64:
+                raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64")
+        for name, tensor in self._tensors().items():
             dims = 2 if name.startswith("top_k") else 1
             if tensor.dim() != dims or len(tensor) != len(self.token_ids):
                 expected = f"({len(self.token_ids)}{', K' if dims == 2 else ','})"
@@ -54,12 +59,24 @@ class FlatTokens:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def __getitem__(self, rows: slice | Tensor) -> FlatTokens:
-        return FlatTokens(**{name: tensor[rows] for name, tensor in self._given().items()})
+    def chunk(self, rows: slice) -> PackedTokens:
+        """Some of the tokens, as if of one sequence."""
+        tensors = {name: tensor[rows] for name, tensor in self._tensors().items()}
+        return replace(self, **(tensors | {"sequence_ids": None}))
 
-    def _given(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+    def check_vocabulary(self, size: int) -> None:
+        """Raise a ValueError where an id is not of a vocabulary of ``size``."""
+        for name, ids in self._ids().items():
+            least, greatest = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0, 0)
+            if least < 0 or greatest >= size:
+                wrong = least if least < 0 else greatest
+                raise ValueError(f"{name} has {wrong}; expected tokens of the vocabulary, 0 to {size - 1}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _ids(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._tensors().items() if name in ("token_ids", "top_k_ids")}
 
     def batch(self, logp: Tensor, top_k_logp: Tensor | None = None) -> TokenBatch:
         """The tokens under log-probs ``logp`` [N]: one row a sequence if there are ``sequence_ids``, else one row of all."""
@@ -67,13 +84,14 @@ class FlatTokens:
         if top_k_logp is not None and self.top_k_ids is not None and self.top_k_behavior_logp is not None:
             is_sampled = self.top_k_ids == self.token_ids.unsqueeze(1)
             topk = TopK(*(self.rows(t) for t in (top_k_logp, self.top_k_behavior_logp, is_sampled)))
-        behavior_logp = logp.detach() if self.behavior_logp is None else self.behavior_logp
+        old_logp = logp.detach() if self.anchor == "old" and self.old_logp is None else self.old_logp
         return TokenBatch(
             logp=self.rows(logp),
-            behavior_logp=self.rows(behavior_logp),
+            behavior_logp=self.rows(self.behavior_logp),
             advantage=self.rows(self.advantage),
             mask=self.rows(torch.ones_like(self.token_ids, dtype=torch.bool)),
-            sampler_logp=None if self.sampler_logp is None else self.rows(self.sampler_logp),
+            old_logp=None if old_logp is None else self.rows(old_logp),
+            anchor=self.anchor,
             topk=topk,
         )
 

@@ -68,8 +68,8 @@ def _largest(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 def _bucket(batch: TokenBatch) -> Tensor:
     """The place of each token's μ among :data:`BUCKETS`, flat; the last one takes a μ that rounding puts above 1."""
-    edges = batch.behavior_prob.new_tensor([*BUCKETS.values()][:-1])
-    return torch.bucketize(batch.behavior_prob.flatten(), edges, out_int32=True)
+    edges = batch.anchor_prob.new_tensor([*BUCKETS.values()][:-1])
+    return torch.bucketize(batch.anchor_prob.flatten(), edges, out_int32=True)
 
 
 def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:

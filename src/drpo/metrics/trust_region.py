@@ -51,7 +51,7 @@ class TrustRegionMetrics:
 
     @torch.no_grad()
     def update(self, batch: TokenBatch, weight: Tensor, entropy: Tensor | None = None) -> None:
-        """Add the tokens of a batch.
+        """Add the tokens of a batch. What is measured is how far π is from the sampler's μ, whatever the batch's anchor.
 
         Args:
             batch: the tokens, [B, T].
@@ -60,6 +60,7 @@ class TrustRegionMetrics:
         """
         # MPS has no fp64. Everything is summed in it, and but for k3 nothing else has to be.
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        batch = batch.against("sampler")
         counted = batch.mask
         excess, divergence, log_ratio = batch.excess, batch.shift.abs(), batch.log_ratio.to(dtype)
         # Where a token does not count its log-probs are 0, and so is each of these.

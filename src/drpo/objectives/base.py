@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from drpo.tokens import TokenBatch
-
-Anchor = Literal["sampler", "old"]
-"""What a ratio is taken against: the sampler's own log-probs (μ), or the trainer's when the rollout began (π_old)."""
+from drpo.tokens import Anchor, TokenBatch
 
 SYMBOLS: dict[Anchor, str] = {"sampler": "μ", "old": "π_old"}
 

@@ -32,7 +32,7 @@ class Correction(Hyperparameters, ABC):
 
     @abstractmethod
     def weight(self, batch: TokenBatch) -> Tensor:
-        """[B, T], without gradient; the batch needs ``sampler_logp``."""
+        """[B, T], without gradient; the batch is anchored on π_old."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TokenTruncate(_Truncate):
     formula: ClassVar[str] = "min(ρ, cap)"
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        return batch.sampler_log_ratio.exp().clamp(max=self.cap)
+        return batch.mismatch_log_ratio.exp().clamp(max=self.cap)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TokenMask(_Mask):
     formula: ClassVar[str] = "ρ where low ≤ ρ ≤ high, else 0"
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        return self._kept(batch.sampler_log_ratio.exp())
+        return self._kept(batch.mismatch_log_ratio.exp())
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class SequenceMask(_Mask):
 
 
 def _of_sequence(batch: TokenBatch) -> Tensor:
-    log_ratio = batch.sampler_log_ratio
+    log_ratio = batch.mismatch_log_ratio
     return log_ratio.sum(dim=1, keepdim=True).exp().expand_as(log_ratio)
 
 

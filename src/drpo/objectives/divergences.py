@@ -16,8 +16,8 @@ def moving_away(batch: TokenBatch) -> Tensor:
 
 def binary_kl(batch: TokenBatch, others_log_ratio: Tensor) -> Tensor:
     """KL of (π, 1 − π) from (μ, 1 − μ) in nats, [B, T] (arXiv 2602.04879), given log of (1 − π)/(1 − μ)."""
-    behavior_others = -batch.behavior_logp.clamp(max=0).expm1()
-    return -batch.behavior_prob * batch.log_ratio.detach() - behavior_others * others_log_ratio
+    behavior_others = -batch.anchor_logp.clamp(max=0).expm1()
+    return -batch.anchor_prob * batch.log_ratio.detach() - behavior_others * others_log_ratio
 
 
 def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -34,4 +34,4 @@ def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:
         rest = (1 - known.sum(dim=2, keepdim=True)).clamp(min=torch.finfo(known.dtype).eps)
         return torch.cat([known, rest], dim=2)
 
-    return over(support.logp, batch.logp), over(support.behavior_logp, batch.behavior_logp)
+    return over(support.logp, batch.logp), over(support.behavior_logp, batch.anchor_logp)

@@ -45,4 +45,4 @@ def _others(batch: TokenBatch) -> Tensor:
 
 def _slope(batch: TokenBatch) -> Tensor:
     """The derivative of the divergence by log π: (π − μ)/(1 − π) = π·(1 − μ)/(1 − π) − μ, with a bounded quotient."""
-    return batch.logp.detach().exp() * (-_others(batch)).exp() - batch.behavior_prob
+    return batch.logp.detach().exp() * (-_others(batch)).exp() - batch.anchor_prob

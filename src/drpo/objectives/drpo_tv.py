@@ -34,4 +34,4 @@ class DRPOTV(Objective):
         return self.beta * batch.advantage.abs() * batch.shift.abs() - batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return 1 - self.beta * batch.advantage.sign() * batch.excess.detach().sign() * batch.behavior_prob
+        return 1 - self.beta * batch.advantage.sign() * batch.excess.detach().sign() * batch.anchor_prob

@@ -44,7 +44,8 @@ def weight_at(objective: Objective, prob: Tensor, behavior_prob: float, advantag
         behavior_logp=behavior_logp,
         advantage=torch.full_like(logp, advantage),
         mask=torch.ones_like(logp),
-        sampler_logp=behavior_logp,
+        old_logp=behavior_logp,
+        anchor=objective.anchor,
         topk=TopK(both[0], both[1], is_sampled),
     )
     return objective.gradient_weight(batch).squeeze(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from drpo.kernels import fused_policy_loss
+from drpo.kernels import PackedTokens, fused_policy_loss
 from drpo.kernels.logits import LogitTransform
 from drpo.objectives import Objective
 
@@ -26,17 +26,17 @@ LOGIT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """What :func:`fused_policy_loss` needs to know of a batch's tokens, beside hidden states and head.
+    """What :func:`fused_policy_loss` needs beside hidden states and head.
 
     Args:
         places: [B, L], bool, where the next token is one that counts.
         objective: of the loss.
-        tokens: the other arguments of ``fused_policy_loss``, over those tokens in order.
+        tokens: those tokens, in order.
     """
 
     places: Tensor
     objective: Objective
-    tokens: dict[str, Any]
+    tokens: PackedTokens
 
 
 def why_not_fused(model: Any) -> str | None:
@@ -95,12 +95,12 @@ def add_policy_loss(model: Any, temperature: float) -> None:
         return fused_policy_loss(
             states[scored.places],
             _whole(head.weight),
+            scored.tokens,
+            scored.objective,
             bias=None if head.bias is None else _whole(head.bias),
-            objective=scored.objective,
             temperature=temperature,
             logit_scale=transform.scale,
             softcap=transform.softcap,
-            **scored.tokens,
         )
 
     # A bound method: Accelerate takes it apart to put autocast around it.

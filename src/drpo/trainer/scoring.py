@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from drpo.kernels import PackedTokens
 from drpo.objectives import Anchor, Objective
 from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.tokens import TokenBatch, TopK
@@ -19,7 +21,7 @@ class Scored(NamedTuple):
 
     Attributes:
         loss: scalar, its share of the update's.
-        sampled: the tokens under the policy, against the sampler.
+        sampled: the tokens under the policy.
         gradient_weight: the objective's of each token, as ``sampled`` has them.
         entropy: of π at each, in nats.
         aux_loss: the load-balancing loss of a mixture of experts, if it was asked for.
@@ -68,44 +70,40 @@ def score_fused(
 
     ids, places = left_aligned(inputs, longest)
     sequences, _ = places.nonzero(as_tuple=True)
-    sampler_logp = inputs["sampling_per_token_logps"][counted]
-    advantage = inputs["advantages"][sequences]
-    tokens = {
-        "token_ids": ids[places],
-        "advantage": advantage,
-        "scale": scale[counted],
-        "sequence_ids": sequences,
-        "top_k_ids": of_tokens("top_k_ids"),
-        "top_k_behavior_logp": of_tokens("top_k_sampling_logps"),
+    tokens = PackedTokens(
+        token_ids=ids[places],
+        behavior_logp=inputs["sampling_per_token_logps"][counted],
+        advantage=inputs["advantages"][sequences],
+        scale=scale[counted],
         # TRL keeps no log-probs of the old policy where a rollout is a single update: it is π then.
-        "behavior_logp": of_tokens("old_per_token_logps") if anchor == "old" else sampler_logp,
-        "sampler_logp": sampler_logp if anchor == "old" else None,
-    }
-    loss, *measured = model(input_ids=ids[:, :-1], scored=ScoredTokens(places[:, 1:], objective, tokens))
-    logp, entropy, weight = (tensor.unsqueeze(0) for tensor in measured)
-    sampled = TokenBatch(
-        logp=logp,
-        behavior_logp=sampler_logp.unsqueeze(0),
-        advantage=advantage.unsqueeze(0),
-        mask=torch.ones_like(logp, dtype=torch.bool),
+        old_logp=of_tokens("old_per_token_logps") if anchor == "old" else None,
+        anchor=anchor,
+        sequence_ids=sequences,
+        top_k_ids=of_tokens("top_k_ids"),
+        top_k_behavior_logp=of_tokens("top_k_sampling_logps"),
     )
-    return Scored(loss, sampled, weight, entropy)
+    loss, logp, entropy, weight = model(input_ids=ids[:, :-1], scored=ScoredTokens(places[:, 1:], objective, tokens))
+    in_one_row = replace(tokens, sequence_ids=None)
+    return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0))
 
 
 def score_plain(scores: Scores, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor) -> Scored:
     """The same from log-probs that autograd differentiates; other arguments as :func:`score_fused`'s."""
-    tokens = {"logp": scores.logp, "advantage": inputs["advantages"], "mask": loss_mask(inputs)}
-    sampler_logp = inputs["sampling_per_token_logps"]
     topk = None
     if scores.top_k_logp is not None:
         is_sampled = inputs["top_k_ids"] == inputs["completion_ids"].unsqueeze(2)
         topk = TopK(scores.top_k_logp, inputs["top_k_sampling_logps"], is_sampled)
-    sampled = batch = TokenBatch(**tokens, behavior_logp=sampler_logp, topk=topk)
-    if anchor == "old":
-        old_logp = inputs.get("old_per_token_logps", scores.logp.detach())
-        batch = TokenBatch(**tokens, behavior_logp=old_logp, sampler_logp=sampler_logp)
+    batch = TokenBatch(
+        logp=scores.logp,
+        behavior_logp=inputs["sampling_per_token_logps"],
+        advantage=inputs["advantages"],
+        mask=loss_mask(inputs),
+        old_logp=inputs.get("old_per_token_logps", scores.logp.detach()) if anchor == "old" else None,
+        anchor=anchor,
+        topk=topk,
+    )
     loss = (scale * objective.loss(batch)).sum()
-    return Scored(loss, sampled, objective.gradient_weight(batch), scores.entropy, scores.aux_loss)
+    return Scored(loss, batch, objective.gradient_weight(batch), scores.entropy, scores.aux_loss)
 
 
 def score_top_k(

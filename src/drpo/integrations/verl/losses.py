@@ -26,8 +26,8 @@ class _Sampled(TokenBatch):
         return self.log_ratio.exp()
 
     @cached_property
-    def behavior_prob(self) -> Tensor:  # type: ignore[override]
-        return self.behavior_logp.exp()
+    def anchor_prob(self) -> Tensor:  # type: ignore[override]
+        return self.anchor_logp.exp()
 
     @cached_property
     def excess(self) -> Tensor:  # type: ignore[override]
@@ -35,7 +35,7 @@ class _Sampled(TokenBatch):
 
     @cached_property
     def shift(self) -> Tensor:  # type: ignore[override]
-        return self.behavior_prob * self.excess
+        return self.anchor_prob * self.excess
 
     @cached_property
     def others_log_ratio(self) -> Tensor:  # type: ignore[override]
@@ -68,7 +68,8 @@ def policy_loss(
     """The loss of a micro-batch and what its update has measured so far, for verl's ``ppo_loss``.
 
     Args:
-        old_log_prob: [B, T], of the policy that the ratio is taken against: in bypass mode the sampler's.
+        old_log_prob: [B, T], of the policy that the ratio is taken against: in bypass mode the sampler's, elsewhere
+            π_old's, which then stand in for the sampler's in what is measured.
         log_prob: [B, T], of the policy being trained.
         advantages: [B, T].
         response_mask: [B, T], bool.
