@@ -57,7 +57,6 @@ REFUSED: dict[str, str] = {
     "top_k": _FILTER,
     "min_p": _FILTER,
     "repetition_penalty": _CHANGE,
-    "data_seed": "prompts are drawn with seed=, which is the only one",
     "vllm_structured_outputs_regex": _CHANGE,
     "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
     "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
@@ -76,6 +75,7 @@ GENERATION_KWARGS = {
     "cache_implementation",
     "compile_config",
     "disable_compile",
+    "eos_token_id",
     "max_new_tokens",
     "max_time",
     "pad_token_id",
@@ -196,14 +196,8 @@ class DRPOConfig(GRPOConfig):
         for name in self.generation_kwargs or {}:
             if name == "stop_strings":
                 raise ValueError(
-                    "generation_kwargs has 'stop_strings', for which Transformers needs a tokenizer that TRL does not give it; "
-                    "leave it out"
-                )
-            if name == "eos_token_id":
-                # What TRL masks is what follows these two; it would train on what follows another token.
-                raise ValueError(
-                    "generation_kwargs has 'eos_token_id', which TRL's mask of the completion does not know; add it to the "
-                    "model's generation_config.eos_token_id instead"
+                    "generation_kwargs has 'stop_strings', for which Transformers needs a tokenizer that TRL does not give "
+                    "it; leave it out, or use eos_token_id"
                 )
             if name not in GENERATION_KWARGS:
                 raise ValueError(

@@ -130,10 +130,6 @@ class RolloutTrainer(GRPOTrainer):
         finally:
             self._sampling = False
         _check_log_probs(output)
-        if self.anchor == "old" and self.args.updates_per_rollout > 1 and "old_per_token_logps" not in output:
-            raise ValueError(
-                "the rollout has no log-probs of the old policy, which the second update on it is anchored on"
-            )
         output["rewards"], output["advantages"] = self._rewards_and_advantages(len(inputs))
         if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
             output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
