@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import textwrap
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, Di
 from drpo.rollout.sampling import sampling_mismatches
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.fused_head import add_policy_loss, lengthens_prompts, why_not_fused
-from drpo.trainer.micro_batches import Work, lengths, loss_mask, select, split_by_length, widths
+from drpo.trainer.micro_batches import Pace, Work, lengths, loss_mask, select, split_by_length, widths
 from drpo.trainer.mismatch import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.trainer.rollouts import RolloutTrainer
 from drpo.trainer.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
@@ -92,6 +93,9 @@ class DRPOTrainer(RolloutTrainer):
         self.token_log: TokenLog | None = None
         self._why_not_fused = self._fuse(base)
         self._work = Work()
+        self._pace = Pace()
+        self._computed = 0
+        self._began = 0.0
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences = Differences()
         self._split = Split() if self.args.split_distance else None
@@ -157,6 +161,7 @@ class DRPOTrainer(RolloutTrainer):
         elif self._step % self.args.gradient_accumulation_steps == 0:
             first = self._step % (self.args.updates_per_rollout * self.args.gradient_accumulation_steps)
             self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
+        self._began = time.perf_counter()
         return inputs
 
     def _count(self, micro_batches: list[dict[str, Any]]) -> None:
@@ -171,22 +176,23 @@ class DRPOTrainer(RolloutTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
         *others, last = self._micro_batches(inputs, mode)
-        tokens = loss_mask(inputs).sum().clamp(min=1)
-        self._aux_loss = torch.zeros((), device=self.accelerator.device)
         total = torch.zeros((), device=self.accelerator.device)
         for micro_batch in others:
             # Of a batch taken in parts, the trainer differentiates the last; ranks exchange gradients there.
             with self.accelerator.no_sync(model):
-                loss = self._loss(model, micro_batch, mode, loss_mask(micro_batch).sum() / tokens)
+                loss = self._loss(model, micro_batch, mode)
                 if mode == "train":
                     self.accelerator.backward(loss)
             total += loss.detach()
-        loss = self._loss(model, last, mode, loss_mask(last).sum() / tokens)
-        if self.aux_loss_enabled:
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(self._aux_loss).mean().item())
+        loss = self._loss(model, last, mode)
         if self._differences and self.accelerator.sync_gradients:
             self._audit()
         return loss + total
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        self._pace.add(self._computed, time.perf_counter() - self._began)
+        return loss
 
     def _micro_batches(self, inputs: dict[str, Any], mode: str) -> list[dict[str, Any]]:
         """What goes through the model together: the sequences that have a gradient, by length."""
@@ -196,12 +202,7 @@ class DRPOTrainer(RolloutTrainer):
         counted = loss_mask(inputs).bool().any(dim=1)
         keep = torch.ones_like(counted)
         # The audit of a run's first update compares all that was sampled, not what is worth training on.
-        can_drop = (
-            self.args.drop_zero_advantage
-            and not self.objective.acts_without_advantage
-            # Experts are balanced over all that is computed.
-            and not self.aux_loss_enabled
-        )
+        can_drop = self.args.drop_zero_advantage and not self.objective.acts_without_advantage
         if can_drop and self.state.global_step > 0:
             keep = counted & (inputs["advantages"] != 0)
         # DeepSpeed counts backward passes itself.
@@ -221,19 +222,16 @@ class DRPOTrainer(RolloutTrainer):
         self._work.dropped += len(keep) - int(keep.sum())
         self._work.padded_tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
         widest = [self._widths(batch).amax(dim=0).sum() * len(batch["completion_ids"]) for batch in micro_batches]
-        self._work.computed_tokens += int(torch.stack(widest).sum())
+        self._computed = int(torch.stack(widest).sum())
+        self._work.computed_tokens += self._computed
         return micro_batches
 
     def _widths(self, inputs: dict[str, Any]) -> Tensor:
         """Of each sequence, the tokens of what is padded by itself: TRL's head takes prompts and completions apart."""
         return widths(inputs) if self._why_not_fused else lengths(inputs).unsqueeze(1)
 
-    def _loss(self, model: Any, inputs: dict[str, Any], mode: str, share: Tensor) -> Tensor:
-        """The part of a micro-batch in the loss of the update; what its tokens say of the policy is measured on the way.
-
-        The load-balancing loss is a mean over what goes through the model together: it counts by the micro-batch's
-        ``share`` of its batch's tokens.
-        """
+    def _loss(self, model: Any, inputs: dict[str, Any], mode: str) -> Tensor:
+        """The share of a micro-batch in the loss of the update; what its tokens say of the policy is measured on the way."""
         scale = token_scale(loss_mask(inputs), self.args.aggregation, counts=self._counts, horizon=self.args.horizon)
         loss, sampled, weight, entropy, aux_loss = self._score(model, inputs, scale)
         # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
@@ -248,8 +246,8 @@ class DRPOTrainer(RolloutTrainer):
         loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled and aux_loss is not None:
             parts = self.current_gradient_accumulation_steps if mode == "train" else 1
-            loss = loss + self.router_aux_loss_coef * share * aux_loss / parts
-            self._aux_loss += share * aux_loss.detach()
+            loss = loss + self.router_aux_loss_coef * aux_loss / parts
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
 
     def _score(self, model: Any, inputs: dict[str, Any], scale: Tensor) -> Scored:
@@ -320,8 +318,9 @@ class DRPOTrainer(RolloutTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "train":
+            self._work.saved_seconds = self._pace.seconds_per_token * self._work.saved_tokens
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
-            work = Work(*sums.sum(dim=0).tolist()).metrics()
+            work = Work(*sums.sum(dim=0).tolist()).metrics(self.accelerator.num_processes)
             self._metrics[mode].update({name: [value] for name, value in work.items()})
             self._work = Work()
             if self._split is not None:
