@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import textwrap
-import time
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, Di
 from drpo.rollout.sampling import sampling_mismatches
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.fused_head import add_policy_loss, lengthens_prompts, why_not_fused
-from drpo.trainer.micro_batches import Pace, Work, lengths, loss_mask, select, split_by_length, widths
+from drpo.trainer.micro_batches import Work, lengths, loss_mask, select, split_by_length, widths
 from drpo.trainer.mismatch import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.trainer.rollouts import RolloutTrainer
 from drpo.trainer.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
@@ -93,9 +92,6 @@ class DRPOTrainer(RolloutTrainer):
         self.token_log: TokenLog | None = None
         self._why_not_fused = self._fuse(base)
         self._work = Work()
-        self._pace = Pace()
-        self._computed = 0
-        self._began = 0.0
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences = Differences()
         self._split = Split() if self.args.split_distance else None
@@ -161,7 +157,6 @@ class DRPOTrainer(RolloutTrainer):
         elif self._step % self.args.gradient_accumulation_steps == 0:
             first = self._step % (self.args.updates_per_rollout * self.args.gradient_accumulation_steps)
             self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
-        self._began = time.perf_counter()
         return inputs
 
     def _count(self, micro_batches: list[dict[str, Any]]) -> None:
@@ -188,11 +183,6 @@ class DRPOTrainer(RolloutTrainer):
         if self._differences and self.accelerator.sync_gradients:
             self._audit()
         return loss + total
-
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, *args, **kwargs)
-        self._pace.add(self._computed, time.perf_counter() - self._began)
-        return loss
 
     def _micro_batches(self, inputs: dict[str, Any], mode: str) -> list[dict[str, Any]]:
         """What goes through the model together: the sequences that have a gradient, by length."""
@@ -222,8 +212,7 @@ class DRPOTrainer(RolloutTrainer):
         self._work.dropped += len(keep) - int(keep.sum())
         self._work.padded_tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
         widest = [self._widths(batch).amax(dim=0).sum() * len(batch["completion_ids"]) for batch in micro_batches]
-        self._computed = int(torch.stack(widest).sum())
-        self._work.computed_tokens += self._computed
+        self._work.computed_tokens += int(torch.stack(widest).sum())
         return micro_batches
 
     def _widths(self, inputs: dict[str, Any]) -> Tensor:
@@ -318,9 +307,8 @@ class DRPOTrainer(RolloutTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "train":
-            self._work.saved_seconds = self._pace.seconds_per_token * self._work.saved_tokens
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
-            work = Work(*sums.sum(dim=0).tolist()).metrics(self.accelerator.num_processes)
+            work = Work(*sums.sum(dim=0).tolist()).metrics()
             self._metrics[mode].update({name: [value] for name, value in work.items()})
             self._work = Work()
             if self._split is not None:
