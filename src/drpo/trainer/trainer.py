@@ -144,7 +144,10 @@ class DRPOTrainer(RolloutTrainer):
         self._count([inputs])
         log_probs = torch.zeros_like(inputs["sampling_per_token_logps"])
         counted = loss_mask(inputs).bool()
-        for rows in split_by_length(self._widths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch):
+        groups = split_by_length(self._widths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch)
+        for idle in self._idle(inputs, len(groups)):
+            self._score(self.model, idle, torch.zeros_like(idle["sampling_per_token_logps"]))
+        for rows in groups:
             part = select(inputs, rows)
             sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
             log_probs[rows] = log_probs[rows].masked_scatter(counted[rows], sampled.logp[sampled.mask])
@@ -193,27 +196,30 @@ class DRPOTrainer(RolloutTrainer):
         keep = torch.ones_like(counted)
         # The audit of a run's first update compares all that was sampled, not what is worth training on.
         can_drop = self.args.drop_zero_advantage and not self.objective.acts_without_advantage
+        # A load-balancing loss is over all tokens, whatever their advantage.
+        can_drop = can_drop and not self.aux_loss_enabled
         if can_drop and self.state.global_step > 0:
             keep = counted & (inputs["advantages"] != 0)
         # DeepSpeed counts backward passes itself.
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         budget = None if is_deepspeed else self.args.tokens_per_micro_batch
         groups = split_by_length(self._widths(inputs), keep, budget)
-        wanted = max(1, len(groups))
-        if self.accelerator.num_processes > 1:
-            # Every rank takes part in as many forward passes as the one with the most work.
-            wanted = int(self.accelerator.gather(torch.tensor([wanted], device=keep.device)).max())
-        micro_batches = [select(inputs, rows) for rows in groups]
-        if len(groups) < wanted:
-            idle = select(inputs, lengths(inputs).argmin().unsqueeze(0))
-            idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
-            micro_batches = [idle] * (wanted - len(groups)) + micro_batches
+        micro_batches = self._idle(inputs, len(groups)) + [select(inputs, rows) for rows in groups]
         self._work.sequences += len(keep)
         self._work.dropped += len(keep) - int(keep.sum())
         self._work.padded_tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
         widest = [self._widths(batch).amax(dim=0).sum() * len(batch["completion_ids"]) for batch in micro_batches]
         self._work.computed_tokens += int(torch.stack(widest).sum())
         return micro_batches
+
+    def _idle(self, inputs: dict[str, Any], busy: int) -> list[dict[str, Any]]:
+        """Micro-batches in which no token counts, so that every rank makes as many forward passes as the busiest."""
+        passes = max(1, busy)
+        if self.accelerator.num_processes > 1:
+            passes = int(self.accelerator.gather(torch.tensor([passes], device=self.accelerator.device)).max())
+        idle = select(inputs, lengths(inputs).argmin().unsqueeze(0))
+        idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
+        return [idle] * (passes - busy)
 
     def _widths(self, inputs: dict[str, Any]) -> Tensor:
         """Of each sequence, the tokens of what is padded by itself: TRL's head takes prompts and completions apart."""
@@ -234,8 +240,9 @@ class DRPOTrainer(RolloutTrainer):
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled and aux_loss is not None:
-            parts = self.current_gradient_accumulation_steps if mode == "train" else 1
-            loss = loss + self.router_aux_loss_coef * aux_loss / parts
+            # The weights of an update's micro-batches sum to 1 over all ranks, whose gradients are averaged.
+            share = loss_mask(inputs).sum() * self.accelerator.num_processes / self._counts.tokens.clamp(min=1)
+            loss = loss + self.router_aux_loss_coef * share * aux_loss
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
 
