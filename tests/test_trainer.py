@@ -397,7 +397,9 @@ class TestTraining:
     def test_counts_no_token_after_a_stop_of_generation_kwargs(self, tmp_path: Path, problems: Dataset) -> None:
         _, tokenizer = load_model()
         stop = tokenizer("1")["input_ids"][-1]
-        trainer = make_trainer(tmp_path, problems, Watching, generation_kwargs={"eos_token_id": stop})
+        trainer = make_trainer(
+            tmp_path, problems, Watching, drop_zero_advantage=False, generation_kwargs={"eos_token_id": stop}
+        )
         trainer.train()
         rows = trainer.updates[0]
         counted = [ids[mask.bool()] for ids, mask in zip(rows["completion_ids"], rows["completion_mask"], strict=True)]
@@ -432,7 +434,9 @@ class TestTraining:
             tmp_path,
             problems,
             model=Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, **layers, **experts, **tokens)),
+            rollout_func=made_up_rollout,
             reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            audit_threshold=100.0,
             tokens_per_micro_batch=budget,
         )
         trainer.train()
