@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drpo.trainer.micro_batches import Pace, Work, left_aligned, lengths, select, split_by_length
+from drpo.trainer.micro_batches import Work, left_aligned, lengths, select, split_by_length
 
 
 @given(
@@ -83,34 +83,10 @@ def test_left_aligned_pads_a_model_s_input_to_a_multiple_of_16_or_the_longest(lo
     assert not places[:, 7:].any()
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        ([], 0.0),
-        ([(0, 1.0)], 0.0),
-        # Steps of one size tell nothing of what takes time whatever is in them.
-        ([(100, 2.0), (100, 2.0)], 0.02),
-        # 1 s and 0.01 s a token.
-        ([(100, 2.0), (10, 1.1), (50, 1.5)], 0.01),
-        # Noise: less than nothing, and more than all.
-        ([(100, 1.0), (10, 2.0)], 0.0),
-        ([(100, 9.0), (10, 0.1)], 9.1 / 110),
-    ],
-)
-def test_the_pace_of_a_token_leaves_out_what_a_step_takes_anyway(
-    steps: list[tuple[int, float]], expected: float
-) -> None:
-    pace = Pace()
-    for tokens, seconds in steps:
-        pace.add(tokens, seconds)
-    assert pace.seconds_per_token == pytest.approx(expected)
-
-
 def test_work_says_which_share_was_saved() -> None:
-    work = Work(sequences=8, dropped=4, padded_tokens=400, computed_tokens=100, saved_seconds=6.0)
-    assert work.metrics(ranks=2) == {
+    work = Work(sequences=8, dropped=4, padded_tokens=400, computed_tokens=100)
+    assert work.metrics() == {
         "work/dropped_sequences": 0.5,
         "work/saved_tokens": pytest.approx(0.75),
-        "work/saved_seconds": pytest.approx(3.0),
     }
-    assert Work().metrics(ranks=1) == {}
+    assert Work().metrics() == {}

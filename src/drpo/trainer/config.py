@@ -197,7 +197,7 @@ class DRPOConfig(GRPOConfig):
             if name == "stop_strings":
                 raise ValueError(
                     "generation_kwargs has 'stop_strings', for which Transformers needs a tokenizer that TRL does not give "
-                    "it; leave it out, or use eos_token_id"
+                    "it; leave it out"
                 )
             if name not in GENERATION_KWARGS:
                 raise ValueError(

@@ -26,59 +26,24 @@ class Work:
         dropped: those of them that were never computed.
         padded_tokens: tokens the batches hold as they come, padding included.
         computed_tokens: tokens that went through the model, padding included.
-        saved_seconds: an estimate of what the difference would have taken.
     """
 
     sequences: float = 0
     dropped: float = 0
     padded_tokens: float = 0
     computed_tokens: float = 0
-    saved_seconds: float = 0
-
-    @property
-    def saved_tokens(self) -> float:
-        return self.padded_tokens - self.computed_tokens
 
     def sums(self) -> list[float]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def metrics(self, ranks: int) -> dict[str, float]:
-        """Shares of sequences and of tokens left out, and the seconds saved on each of the ranks that the sums are over."""
+    def metrics(self) -> dict[str, float]:
+        """Shares of sequences and of tokens left out."""
         if not self.computed_tokens:
             return {}
         return {
             "work/dropped_sequences": self.dropped / self.sequences,
-            "work/saved_tokens": self.saved_tokens / self.padded_tokens,
-            "work/saved_seconds": self.saved_seconds / ranks,
+            "work/saved_tokens": 1 - self.computed_tokens / self.padded_tokens,
         }
-
-
-class Pace:
-    """The seconds that a token more in a training step takes: the slope of a line through all steps so far.
-
-    What a step takes whatever is in it would have been taken without anything left out too.
-    """
-
-    def __init__(self) -> None:
-        self._steps = self._tokens = self._seconds = self._squares = self._products = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        self._steps += 1
-        self._tokens += tokens
-        self._seconds += seconds
-        self._squares += tokens * tokens
-        self._products += tokens * seconds
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Between 0 and the mean, which it is where all steps have as many tokens."""
-        if not self._tokens:
-            return 0.0
-        mean = self._seconds / self._tokens
-        spread = self._squares - self._tokens**2 / self._steps
-        if spread <= 1e-9 * self._squares:
-            return mean
-        return min(max((self._products - self._tokens * self._seconds / self._steps) / spread, 0.0), mean)
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from drpo.advantage import group_advantage
 from drpo.objectives import Anchor, TopKObjective
@@ -19,6 +22,29 @@ from drpo.rollout.recorder import LogProbRecorder, record_log_probs
 from drpo.rollout.rollout_func import checked
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.micro_batches import loss_mask
+
+
+class PromptSampler(Sampler[int]):
+    """TRL's order of prompts, which here depends on seed and epoch alone: a resumed run begins its epoch in the same order.
+
+    Args:
+        sampler: TRL's, which draws a permutation an epoch from a generator that no checkpoint holds.
+        seed: of that generator.
+        epoch: says which epoch begins, from 0 on.
+    """
+
+    def __init__(self, sampler: RepeatSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self._sampler.shuffle:
+            self._sampler.generator.manual_seed(self._seed)
+            for _ in range(self._epoch()):
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
 
 class RolloutTrainer(GRPOTrainer):
@@ -46,6 +72,10 @@ class RolloutTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.rollout_func is not None:
             self.rollout_func = checked(self.rollout_func)
+        stops = (args.generation_kwargs or {}).get("eos_token_id")
+        if stops is not None:
+            # These take the place of the model's own in generation; the completion mask has to end at the same tokens.
+            self.eos_token_ids = [stops] if isinstance(stops, int) else list(stops)
         if args.train_precision is not None:
             require_fp32_weights(self.accelerator.unwrap_model(self.model), args.train_precision)
         self.objective = args.make_objective()
@@ -84,6 +114,10 @@ class RolloutTrainer(GRPOTrainer):
             if is_used and (lag or precision is not None):
                 raise ValueError(f"rollout_precision and rollout_lag sample from a copy; they do not work with {what}")
         return BehaviourPolicy(base, lag, precision, self.accelerator.autocast)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PromptSampler(super()._get_train_sampler(dataset), seed, lambda: int(self.state.epoch or 0))
 
     def _refuse_unless_recorded(self, needed: str) -> None:
         for is_used, what in (
@@ -130,6 +164,8 @@ class RolloutTrainer(GRPOTrainer):
         finally:
             self._sampling = False
         _check_log_probs(output)
+        if self.model.training and self.anchor == "old" and self.args.updates_per_rollout > 1:
+            _check_old_log_probs(output)
         output["rewards"], output["advantages"] = self._rewards_and_advantages(len(inputs))
         if self._recorder is not None and (likeliest := self._recorder.likeliest(output["completion_ids"].shape[1])):
             output["top_k_ids"], output["top_k_sampling_logps"] = likeliest
@@ -195,6 +231,14 @@ class RolloutTrainer(GRPOTrainer):
                 kept = self.accelerator.gather(self._kept_mass.mean())
                 self._metrics["train"]["rollout/kept_mass"] = [kept.mean().item()]
         super().log(logs, start_time)
+
+
+def _check_old_log_probs(output: dict[str, Any]) -> None:
+    if output.get("old_per_token_logps") is None:
+        raise ValueError(
+            "the rollout has no old_per_token_logps, which TRL computes where a rollout has more than one update; "
+            "the ratio to the old policy would be 1 throughout: set anchor='sampler' or updates_per_rollout=1"
+        )
 
 
 def _check_log_probs(output: dict[str, Any]) -> None:

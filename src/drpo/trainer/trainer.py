@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import textwrap
-import time
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, Di
 from drpo.rollout.sampling import sampling_mismatches
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.fused_head import add_policy_loss, lengthens_prompts, why_not_fused
-from drpo.trainer.micro_batches import Pace, Work, lengths, loss_mask, select, split_by_length, widths
+from drpo.trainer.micro_batches import Work, lengths, loss_mask, select, split_by_length, widths
 from drpo.trainer.mismatch import BEGUN_WITH, SAMPLED_WITH, Split
 from drpo.trainer.rollouts import RolloutTrainer
 from drpo.trainer.scoring import Scored, Scores, score_fused, score_plain, score_support, score_top_k
@@ -93,9 +92,6 @@ class DRPOTrainer(RolloutTrainer):
         self.token_log: TokenLog | None = None
         self._why_not_fused = self._fuse(base)
         self._work = Work()
-        self._pace = Pace()
-        self._computed = 0
-        self._began = 0.0
         self._measured = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._differences = Differences()
         self._split = Split() if self.args.split_distance else None
@@ -148,7 +144,10 @@ class DRPOTrainer(RolloutTrainer):
         self._count([inputs])
         log_probs = torch.zeros_like(inputs["sampling_per_token_logps"])
         counted = loss_mask(inputs).bool()
-        for rows in split_by_length(self._widths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch):
+        groups = split_by_length(self._widths(inputs), counted.any(dim=1), self.args.tokens_per_micro_batch)
+        for idle in self._idle(inputs, len(groups)):
+            self._score(self.model, idle, torch.zeros_like(idle["sampling_per_token_logps"]))
+        for rows in groups:
             part = select(inputs, rows)
             sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
             log_probs[rows] = log_probs[rows].masked_scatter(counted[rows], sampled.logp[sampled.mask])
@@ -161,7 +160,6 @@ class DRPOTrainer(RolloutTrainer):
         elif self._step % self.args.gradient_accumulation_steps == 0:
             first = self._step % (self.args.updates_per_rollout * self.args.gradient_accumulation_steps)
             self._count(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
-        self._began = time.perf_counter()
         return inputs
 
     def _count(self, micro_batches: list[dict[str, Any]]) -> None:
@@ -189,11 +187,6 @@ class DRPOTrainer(RolloutTrainer):
             self._audit()
         return loss + total
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, *args, **kwargs)
-        self._pace.add(self._computed, time.perf_counter() - self._began)
-        return loss
-
     def _micro_batches(self, inputs: dict[str, Any], mode: str) -> list[dict[str, Any]]:
         """What goes through the model together: the sequences that have a gradient, by length."""
         is_whole = mode == "eval" or any(inputs.get(name) is not None for name in _MULTIMODAL)
@@ -203,28 +196,30 @@ class DRPOTrainer(RolloutTrainer):
         keep = torch.ones_like(counted)
         # The audit of a run's first update compares all that was sampled, not what is worth training on.
         can_drop = self.args.drop_zero_advantage and not self.objective.acts_without_advantage
+        # A load-balancing loss is over all tokens, whatever their advantage.
+        can_drop = can_drop and not self.aux_loss_enabled
         if can_drop and self.state.global_step > 0:
             keep = counted & (inputs["advantages"] != 0)
         # DeepSpeed counts backward passes itself.
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         budget = None if is_deepspeed else self.args.tokens_per_micro_batch
         groups = split_by_length(self._widths(inputs), keep, budget)
-        wanted = max(1, len(groups))
-        if self.accelerator.num_processes > 1:
-            # Every rank takes part in as many forward passes as the one with the most work.
-            wanted = int(self.accelerator.gather(torch.tensor([wanted], device=keep.device)).max())
-        micro_batches = [select(inputs, rows) for rows in groups]
-        if len(groups) < wanted:
-            idle = select(inputs, lengths(inputs).argmin().unsqueeze(0))
-            idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
-            micro_batches = [idle] * (wanted - len(groups)) + micro_batches
+        micro_batches = self._idle(inputs, len(groups)) + [select(inputs, rows) for rows in groups]
         self._work.sequences += len(keep)
         self._work.dropped += len(keep) - int(keep.sum())
         self._work.padded_tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
         widest = [self._widths(batch).amax(dim=0).sum() * len(batch["completion_ids"]) for batch in micro_batches]
-        self._computed = int(torch.stack(widest).sum())
-        self._work.computed_tokens += self._computed
+        self._work.computed_tokens += int(torch.stack(widest).sum())
         return micro_batches
+
+    def _idle(self, inputs: dict[str, Any], busy: int) -> list[dict[str, Any]]:
+        """Micro-batches in which no token counts, so that every rank makes as many forward passes as the busiest."""
+        passes = max(1, busy)
+        if self.accelerator.num_processes > 1:
+            passes = int(self.accelerator.gather(torch.tensor([passes], device=self.accelerator.device)).max())
+        idle = select(inputs, lengths(inputs).argmin().unsqueeze(0))
+        idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
+        return [idle] * (passes - busy)
 
     def _widths(self, inputs: dict[str, Any]) -> Tensor:
         """Of each sequence, the tokens of what is padded by itself: TRL's head takes prompts and completions apart."""
@@ -245,8 +240,9 @@ class DRPOTrainer(RolloutTrainer):
         # Data parallelism averages gradients over ranks; the counts already span them.
         loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled and aux_loss is not None:
-            parts = self.current_gradient_accumulation_steps if mode == "train" else 1
-            loss = loss + self.router_aux_loss_coef * aux_loss / parts
+            # The weights of an update's micro-batches sum to 1 over all ranks, whose gradients are averaged.
+            share = loss_mask(inputs).sum() * self.accelerator.num_processes / self._counts.tokens.clamp(min=1)
+            loss = loss + self.router_aux_loss_coef * share * aux_loss
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
 
@@ -318,9 +314,8 @@ class DRPOTrainer(RolloutTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "train":
-            self._work.saved_seconds = self._pace.seconds_per_token * self._work.saved_tokens
             sums = self.accelerator.gather(torch.tensor([self._work.sums()], device=self.accelerator.device))
-            work = Work(*sums.sum(dim=0).tolist()).metrics(self.accelerator.num_processes)
+            work = Work(*sums.sum(dim=0).tolist()).metrics()
             self._metrics[mode].update({name: [value] for name, value in work.items()})
             self._work = Work()
             if self._split is not None:
