@@ -19,7 +19,7 @@ from drpo.data.files import MalformedRowsError, read_problems
 from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
-from drpo.rewards import Reward
+from drpo.rewards import Reward, checked_scores
 from drpo.run.options import AT_THE_TOP, check_option, refuse_together
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
@@ -79,7 +79,7 @@ def make_trainer(
     try:
         trainer = DRPOTrainer(
             model=model,
-            reward_funcs=reward,
+            reward_funcs=checked_scores(reward),
             args=config,
             train_dataset=Dataset.from_list(
                 [{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]

@@ -72,7 +72,8 @@ class RolloutTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.rollout_func is not None:
             self.rollout_func = checked(self.rollout_func)
-        stops = (args.generation_kwargs or {}).get("eos_token_id")
+        generation_kwargs: Any = args.generation_kwargs or {}
+        stops = generation_kwargs.get("eos_token_id")
         if stops is not None:
             # These take the place of the model's own in generation; the completion mask has to end at the same tokens.
             self.eos_token_ids = [stops] if isinstance(stops, int) else list(stops)
@@ -117,7 +118,8 @@ class RolloutTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PromptSampler(super()._get_train_sampler(dataset), seed, lambda: int(self.state.epoch or 0))
+        sampler: Any = super()._get_train_sampler(dataset)
+        return PromptSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
     def _refuse_unless_recorded(self, needed: str) -> None:
         for is_used, what in (
