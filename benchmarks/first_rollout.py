@@ -62,7 +62,7 @@ def first_rollout(
             processing_class=AutoTokenizer.from_pretrained(MODEL, padding_side="left"),
             rollout_func=rollout_func,
         )
-        trainer.token_log = TokenLog()
+        trainer.token_log = TokenLog(trainer.processing_class)
         with contextlib.suppress(AuditError):
             trainer.train()
     return trainer, trainer.token_log.take()

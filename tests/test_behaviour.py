@@ -32,7 +32,7 @@ def tokens_of_first_update(output: Path, problems: Dataset, **settings: Any) -> 
     """log π and log μ of a rollout's tokens before any update."""
     few = {"per_device_train_batch_size": 64, "updates_per_rollout": 1, "max_steps": 1, "learning_rate": 0.0}
     trainer = make_trainer(output, problems, **{**few, "audit_threshold": 10.0, **settings})
-    trainer.token_log = TokenLog()
+    trainer.token_log = TokenLog(trainer.processing_class)
     trainer.train()
     rows = trainer.token_log.take()
     return tuple(torch.tensor([x for row in rows for x in row[name]]) for name in ("logp", "behavior_logp"))  # type: ignore[return-value]
@@ -198,7 +198,7 @@ def test_samples_are_of_the_policy_so_many_rollouts_ago_and_say_so(tmp_path: Pat
     rollouts = 19
     settings = {"updates_per_rollout": 1, "max_steps": rollouts, "drop_zero_advantage": False, "audit_threshold": 1.0}
     trainer = make_trainer(tmp_path, problems, kind=Aged, rollout_lag=lag, **settings)
-    trainer.token_log = TokenLog()
+    trainer.token_log = TokenLog(trainer.processing_class)
     trainer.train()
     # In the first rollouts there is nothing older than the beginning.
     ages = [min(rollout, lag) for rollout in range(rollouts)]

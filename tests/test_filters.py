@@ -61,7 +61,7 @@ def test_with_replay_the_ratios_of_one_model_are_one(
 ) -> None:
     few = {"per_device_train_batch_size": 32, "updates_per_rollout": 2, "max_steps": 2}
     trainer = make_trainer(tmp_path, problems, replay_support=True, **few, **sampling)
-    trainer.token_log = TokenLog()
+    trainer.token_log = TokenLog(trainer.processing_class)
     trainer.train()
     assert trainer.audit is not None
     assert trainer.audit.mean < 1e-5

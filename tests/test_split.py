@@ -88,7 +88,7 @@ def test_measuring_changes_nothing(tmp_path: Path, problems: Dataset) -> None:
 def test_recorded_rollouts_have_the_policy_that_the_rollout_began_with(tmp_path: Path, problems: Dataset) -> None:
     given = {"per_device_train_batch_size": 32, "drop_zero_advantage": False, "learning_rate": 1e-3}
     trainer = make_trainer(tmp_path, problems, split_distance=True, **given)
-    trainer.token_log = TokenLog()
+    trainer.token_log = TokenLog(trainer.processing_class)
     trainer.train()
     rows = trainer.token_log.take()
     # Of one fp32 model, that is what it sampled with.
