@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo import TokenBatch, aggregate, group_advantage, make_objective
-from drpo.data.arithmetic import MODEL_PATH, sample_problems
+from drpo.data.arithmetic import MODEL_PATH
+from drpo.data.problems import builtin_problems
 from drpo.rewards import exact_answer
 
 PROMPTS, COMPLETIONS, UPDATES = 16, 8, 4
@@ -65,7 +66,7 @@ def main(rollouts: int = 60, seed: int = 0) -> tuple[float, float]:
     ).eval()  # no dropout: π must be μ at first
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
     objective = make_objective("drpo", delta=0.2)
-    train, heldout = sample_problems("train", 5_000, seed), sample_problems("heldout", 250, 0)
+    train, heldout = builtin_problems("train", 5_000, seed), builtin_problems("heldout", 250, 0)
     before = accuracy(model, tokenizer, heldout)
 
     for rollout in range(1, rollouts + 1):

@@ -218,7 +218,7 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
         ({"lm_head_weight": torch.zeros(101, 15)}, r"lm_head_weight has shape \(101, 15\); expected \(V, 16\)"),
         ({"token_ids": torch.zeros(1, 37)}, r"token_ids has shape \(1, 37\); expected one dimension"),
         ({"advantage": torch.zeros(36)}, r"advantage has shape \(36,\); expected \(37,\)"),
-        ({"top_k_ids": torch.zeros(37)}, r"top_k_ids has shape \(37,\); expected \(37, K\)"),
+        ({"top_k_ids": torch.zeros(37, dtype=torch.int64)}, r"top_k_ids has shape \(37,\); expected \(37, K\)"),
         ({"top_k_behavior_logp": None}, "belong together"),
         ({"sequence_ids": -torch.arange(37)}, "sequence_ids decreases"),
         ({"objective": make_objective("gspo"), "sequence_ids": None}, "GSPO looks at whole sequences"),
