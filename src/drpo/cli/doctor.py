@@ -10,14 +10,13 @@ from typing import Annotated, TextIO
 import typer
 from rich.console import Console
 
+from drpo.cli.options import RecipeArgument
 from drpo.doctor.findings import show
 from drpo.errors import UserError
 
 
 def doctor(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe in YAML; the built-in one by default.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument = None,
     verl: Annotated[
         Path | None,
         typer.Option(metavar="CONFIG.yaml", help="A configuration of verl's trainer.", show_default=False),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from drpo.cli.options import RecipeArgument
 from drpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ ENGINES = ("trl", "verl")
 
 
 def train(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe in YAML; the built-in one by default.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,24 +66,25 @@ def train(
     if resume and overwrite:
         raise UserError("--resume and --overwrite: expected one of them")
     if resume:
-        asked = folder.check_resumable()
+        begun = folder.check_resumable()
         # Without a recipe file, --set speaks of the run's own.
-        if (given := load_recipe(recipe or folder.recipe, overrides or [])) != asked:
-            field = next(name for name in type(asked).model_fields if getattr(given, name) != getattr(asked, name))
+        chosen = load_recipe(recipe or folder.recipe, overrides or [])
+        if chosen != begun:
+            field = next(name for name in type(begun).model_fields if getattr(chosen, name) != getattr(begun, name))
             raise UserError(
-                f"--resume: {field} is {getattr(given, field)!r}, but the run in {folder} has {getattr(asked, field)!r}"
+                f"--resume: {field} is {getattr(chosen, field)!r}, but the run in {folder} has {getattr(begun, field)!r}"
             )
     else:
-        asked = load_recipe(recipe, overrides or [])
+        chosen = load_recipe(recipe, overrides or [])
         # The first process creates the folder, perhaps before another one looks.
         if os.environ.get("RANK", "0") == "0":
             folder.check_free(overwrite)
 
     try:
         if engine == "verl":
-            summary = _train_in_verl(asked, folder, verl or [], overwrite)
+            summary = _train_in_verl(chosen, folder, verl or [], overwrite)
         else:
-            summary = _train(asked, folder, resume, overwrite)
+            summary = _train(chosen, folder, resume, overwrite)
     except KeyboardInterrupt as error:
         again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
         typer.echo(f"interrupted{again}", err=True)
