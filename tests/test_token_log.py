@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from drpo.files import read_jsonl
 from drpo.report import write_report
-from drpo.report.tokens import changed_most, effect_of
+from drpo.report.tokens import changed_most, effect_of, marked_completion
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import load_recipe
 from drpo.run.train import train
@@ -78,3 +80,11 @@ def test_the_farthest_weights_come_first_and_unsteered_sequences_never() -> None
 )
 def test_an_effect_has_the_name_that_metrics_give_it(weight: float, effect: str | None) -> None:
     assert effect_of(weight) == effect
+
+
+def test_nothing_of_a_completion_is_markup() -> None:
+    payload = "<img src=x onerror=alert(1)>\"'</mark></pre><script>"
+    row = {"rollout": 1, "reward": 1.0, "advantage": 1.0, "prompt": payload, "text": [payload, payload]}
+    html = marked_completion({**row, "weight": [1.0, 0.0], "logp": [-1.0, -1.0], "behavior_logp": [-1.0, -2.0]})
+    assert set(re.findall(r"<(\w+)", html)) == {"p", "pre", "mark"}
+    assert unescape(html).count(payload) == 3
