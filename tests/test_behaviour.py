@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
-from drpo.precision import make_rollout_model, quantised, train_in_fp8
+from drpo.precision import make_rollout_model, quantized, train_in_fp8
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, make_trainer
 
@@ -74,9 +74,9 @@ def test_the_copy_samples_with_the_weights_of_now(tmp_path: Path, problems: Data
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-            expected = quantised(make_rollout_model(load_of(policy), precision), precision)(ids).logits
-            trainer._behaviour.begin_rollout(policy)
-            with trainer._behaviour.sampling(policy) as model:
+            expected = quantized(make_rollout_model(load_of(policy), precision), precision)(ids).logits
+            trainer._rollout_sampler.behavior.begin_rollout(policy)
+            with trainer._rollout_sampler.behavior.sampling(policy) as model:
                 assert torch.equal(model(ids).logits, expected)
         assert model is not policy
 
@@ -94,7 +94,10 @@ def test_the_log_probs_are_those_of_the_low_precision_policy(tmp_path: Path, pro
         def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
             completion_ids, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             seen.update(
-                prompt=prompt_ids[0], ids=completion_ids[0], log_probs=log_probs[0], model=self._behaviour._model
+                prompt=prompt_ids[0],
+                ids=completion_ids[0],
+                log_probs=log_probs[0],
+                model=self._rollout_sampler.behavior._model,
             )
             return completion_ids, log_probs
 

@@ -16,8 +16,9 @@ from drpo.data.problems import builtin_problems
 from drpo.rewards import exact_answer
 from drpo.rollout.recorder import NOT_IN_SUPPORT, record_log_probs
 from drpo.rollout.sampling import NEUTRAL, sampling_mismatches
+from drpo.trainer.batch import RolloutBatch
 from drpo.trainer.heldout import evaluate
-from drpo.trainer.scoring import score_support
+from drpo.trainer.scoring import PaddedScorer, support_log_probs
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, made_up_rollout, make_trainer
 
@@ -79,7 +80,8 @@ def test_a_log_prob_over_the_support_and_its_gradient_are_those_of_the_filtered_
     weight = model.lm_head.weight.requires_grad_()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     completion, support = ids[:, 2:], torch.tensor([[[7, 3, -1], [8, 4, 11], [-1, -1, -1]]])
-    scores = score_support(model, completion, support, 0.5, {"input_ids": ids})
+    batch: RolloutBatch = {"completion_ids": completion, "support_ids": support}
+    scores = support_log_probs(model, batch, {"input_ids": ids}, temperature=0.5)
     logits = model(ids).logits[:, 1:-1].float() / 0.5
     by_hand = torch.stack(
         [
@@ -137,9 +139,12 @@ def test_a_rollout_function_records_no_support(tmp_path: Path, problems: Dataset
         make_trainer(tmp_path, problems, replay_support=True, rollout_func=made_up_rollout)
 
 
-def test_the_fused_loss_gives_way_to_all_logits(tmp_path: Path, problems: Dataset) -> None:
+def test_the_fused_loss_gives_way_to_all_logits(
+    tmp_path: Path, problems: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer: DRPOTrainer = make_trainer(tmp_path, problems, replay_support=True)
-    assert trainer._why_not_fused == "log-probs over the sampler's support need all logits"
+    assert isinstance(trainer._scorer, PaddedScorer)
+    assert "No fused loss for this model: log-probs over the sampler's support need all logits" in caplog.text
 
 
 @pytest.mark.parametrize("sampling", [{"top_p": 0.01}, {"top_k": 2}, {"min_p": 0.9}], ids=str)
@@ -213,15 +218,3 @@ def test_a_setting_that_the_model_brings_along_stops_the_trainer(
     trainer = make_trainer(tmp_path, problems, model=model, audit_threshold=100.0)
     with pytest.raises(RuntimeError, match=f"sampling filters: {next(iter(setting))}="):
         trainer.train()
-
-
-def test_image_tokens_that_trl_suppresses_are_no_mismatch(tmp_path: Path, problems: Dataset) -> None:
-    model, _ = load_model()
-    model.config.image_token_id = 7
-    trainer = make_trainer(tmp_path, problems, model=model)
-    trainer.generation_config.suppress_tokens = [7]
-    for is_vlm, expected in ((False, [7]), (True, None)):
-        trainer._is_vlm = is_vlm
-        sampling = trainer._sampling_settings()
-        assert sampling is not None
-        assert sampling.get("suppress_tokens") == expected

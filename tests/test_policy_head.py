@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from drpo.trainer.fused_head import why_not_fused
+from drpo.trainer.scoring import FusedScorer
 from support.rollouts import flat, load_model, make_trainer
 
 
@@ -37,22 +38,22 @@ def test_scores_and_gradient_are_those_of_the_plain_path(tmp_path: Path, problem
         "sampling_per_token_logps": -3 * torch.rand(4, 5),
         "old_per_token_logps": -3 * torch.rand(4, 5),
         "top_k_ids": torch.randint(3, 12, (4, 5, 2)),
-        "top_k_sampling_logps": -3 - torch.rand(4, 5, 2),
+        "top_k_per_token_logps": -3 - torch.rand(4, 5, 2),
     }
     inputs["prompt_mask"][1, :2] = 0
     inputs["completion_mask"][2, 3:] = 0
     counted = inputs["completion_mask"].bool()
-    found = []
+    results = []
     for fused in (True, False):
         trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8, fused_loss=fused)
-        trainer._count([inputs])
+        trainer._micro_batches.begin_update([inputs])
         scored = trainer._score(trainer.model, inputs, counted / 17)
         scored.loss.backward()
         tokens = (scored.sampled.logp, scored.gradient_weight, scored.entropy)
         tokens = [t.squeeze(0) if fused else t[counted] for t in tokens]
         gradient = flat({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
-        found.append([scored.loss.detach(), *tokens, gradient])
-    for fused, plain in zip(*found, strict=True):
+        results.append([scored.loss.detach(), *tokens, gradient])
+    for fused, plain in zip(*results, strict=True):
         assert (fused - plain).norm() <= 1e-5 * plain.norm()
 
 
@@ -95,7 +96,7 @@ def test_reads_what_a_model_does_to_its_logits(tmp_path: Path, problems: Dataset
             torch.nn.init.normal_(model.lm_head.bias)
         trainer = make_trainer(tmp_path, problems, model=model)
         trainer.train()
-        assert trainer._why_not_fused is None
+        assert isinstance(trainer._scorer, FusedScorer)
         assert trainer.audit is not None
         assert trainer.audit.maximum < 1e-4, type(model)
 

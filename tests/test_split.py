@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from drpo import TokenBatch
 from drpo.data.problems import builtin_problems
-from drpo.trainer.mismatch import BEGUN_WITH, SAMPLED_WITH, Split
+from drpo.trainer.batch import RolloutBatch
+from drpo.trainer.mismatch import Split
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import make_trainer
 
@@ -38,9 +39,13 @@ def test_the_parts_are_those_worked_by_hand() -> None:
         return torch.tensor([[prob, float("nan")]]).log()
 
     mask = torch.tensor([[1, 0]])
-    inputs = {"completion_mask": mask, SAMPLED_WITH: of(0.4), BEGUN_WITH: of(0.6)}
+    batch: RolloutBatch = {
+        "completion_mask": mask,
+        "sampler_per_token_logps": of(0.4),
+        "old_per_token_logps": of(0.6),
+    }
     split = Split()
-    split.update(inputs, TokenBatch(of(0.3), of(0.5), torch.ones(1), mask))
+    split.update(batch, TokenBatch(of(0.3), of(0.5), torch.ones(1), mask))
     measured = split.take(lambda tensor: tensor)
     for part, expected in (("engine", 0.1), ("staleness", 0.2), ("drift", 0.3)):
         assert measured[f"{part}/divergence/mean"] == pytest.approx(expected, rel=1e-5)

@@ -22,7 +22,10 @@ from trl import GRPOConfig, GRPOTrainer
 from drpo import OBJECTIVES, DRPOTrainer
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
+from drpo.trainer.batch import RolloutBatch
 from drpo.trainer.config import REFUSED
+from drpo.trainer.measurements import Mode
+from drpo.trainer.scoring import FusedScorer
 from support.rollouts import (
     config,
     flat,
@@ -42,14 +45,14 @@ class Watching(DRPOTrainer):
         super().__init__(*args, **kwargs)
         self.updates: list[dict[str, Any]] = []
 
-    def _score(self, model: Any, inputs: dict[str, Any], scale: Tensor) -> Any:
-        kind, given = type(self.objective), []
+    def _loss(self, model: Any, batch: RolloutBatch, mode: Mode) -> Tensor:
+        kind, seen = type(self.objective), []
         loss = kind.loss
         # What the objective is given, which is not what the rollout brought unless the trainer passes it on.
-        with mock.patch.object(kind, "loss", lambda objective, batch: given.append(batch) or loss(objective, batch)):
-            scored = super()._score(model, inputs, scale)
-        self.updates.append({**inputs, "batch": given[-1]})
-        return scored
+        with mock.patch.object(kind, "loss", lambda objective, tokens: seen.append(tokens) or loss(objective, tokens)):
+            result = super()._loss(model, batch, mode)
+        self.updates.append({**batch, "batch": seen[-1]})
+        return result
 
 
 class TestAnchor:
@@ -185,6 +188,12 @@ class TestAudit:
         model = GPT2LMHeadModel(GPT2Config(**small, **without_dropout))
         peft_config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True) if lora else None
         trainer = make_trainer(tmp_path, problems, model=model, peft_config=peft_config, objective=objective)
+        trainer.train()
+        assert trainer.audit is not None
+        assert trainer.audit.maximum < 1e-4
+
+    def test_is_passed_by_a_mixture_of_experts(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make_trainer(tmp_path, problems, model=mixture_of_experts())
         trainer.train()
         assert trainer.audit is not None
         assert trainer.audit.maximum < 1e-4
@@ -406,43 +415,57 @@ class TestTraining:
         assert any(ids[-1] == stop for ids in counted)
         assert not any((ids[:-1] == stop).any() for ids in counted)
 
-    def test_stops_where_the_old_policy_s_log_probs_are_missing(self, tmp_path: Path, problems: Dataset) -> None:
-        generate = GRPOTrainer._generate_and_score_completions
-
-        def without(trainer: Any, inputs: Any) -> dict[str, Any]:
-            output = generate(trainer, inputs)
-            del output["old_per_token_logps"]
-            return output
-
-        trainer = make_trainer(tmp_path, problems, objective="ppo")
-        with (
-            mock.patch.object(GRPOTrainer, "_generate_and_score_completions", without),
-            pytest.raises(ValueError, match="no old_per_token_logps"),
-        ):
-            trainer.train()
-
+    @pytest.mark.parametrize("fused", [True, False])
     @pytest.mark.parametrize("budget", [64, None])
     def test_weighs_the_load_balancing_loss_by_the_share_of_a_micro_batch(
-        self, tmp_path: Path, problems: Dataset, budget: int | None
+        self, tmp_path: Path, problems: Dataset, budget: int | None, fused: bool
     ) -> None:
-        small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
-        layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-        tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "router_aux_loss_coef": 1.0}
-        torch.manual_seed(0)
         trainer = make_trainer(
             tmp_path,
             problems,
-            model=Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, **layers, **experts, **tokens)),
+            model=mixture_of_experts(),
             rollout_func=made_up_rollout,
             reward_funcs=lambda completions, **_: [1.0] * len(completions),
             audit_threshold=100.0,
             tokens_per_micro_batch=budget,
+            fused_loss=fused,
         )
         trainer.train()
+        assert isinstance(trainer._scorer, FusedScorer) == fused
         # Without advantages it is all of the loss; top-2 routing in balance makes it 2.
         for row in trainer.state.log_history[:2]:
             assert row["loss"] == pytest.approx(2.0, abs=0.2)
+            assert row["aux_loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+    def test_of_experts_has_the_same_losses_with_the_fused_loss_and_with_trl_s_head(
+        self, tmp_path: Path, problems: Dataset
+    ) -> None:
+        histories = []
+        for fused in (True, False):
+            trainer = make_trainer(
+                tmp_path,
+                problems,
+                model=mixture_of_experts(),
+                rollout_func=made_up_rollout,
+                reward_funcs=made_up_reward,
+                audit_threshold=100.0,
+                fused_loss=fused,
+            )
+            trainer.train()
+            histories.append(trainer.state.log_history[:2])
+        for fused, plain in zip(*histories, strict=True):
+            for name in ("loss", "aux_loss", "grad_norm"):
+                assert fused[name] == pytest.approx(plain[name], rel=1e-4), name
+
+
+def mixture_of_experts() -> Qwen3MoeForCausalLM:
+    small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 1.0}
+    experts["output_router_logits"] = True
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, **layers, **experts, **tokens))
 
 
 SEEDS = ({"seed": 1, "data_seed": 3}, {"seed": 2, "data_seed": 3}, {"seed": 1, "data_seed": 4})
@@ -471,12 +494,11 @@ class TestTRL:
     def test_methods_keep_their_parameters(self, method: str, parameters: list[str]) -> None:
         assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters)[1:] == parameters
 
-    def test_log_probs_come_from_where_they_did(self) -> None:
-        parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-        assert parameters[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
+    def test_head_takes_labels_and_returns_log_probs(self, tmp_path: Path, problems: Dataset) -> None:
         source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
         assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
-        assert {"compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images"} < set(parameters)
+        assert "outputs.log_probs[:, -logits_to_keep:]" in source
+        assert "outputs.entropy[:, -logits_to_keep:]" in source
 
     def test_options_that_are_refused_exist(self) -> None:
         assert set(REFUSED) <= set(GRPOConfig.__dataclass_fields__)

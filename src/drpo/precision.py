@@ -55,7 +55,7 @@ def train_in_fp8(model: nn.Module) -> None:
 
 
 def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
-    """A model with weights of its own to load the policy's into, which :func:`quantised` makes ready to sample."""
+    """A model with weights of its own to load the policy's into, which :func:`quantized` makes ready to sample."""
     made = copy.deepcopy(model).requires_grad_(False).eval()
     # A forward that was put on the instance, as TRL does, is the original's.
     vars(made).pop("forward", None)
@@ -66,10 +66,10 @@ def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Modu
     return made
 
 
-def quantised(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
+def quantized(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
     """The model of :func:`make_rollout_model` as it samples with the weights that it has now.
 
-    FP8 quantises them in each forward pass; INT8 makes a quantised copy.
+    FP8 quantises them in each forward pass; INT8 makes a quantized copy.
     """
     if precision != "int8":
         return model

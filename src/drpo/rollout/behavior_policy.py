@@ -11,17 +11,17 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drpo.precision import RolloutPrecision, make_rollout_model, quantised
+from drpo.precision import RolloutPrecision, make_rollout_model, quantized
 
-FOLDER = "behaviour_policy"
+FOLDER = "behavior_policy"
 """Within a checkpoint: the weights of past rollouts, oldest first."""
 
 
-class BehaviourPolicy:
+class BehaviorPolicy:
     """The policy μ of a run.
 
     At the beginning of a rollout it takes the weights that the policy had ``lag`` rollouts before
-    (its first ones, in the first ``lag`` rollouts), in a copy that is quantised anew each time.
+    (its first ones, in the first ``lag`` rollouts), in a copy that is quantized anew each time.
 
     Args:
         policy: whose class and configuration the copy gets; not yet wrapped by anything.
@@ -62,7 +62,7 @@ class BehaviourPolicy:
             weights = self._past[0]
         self._blank.to(next(policy.parameters()).device)
         self._blank.load_state_dict(weights)
-        self._model = quantised(self._blank, self._precision)
+        self._model = quantized(self._blank, self._precision)
 
     @contextmanager
     def sampling(self, policy: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -20,14 +20,16 @@ from drpo.rollout.sampling import FILTERS, NEUTRAL
 
 logger = logging.getLogger(__name__)
 
-_CHANGE = "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
-_FILTER = f"{_CHANGE}, or set replay_support=True to score the tokens that it leaves"
+_NO_REFERENCE = "no reference model is kept; the objective keeps π near μ by itself"
+_NO_ENTROPY_BONUS = "there is no entropy bonus"
 _OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
-
-_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
+_OTHER_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
+_NO_LOG_PROBS = "it returns no log-probs, and the ratio needs those of the sampler"
+_CHANGES_SAMPLING = (
+    "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+)
 
 REFUSED: dict[str, str] = {
-    "beta": "no reference model is kept; the objective keeps π near μ by itself",
     "loss_type": "set objective= (what is maximised) and aggregation= (how tokens are averaged)",
     "epsilon": "set objective='ppo', objective_kwargs={'clip_low': ...}",
     "epsilon_high": "set objective='ppo', objective_kwargs={'clip_high': ...}",
@@ -38,34 +40,41 @@ REFUSED: dict[str, str] = {
     "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
     "vllm_importance_sampling_correction": "set correction='token_truncate', for an objective anchored on the old policy",
     "vllm_importance_sampling_mode": "set correction= ('token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask')",
-    "vllm_importance_sampling_clip_max": _CORRECTION,
-    "vllm_importance_sampling_cap": _CORRECTION,
-    "vllm_importance_sampling_clip_min": _CORRECTION,
     "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
     "top_entropy_quantile": "every completion token is trained on",
-    "entropy_coef": "there is no entropy bonus",
-    "use_adaptive_entropy": "there is no entropy bonus",
-    "entropy_coef_min": "there is no entropy bonus",
-    "entropy_coef_max": "there is no entropy bonus",
-    "entropy_coef_delta": "there is no entropy bonus",
-    "entropy_target": "there is no entropy bonus",
-    "sync_ref_model": "no reference model is kept",
-    "ref_model_mixup_alpha": "no reference model is kept",
-    "ref_model_sync_steps": "no reference model is kept",
-    "use_bias_correction_kl": "no reference model is kept",
-    "top_p": _FILTER,
-    "top_k": _FILTER,
-    "min_p": _FILTER,
-    "repetition_penalty": _CHANGE,
-    "vllm_structured_outputs_regex": _CHANGE,
-    "use_transformers_continuous_batching": "it returns no log-probs, and the ratio needs those of the sampler",
-    "use_transformers_paged": "it returns no log-probs, and the ratio needs those of the sampler",
-    "sapo_temperature_neg": _OTHER_OBJECTIVE,
-    "sapo_temperature_pos": _OTHER_OBJECTIVE,
-    "vespo_k_pos": _OTHER_OBJECTIVE,
-    "vespo_k_neg": _OTHER_OBJECTIVE,
-    "vespo_lambda_pos": _OTHER_OBJECTIVE,
-    "vespo_lambda_neg": _OTHER_OBJECTIVE,
+    **dict.fromkeys(
+        ("beta", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_bias_correction_kl"),
+        _NO_REFERENCE,
+    ),
+    **dict.fromkeys(
+        ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap"),
+        _OTHER_CORRECTION,
+    ),
+    **dict.fromkeys(
+        (
+            "entropy_coef",
+            "use_adaptive_entropy",
+            "entropy_coef_min",
+            "entropy_coef_max",
+            "entropy_coef_delta",
+            "entropy_target",
+        ),
+        _NO_ENTROPY_BONUS,
+    ),
+    **dict.fromkeys(
+        (
+            "sapo_temperature_neg",
+            "sapo_temperature_pos",
+            "vespo_k_pos",
+            "vespo_k_neg",
+            "vespo_lambda_pos",
+            "vespo_lambda_neg",
+        ),
+        _OTHER_OBJECTIVE,
+    ),
+    **dict.fromkeys(FILTERS, f"{_CHANGES_SAMPLING}, or set replay_support=True to score the tokens that it leaves"),
+    **dict.fromkeys(("repetition_penalty", "vllm_structured_outputs_regex"), _CHANGES_SAMPLING),
+    **dict.fromkeys(("use_transformers_continuous_batching", "use_transformers_paged"), _NO_LOG_PROBS),
 }
 """Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
 
@@ -124,7 +133,7 @@ class DRPOConfig(GRPOConfig):
             in FP8 e4m3; emulated where the hardware has none). Weights, LM head and log-probs stay
             in fp32. None goes by TRL's ``bf16``.
         rollout_precision: ``fp32``, ``bf16``, ``fp8`` or ``int8`` (weights and activations, but the LM
-            head): a copy of the policy samples, quantised anew when a rollout begins. None samples
+            head): a copy of the policy samples, quantized anew when a rollout begins. None samples
             as the policy computes.
         rollout_lag: rollouts between the weights that sample and those that train. The weights of so
             many rollouts are kept in CPU memory and in checkpoints.
@@ -138,32 +147,27 @@ class DRPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs"]
 
-    objective: str = field(default="drpo", metadata={"help": "Objective to optimise."})
-    objective_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
-    anchor: Anchor | None = field(default=None, metadata={"help": "What the ratio is taken against."})
-    correction: str | None = field(default=None, metadata={"help": "Weight by pi_old/mu."})
-    correction_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its hyperparameters."})
-    updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps on each rollout's samples."})
-    aggregation: Aggregation = field(default="token-mean", metadata={"help": "How token losses become one number."})
-    horizon: int | None = field(default=None, metadata={"help": "Tokens, for seq-mean-token-sum-norm."})
-    advantage: Advantage = field(default="mean", metadata={"help": "How rewards become advantages."})
-    audit_threshold: float | None = field(
-        default=None, metadata={"help": "Mean |log pi - log mu| before the first update above which training stops."}
-    )
-    fused_loss: bool = field(default=True, metadata={"help": "One pass over the LM head where the model allows it."})
-    drop_zero_advantage: bool = field(default=True, metadata={"help": "Do not compute sequences without a gradient."})
-    tokens_per_micro_batch: int | None = field(
-        default=16_384, metadata={"help": "Tokens that go through the model at once, padding included."}
-    )
-    train_precision: TrainPrecision | None = field(default=None, metadata={"help": "fp32, bf16 or fp8."})
-    rollout_precision: RolloutPrecision | None = field(default=None, metadata={"help": "fp32, bf16, fp8 or int8."})
-    rollout_lag: int = field(
-        default=0, metadata={"help": "Rollouts between the weights that sample and those that train."}
-    )
-    replay_support: bool = field(default=False, metadata={"help": "Score over the tokens that could be sampled."})
-    split_distance: bool = field(default=False, metadata={"help": "Measure where the distance from mu comes from."})
-    scale_rewards: str = field(default="none", metadata={"help": "Not used; see advantage."})
-    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Not used."})
+    objective: str = "drpo"
+    objective_kwargs: dict[str, Any] | str | None = None
+    anchor: Anchor | None = None
+    correction: str | None = None
+    correction_kwargs: dict[str, Any] | str | None = None
+    updates_per_rollout: int = 4
+    aggregation: Aggregation = "token-mean"
+    horizon: int | None = None
+    advantage: Advantage = "mean"
+    audit_threshold: float | None = None
+    fused_loss: bool = True
+    drop_zero_advantage: bool = True
+    tokens_per_micro_batch: int | None = 16_384
+    train_precision: TrainPrecision | None = None
+    rollout_precision: RolloutPrecision | None = None
+    rollout_lag: int = 0
+    replay_support: bool = False
+    split_distance: bool = False
+    # Of GRPOConfig, with the only values that have no effect here.
+    scale_rewards: str = "none"
+    vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -177,19 +181,18 @@ class DRPOConfig(GRPOConfig):
                 self._check_filter(name)
             else:
                 raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
-        if not isinstance(self.updates_per_rollout, int) or self.updates_per_rollout < 1:
-            raise ValueError(f"updates_per_rollout is {self.updates_per_rollout}; expected a whole number, at least 1")
+        _check_whole_number("updates_per_rollout", self.updates_per_rollout, at_least=1)
+        _check_whole_number("rollout_lag", self.rollout_lag, at_least=0)
+        if self.tokens_per_micro_batch is not None:
+            _check_whole_number("tokens_per_micro_batch", self.tokens_per_micro_batch, at_least=1)
         for name in ("temperature", "audit_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number > 0")
-        budget = self.tokens_per_micro_batch
-        if budget is not None and (not isinstance(budget, int) or budget < 1):
-            raise ValueError(f"tokens_per_micro_batch is {budget!r}; expected a whole number, at least 1, or None")
         self._choose_precision()
         if self.replay_support and self.use_vllm:
             raise ValueError("replay_support=True needs the tokens that could be drawn, which vLLM does not return")
-        asked_steps, asked_size = self.steps_per_generation, self.generation_batch_size
+        steps, size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None
         super().__post_init__()
@@ -204,7 +207,7 @@ class DRPOConfig(GRPOConfig):
                     f"generation_kwargs has {name!r}, which may change what is sampled from, while the trainer scores "
                     f"the full distribution; expected only {', '.join(sorted(GENERATION_KWARGS))}"
                 )
-        self._refuse_contradictions(asked_steps, asked_size)
+        self._refuse_contradictions(steps, size)
         self._align_checkpoints()
         # Refused here rather than after the model was loaded.
         objective = self.make_objective()
@@ -218,11 +221,10 @@ class DRPOConfig(GRPOConfig):
 
     def _choose_precision(self) -> None:
         for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
-            if (asked := getattr(self, name)) not in (None, *get_args(choices)):
-                raise ValueError(f"{name}: {unknown_name('precision', str(asked), get_args(choices))}")
-            require_torchao(asked)
-        if not isinstance(self.rollout_lag, int) or self.rollout_lag < 0:
-            raise ValueError(f"rollout_lag is {self.rollout_lag!r}; expected a whole number, at least 0")
+            precision = getattr(self, name)
+            if precision not in (None, *get_args(choices)):
+                raise ValueError(f"{name}: {unknown_name('precision', str(precision), get_args(choices))}")
+            require_torchao(precision)
         for name, default in (("rollout_precision", None), ("rollout_lag", 0)):
             if self.use_vllm and getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r}: vLLM samples by its own weights; leave it out")
@@ -257,15 +259,15 @@ class DRPOConfig(GRPOConfig):
         correction = make_correction(self.correction, **correction_kwargs) if self.correction is not None else None
         return anchored(objective, self.anchor, correction)
 
-    def _refuse_contradictions(self, asked_steps: int | None, asked_size: int | None) -> None:
-        if asked_steps not in (None, self.steps_per_generation):
+    def _refuse_contradictions(self, steps: int | None, size: int | None) -> None:
+        if steps not in (None, self.steps_per_generation):
             raise ValueError(
-                f"steps_per_generation={asked_steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
+                f"steps_per_generation={steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; leave it out"
             )
-        if asked_size not in (None, self.generation_batch_size):
+        if size not in (None, self.generation_batch_size):
             raise ValueError(
-                f"generation_batch_size={asked_size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
+                f"generation_batch_size={size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
                 f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
                 f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
             )
@@ -284,11 +286,16 @@ class DRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
                 )
-            asked = self.save_steps
-            self.save_steps = math.ceil(asked / self.updates_per_rollout) * self.updates_per_rollout
+            rounded = math.ceil(self.save_steps / self.updates_per_rollout) * self.updates_per_rollout
             logger.warning(
-                "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", asked, self.save_steps
+                "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", self.save_steps, rounded
             )
+            self.save_steps = rounded
+
+
+def _check_whole_number(name: str, value: Any, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {at_least}")
 
 
 def _mapping(name: str, kwargs: dict[str, Any] | str | None) -> dict[str, Any]:

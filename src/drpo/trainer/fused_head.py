@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ def _logit_error(model: Any) -> float:
 
 
 def add_policy_loss(model: Any, temperature: float) -> None:
-    """Let ``model(input_ids=..., scored=ScoredTokens(...))`` return a :class:`drpo.kernels.FusedLoss`; other calls stay as they are.
+    """Let ``model(input_ids=..., scored=ScoredTokens(...))`` return a :class:`drpo.kernels.FusedLoss` and, with
+    ``output_router_logits=True``, the load-balancing loss of its experts, else None. Other calls stay as they are.
 
     Within the model's forward pass, so that what wraps it (DDP, FSDP2, autocast) sees an ordinary one.
     """
@@ -90,9 +92,16 @@ def add_policy_loss(model: Any, temperature: float) -> None:
             return forward(input_ids, *args, **kwargs)
         # PEFT passes what its own forward has a name for.
         kwargs.pop("labels", None)
-        states = self.base_model(input_ids=input_ids, **kwargs, use_cache=False).last_hidden_state
+        kwargs |= {"input_ids": input_ids, "use_cache": False}
+        if kwargs.get("output_router_logits"):
+            # The model makes its load-balancing loss beside the logits, of which one a sequence is the least it makes.
+            with _last_hidden_state_of(self.base_model) as body:
+                aux_loss = forward(**kwargs, logits_to_keep=1).aux_loss
+            states = body["last_hidden_state"]
+        else:
+            aux_loss, states = None, self.base_model(**kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        return fused_policy_loss(
+        fused_loss = fused_policy_loss(
             states[scored.places],
             _whole(head.weight),
             scored.tokens,
@@ -102,9 +111,21 @@ def add_policy_loss(model: Any, temperature: float) -> None:
             logit_scale=transform.scale,
             softcap=transform.softcap,
         )
+        return fused_loss, aux_loss
 
     # A bound method: Accelerate takes it apart to put autocast around it.
     model.forward = types.MethodType(with_policy_loss, model)
+
+
+@contextmanager
+def _last_hidden_state_of(body: Any) -> Iterator[dict[str, Any]]:
+    """Within this context a forward pass of the body leaves its ``last_hidden_state`` in the dict."""
+    outputs: dict[str, Any] = {}
+    handle = body.register_forward_hook(lambda _module, _args, output: outputs.update(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def _whole(parameter: Tensor) -> Tensor:

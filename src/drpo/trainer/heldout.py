@@ -50,7 +50,7 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
     judge: Reward = getattr(reward, "correctness", reward)
     mine = problems[accelerator.process_index :: accelerator.num_processes]
     repeated = [problem for problem in mine for _ in range(samples)]
-    configs = [getattr(trainer, "generation_config", None), accelerator.unwrap_model(trainer.model).generation_config]
+    configs = [getattr(trainer, "generation_config", None), trainer.policy.generation_config]
     rows: list[dict[str, Any]] = []
     was_training = trainer.model.training
     trainer.model.eval()

@@ -1,4 +1,4 @@
-"""Which sequences of a batch are worth a forward pass, and which of them go together.
+"""Which sequences of an update go through the model together, and over how many tokens its loss is averaged.
 
 A sequence whose advantage is 0 has no gradient under an objective weighted by A; padding has none
 under any. Both stay in the denominators of the loss, which are counted before.
@@ -6,60 +6,87 @@ under any. Both stay in the denominators of the loss, which are counted before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-WIDTH = 16
-"""Numbers that a processor's vector unit takes at once: 16 in fp32 with AVX-512."""
+from drpo.aggregation import Counts
+from drpo.trainer.batch import RolloutBatch, lengths, loss_mask, select, widths
 
 
-@dataclass
-class Work:
-    """What of a run's training phase was computed, and what was not, in sums.
+class MicroBatches:
+    """The micro-batches of an update on this rank.
+
+    Args:
+        accelerator: Accelerate's, of the ranks that share an update.
+        budget: tokens, padding included, that go through the model at once; None takes a batch as a whole.
+        pads_apart: whether prompts and completions are padded each by itself, as for TRL's LM head.
 
     Attributes:
-        sequences: sequences in the batches.
-        dropped: those of them that were never computed.
-        padded_tokens: tokens the batches hold as they come, padding included.
-        computed_tokens: tokens that went through the model, padding included.
+        counts: tokens and sequences of the update that count, over its batches and all ranks.
+        longest: tokens of the longest sequence among them.
     """
 
-    sequences: float = 0
-    dropped: float = 0
-    padded_tokens: float = 0
-    computed_tokens: float = 0
+    def __init__(self, accelerator: Any, budget: int | None, pads_apart: bool) -> None:
+        self._accelerator = accelerator
+        self._budget = budget
+        self._pads_apart = pads_apart
+        self._work = torch.zeros(4, dtype=torch.long)
 
-    def sums(self) -> list[float]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def begin_update(self, batches: Sequence[RolloutBatch]) -> None:
+        """Count what the update on these batches is averaged over. All ranks call it together."""
+        counts = [Counts.of(loss_mask(batch)) for batch in batches]
+        longest = [lengths(batch).amax() for batch in batches]
+        local = [torch.stack([c.tokens, c.sequences, most]) for c, most in zip(counts, longest, strict=True)]
+        tokens, sequences, longest = self._accelerator.gather(torch.stack(local)).unbind(dim=1)
+        self.counts = Counts(tokens=tokens.sum(), sequences=sequences.sum())
+        self.longest = int(longest.max())
 
-    def metrics(self) -> dict[str, float]:
-        """Shares of sequences and of tokens left out."""
-        if not self.computed_tokens:
+    def share(self, batch: RolloutBatch) -> Tensor:
+        """The share of the update's tokens that a batch has; scalar."""
+        return loss_mask(batch).sum() / self.counts.tokens.clamp(min=1)
+
+    def split(self, batch: RolloutBatch, keep: Tensor) -> list[tuple[Tensor, RolloutBatch]]:
+        """Micro-batches of the sequences to keep, each after its rows in the batch. All ranks call it together.
+
+        They come in order of length, longest first. Every rank gets as many as the busiest; in those that only make up
+        the number no token counts.
+
+        Args:
+            batch: of this rank.
+            keep: [B], bool, the sequences that go through the model.
+        """
+        groups = split_by_length(self._widths(batch), keep, self._budget)
+        passes = max(1, len(groups))
+        if self._accelerator.num_processes > 1:
+            passes = int(self._accelerator.gather(torch.tensor([passes], device=keep.device)).max())
+        shortest = lengths(batch).argmin().unsqueeze(0)
+        idle = select(batch, shortest)
+        idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
+        return [(shortest, idle)] * (passes - len(groups)) + [(rows, select(batch, rows)) for rows in groups]
+
+    def split_to_train(self, batch: RolloutBatch, keep: Tensor) -> list[RolloutBatch]:
+        """The same without rows; what is left out counts as work that was saved (:meth:`take_work`)."""
+        micro_batches = [micro_batch for _, micro_batch in self.split(batch, keep)]
+        widest = [self._widths(part).amax(dim=0).sum() * len(part["completion_ids"]) for part in micro_batches]
+        padded = batch["prompt_ids"].numel() + batch["completion_ids"].numel()
+        self._work += torch.tensor([len(keep), len(keep) - int(keep.sum()), padded, int(torch.stack(widest).sum())])
+        return micro_batches
+
+    def take_work(self) -> dict[str, float]:
+        """Shares of sequences and of tokens left out since the last call, over all ranks; empty if nothing was trained on."""
+        work = self._accelerator.gather(self._work.unsqueeze(0).to(self._accelerator.device)).sum(dim=0)
+        self._work.zero_()
+        sequences, dropped, padded, computed = work.tolist()
+        if not computed:
             return {}
-        return {
-            "work/dropped_sequences": self.dropped / self.sequences,
-            "work/saved_tokens": 1 - self.computed_tokens / self.padded_tokens,
-        }
+        return {"work/dropped_sequences": dropped / sequences, "work/saved_tokens": 1 - computed / padded}
 
-
-def loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """Tokens of the completions that count, [B, C]: those of tools were not sampled."""
-    mask = inputs["completion_mask"]
-    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
-
-
-def widths(inputs: dict[str, Any]) -> Tensor:
-    """Tokens of each sequence's prompt and of its completion, [B, 2]."""
-    return torch.stack([inputs["prompt_mask"].sum(dim=1), inputs["completion_mask"].sum(dim=1)], dim=1)
-
-
-def lengths(inputs: dict[str, Any]) -> Tensor:
-    """Tokens of each sequence, prompt and completion, [B]."""
-    return widths(inputs).sum(dim=1)
+    def _widths(self, batch: RolloutBatch) -> Tensor:
+        """Tokens of each part of a sequence that is padded by itself, [B, parts]."""
+        return widths(batch) if self._pads_apart else lengths(batch).unsqueeze(1)
 
 
 def split_by_length(sequence_widths: Tensor, keep: Tensor, budget: int | None) -> list[Tensor]:
@@ -86,46 +113,3 @@ def split_by_length(sequence_widths: Tensor, keep: Tensor, budget: int | None) -
             groups.append([index])
             widest = own
     return [torch.tensor(group, device=keep.device) for group in groups]
-
-
-def select(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some sequences of a trainer's inputs, without the padding that none of them needs."""
-    size = len(inputs["completion_ids"])
-    chosen = {
-        name: value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-        for name, value in inputs.items()
-    }
-    # At least one column each: an empty mask has no first one.
-    prompt = int(chosen["prompt_mask"].sum(dim=1).amax().clamp(min=1))
-    completion = int(chosen["completion_mask"].sum(dim=1).amax().clamp(min=1))
-    width = inputs["completion_ids"].shape[1]
-    for name, value in chosen.items():
-        if name in ("prompt_ids", "prompt_mask"):
-            chosen[name] = value[:, -prompt:]
-        elif isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (len(rows), width):
-            chosen[name] = value[:, :completion]
-    return chosen
-
-
-def left_aligned(inputs: dict[str, Any], longest: int) -> tuple[Tensor, Tensor]:
-    """Ids of prompt and completion without the padding between and before them, and the places of the tokens that count.
-
-    Causal attention never looks right, where the padding is now: no attention mask is needed.
-    All tokens but the last are a model's input, and theirs is a multiple of :data:`WIDTH` or the
-    longest of the update: attention kernels treat what is left over of a row apart, and so round
-    a sequence alike in every micro-batch it may be in.
-
-    Args:
-        inputs: a trainer's, with prompts padded on the left and completions on the right.
-        longest: tokens of the longest sequence of the update, over its micro-batches and ranks.
-
-    Returns:
-        [B, L] ids and [B, L] bool, in which each row's tokens keep their order, from 2 tokens on.
-    """
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()
-    counted = torch.cat([torch.zeros_like(inputs["prompt_mask"]), loss_mask(inputs)], dim=1).bool()
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(2, int(mask.sum(dim=1).amax()))]
-    length = order.shape[1]
-    missing = (0, max(0, min(longest - length, -(length - 1) % WIDTH)))
-    return pad(ids.gather(1, order), missing), pad(counted.gather(1, order), missing)

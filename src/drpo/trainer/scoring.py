@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from drpo.kernels import PackedTokens
-from drpo.objectives import Anchor, Objective
+from drpo.objectives import Anchor, Objective, TopKObjective
 from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.tokens import TokenBatch, TopK
-from drpo.trainer.fused_head import ScoredTokens
-from drpo.trainer.micro_batches import left_aligned, loss_mask
+from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask
+from drpo.trainer.config import DRPOConfig
+from drpo.trainer.fused_head import ScoredTokens, add_policy_loss, lengthens_prompts, why_not_fused
+
+logger = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
@@ -34,14 +45,68 @@ class Scored(NamedTuple):
     aux_loss: Tensor | None = None
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True)
+class FusedScorer:
+    """Scores in one pass over the LM head; the tokens that count are in one row, without padding.
+
+    Args:
+        objective: of the loss.
+        anchor: what its ratio is taken against.
+        with_aux_loss: ask a mixture of experts for its load-balancing loss.
+    """
+
+    objective: Objective
+    anchor: Anchor
+    with_aux_loss: bool = False
+
+    def __call__(self, model: Any, batch: RolloutBatch, scale: Tensor, longest: int) -> Scored:
+        """Score a micro-batch.
+
+        Args:
+            model: whose forward takes ``scored`` (:func:`drpo.trainer.fused_head.add_policy_loss`).
+            batch: of B sequences and C completion columns.
+            scale: [B, C], of each token's loss (:func:`drpo.token_scale`).
+            longest: tokens of the longest sequence of the update.
+        """
+        counted = loss_mask(batch).bool()
+
+        def values_of_tokens(name: str) -> Tensor | None:
+            return batch[name][counted] if name in batch else None
+
+        ids, places = left_aligned(batch, longest)
+        sequences, _ = places.nonzero(as_tuple=True)
+        tokens = PackedTokens(
+            token_ids=ids[places],
+            behavior_logp=batch["sampling_per_token_logps"][counted],
+            advantage=batch["advantages"][sequences],
+            scale=scale[counted],
+            # The old policy is π itself where a rollout is a single update.
+            old_logp=values_of_tokens("old_per_token_logps") if self.anchor == "old" else None,
+            anchor=self.anchor,
+            sequence_ids=sequences,
+            top_k_ids=values_of_tokens("top_k_ids"),
+            top_k_behavior_logp=values_of_tokens("top_k_per_token_logps"),
+        )
+        inputs: dict[str, Any] = {"input_ids": ids[:, :-1]}
+        predicts = places[:, 1:]
+        if self.with_aux_loss:
+            # It is over all tokens, also the last of the longest sequence, which predicts none.
+            has_token = torch.arange(ids.shape[1], device=ids.device) < lengths(batch).unsqueeze(1)
+            inputs = {"input_ids": ids, "attention_mask": has_token.long(), "output_router_logits": True}
+            predicts = pad(predicts, (0, 1))
+        (loss, logp, entropy, weight), aux_loss = model(**inputs, scored=ScoredTokens(predicts, self.objective, tokens))
+        in_one_row = replace(tokens, sequence_ids=None)
+        return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0), aux_loss)
+
+
+class LogProbs(NamedTuple):
     """What a forward pass that keeps no gradient of its own makes of completions.
 
     Attributes:
-        logp: [B, T], log π of each token of them.
-        entropy: [B, T], of π at each token, in nats; without gradient.
+        logp: [B, C], log π of each token of them.
+        entropy: [B, C], of π at each token, in nats; without gradient.
         aux_loss: the load-balancing loss of a mixture of experts, if asked for.
-        top_k_logp: [B, T, K], log π of the sampler's likeliest tokens, if asked for.
+        top_k_logp: [B, C, K], log π of the sampler's likeliest tokens, if asked for.
     """
 
     logp: Tensor
@@ -50,112 +115,142 @@ class Scores(NamedTuple):
     top_k_logp: Tensor | None = None
 
 
-def score_fused(
-    model: Any, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor, longest: int
-) -> Scored:
-    """In one pass over the LM head; the tokens that count are in one row, without padding.
+@dataclass(frozen=True)
+class PaddedScorer:
+    """Scores from log-probs that autograd differentiates, for models that the fused loss does not fit.
 
     Args:
-        model: whose forward takes ``scored`` (:func:`drpo.trainer.fused_head.add_policy_loss`).
-        inputs: the trainer's, of one micro-batch.
-        scale: [B, T], of each token's loss (:func:`drpo.token_scale`).
         objective: of the loss.
         anchor: what its ratio is taken against.
-        longest: tokens of the longest sequence of the update.
+        log_probs: from a model, a batch and the model's inputs: one of :func:`chunked_log_probs`,
+            :func:`top_k_log_probs`, :func:`support_log_probs`.
+        takes_positions: whether the model's forward takes ``position_ids``.
+        with_aux_loss: ask a mixture of experts for its load-balancing loss.
     """
-    counted = loss_mask(inputs).bool()
 
-    def of_tokens(name: str) -> Tensor | None:
-        return inputs[name][counted] if inputs.get(name) is not None else None
+    objective: Objective
+    anchor: Anchor
+    log_probs: Callable[[Any, RolloutBatch, dict[str, Any]], LogProbs]
+    takes_positions: bool
+    with_aux_loss: bool = False
 
-    ids, places = left_aligned(inputs, longest)
-    sequences, _ = places.nonzero(as_tuple=True)
-    tokens = PackedTokens(
-        token_ids=ids[places],
-        behavior_logp=inputs["sampling_per_token_logps"][counted],
-        advantage=inputs["advantages"][sequences],
-        scale=scale[counted],
-        # TRL keeps no log-probs of the old policy where a rollout is a single update: it is π then.
-        old_logp=of_tokens("old_per_token_logps") if anchor == "old" else None,
-        anchor=anchor,
-        sequence_ids=sequences,
-        top_k_ids=of_tokens("top_k_ids"),
-        top_k_behavior_logp=of_tokens("top_k_sampling_logps"),
-    )
-    loss, logp, entropy, weight = model(input_ids=ids[:, :-1], scored=ScoredTokens(places[:, 1:], objective, tokens))
-    in_one_row = replace(tokens, sequence_ids=None)
-    return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0))
-
-
-def score_plain(scores: Scores, inputs: dict[str, Any], scale: Tensor, objective: Objective, anchor: Anchor) -> Scored:
-    """The same from log-probs that autograd differentiates; other arguments as :func:`score_fused`'s."""
-    topk = None
-    if scores.top_k_logp is not None:
-        is_sampled = inputs["top_k_ids"] == inputs["completion_ids"].unsqueeze(2)
-        topk = TopK(scores.top_k_logp, inputs["top_k_sampling_logps"], is_sampled)
-    batch = TokenBatch(
-        logp=scores.logp,
-        behavior_logp=inputs["sampling_per_token_logps"],
-        advantage=inputs["advantages"],
-        mask=loss_mask(inputs),
-        old_logp=inputs.get("old_per_token_logps", scores.logp.detach()) if anchor == "old" else None,
-        anchor=anchor,
-        topk=topk,
-    )
-    loss = (scale * objective.loss(batch)).sum()
-    return Scored(loss, batch, objective.gradient_weight(batch), scores.entropy, scores.aux_loss)
+    def __call__(self, model: Any, batch: RolloutBatch, scale: Tensor, longest: int) -> Scored:
+        """Score a micro-batch; arguments as :class:`FusedScorer`'s, of which ``longest`` is not needed."""
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            "attention_mask": attention_mask,
+        }
+        if self.takes_positions:
+            # As in generation, positions do not count left padding.
+            inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        if self.with_aux_loss:
+            inputs["output_router_logits"] = True
+        scores = self.log_probs(model, batch, inputs)
+        topk = None
+        if scores.top_k_logp is not None:
+            is_sampled = batch["top_k_ids"] == batch["completion_ids"].unsqueeze(2)
+            topk = TopK(scores.top_k_logp, batch["top_k_per_token_logps"], is_sampled)
+        tokens = TokenBatch(
+            logp=scores.logp,
+            behavior_logp=batch["sampling_per_token_logps"],
+            advantage=batch["advantages"],
+            mask=loss_mask(batch),
+            old_logp=batch.get("old_per_token_logps", scores.logp.detach()) if self.anchor == "old" else None,
+            anchor=self.anchor,
+            topk=topk,
+        )
+        loss = (scale * self.objective.loss(tokens)).sum()
+        return Scored(loss, tokens, self.objective.gradient_weight(tokens), scores.entropy, scores.aux_loss)
 
 
-def score_top_k(
-    model: Any, completion_ids: Tensor, top_k_ids: Tensor, temperature: float, model_inputs: dict[str, Any]
-) -> Scores:
-    """Score completions and the tokens in ``top_k_ids`` at each of their positions.
+Scorer = FusedScorer | PaddedScorer
 
-    For models that the fused loss does not fit. TRL's head keeps no logits, so this holds the
-    completions' [B, T, V] in fp32 a few times.
+
+def make_scorer(
+    policy: Any, args: DRPOConfig, objective: Objective, anchor: Anchor, temperature: float, with_aux_loss: bool
+) -> Scorer:
+    """The fused loss, put into the policy's forward, where it fits; elsewhere one line says why not. All ranks call it together.
 
     Args:
-        model: a causal language model whose forward takes ``logits_to_keep``.
-        completion_ids: [B, T], the last T tokens of the inputs.
-        top_k_ids: [B, T, K].
+        policy: perhaps with adapters, but not wrapped by Accelerate.
+        args: the trainer's options.
+        objective: of the loss.
+        anchor: what its ratio is taken against.
         temperature: what logits are divided by.
-        model_inputs: of the forward pass: ids, attention mask and whatever else it takes.
+        with_aux_loss: ask a mixture of experts for its load-balancing loss.
     """
-    outputs, logits = _logits(model, completion_ids, temperature, model_inputs)
+    bare = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    reasons = (
+        (not args.fused_loss, "fused_loss=False"),
+        (args.cast_lm_head_to_fp32, "cast_lm_head_to_fp32 is TRL's fused head's"),
+        (args.replay_support, "log-probs over the sampler's support need all logits"),
+        (lengthens_prompts(policy), "its adapters put tokens before the prompt"),
+        (is_deepspeed_zero3_enabled(), "DeepSpeed ZeRO-3 has the LM head's weight in parts"),
+    )
+    reason = next((text for applies, text in reasons if applies), None) or why_not_fused(bare)
+    # Other ranks may have no weights yet to find out with.
+    [reason] = broadcast_object_list([reason])
+    if reason is None:
+        add_policy_loss(bare, temperature)
+        return FusedScorer(objective, anchor, with_aux_loss)
+    if args.fused_loss and PartialState().is_main_process:
+        logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
+    log_probs = chunked_log_probs
+    if isinstance(objective, TopKObjective):
+        log_probs = partial(top_k_log_probs, temperature=temperature)
+    elif args.replay_support:
+        log_probs = partial(support_log_probs, temperature=temperature)
+    takes_positions = "position_ids" in inspect.signature(bare.forward).parameters
+    return PaddedScorer(objective, anchor, log_probs, takes_positions, with_aux_loss)
+
+
+def chunked_log_probs(model: Any, batch: RolloutBatch, inputs: dict[str, Any]) -> LogProbs:
+    """Score completions with the LM head that TRL puts into the model, which keeps no logits and divides by the temperature."""
+    columns = batch["completion_ids"].shape[1]
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-columns] = -100
+    outputs = model(**inputs, labels=labels, fused_lm_head=True)
+    return LogProbs(outputs.log_probs[:, -columns:], outputs.entropy[:, -columns:], getattr(outputs, "aux_loss", None))
+
+
+def top_k_log_probs(model: Any, batch: RolloutBatch, inputs: dict[str, Any], *, temperature: float) -> LogProbs:
+    """Score completions and the sampler's likeliest tokens at each of their positions.
+
+    The completions' logits, [B, C, V] in fp32, are held a few times; they are divided by the temperature.
+    """
+    outputs, logits = _logits(model, batch, inputs, temperature)
     log_probs = logits.log_softmax(dim=2)
     detached = log_probs.detach()
-    return Scores(
-        logp=log_probs.gather(2, completion_ids.unsqueeze(2)).squeeze(2),
+    return LogProbs(
+        logp=log_probs.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2),
         entropy=-(detached.exp() * detached).sum(dim=2),
         aux_loss=getattr(outputs, "aux_loss", None),
-        top_k_logp=log_probs.gather(2, top_k_ids),
+        top_k_logp=log_probs.gather(2, batch["top_k_ids"]),
     )
 
 
-def score_support(
-    model: Any, completion_ids: Tensor, support_ids: Tensor, temperature: float, model_inputs: dict[str, Any]
-) -> Scores:
+def support_log_probs(model: Any, batch: RolloutBatch, inputs: dict[str, Any], *, temperature: float) -> LogProbs:
     """Score completions over the tokens that the sampler could draw, as if π were filtered to them too.
 
-    Arguments and memory as :func:`score_top_k`'s, but for ``support_ids``, [B, T, K], with
-    :data:`~drpo.rollout.recorder.NOT_IN_SUPPORT` in places left over. The entropy is that over the support.
+    The entropy is that over the support. Memory as for :func:`top_k_log_probs`.
     """
-    outputs, logits = _logits(model, completion_ids, temperature, model_inputs)
-    within = support_ids != NOT_IN_SUPPORT
+    outputs, logits = _logits(model, batch, inputs, temperature)
+    within = batch["support_ids"] != NOT_IN_SUPPORT
     # Padding has no support; a finite sum there keeps NaN out of the gradient.
     within = within | ~within.any(dim=2, keepdim=True)
-    kept = logits.gather(2, support_ids.clamp(min=0)).masked_fill(~within, -torch.inf)
+    kept = logits.gather(2, batch["support_ids"].clamp(min=0)).masked_fill(~within, -torch.inf)
     total = kept.logsumexp(dim=2, keepdim=True)
     probs = (kept - total).detach().exp()
     terms = torch.where(within, probs * (kept - total).detach().clamp(min=-1e4), 0.0)
-    return Scores(
-        logp=(logits.gather(2, completion_ids.unsqueeze(2)) - total).squeeze(2),
+    return LogProbs(
+        logp=(logits.gather(2, batch["completion_ids"].unsqueeze(2)) - total).squeeze(2),
         entropy=-terms.sum(dim=2),
         aux_loss=getattr(outputs, "aux_loss", None),
     )
 
 
-def _logits(model: Any, completion_ids: Tensor, temperature: float, model_inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-    """The model's outputs, and its logits of the completions over the temperature, [B, T, V] in fp32."""
-    outputs = model(**model_inputs, use_cache=False, logits_to_keep=completion_ids.shape[1] + 1)
+def _logits(model: Any, batch: RolloutBatch, inputs: dict[str, Any], temperature: float) -> tuple[Any, Tensor]:
+    """The model's outputs, and its logits of the completions over the temperature, [B, C, V] in fp32."""
+    outputs = model(**inputs, use_cache=False, logits_to_keep=batch["completion_ids"].shape[1] + 1)
     return outputs, outputs.logits[:, :-1].float() / temperature

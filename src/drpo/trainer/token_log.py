@@ -8,8 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from drpo.tokens import TokenBatch
-from drpo.trainer.micro_batches import loss_mask
-from drpo.trainer.mismatch import BEGUN_WITH
+from drpo.trainer.batch import RolloutBatch, loss_mask
 
 
 class TokenLog:
@@ -24,32 +23,31 @@ class TokenLog:
         self._tokenizer = tokenizer
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, inputs: dict[str, Any], sampled: TokenBatch, weight: Tensor) -> None:
+    def add(self, batch: RolloutBatch, sampled: TokenBatch, weight: Tensor) -> None:
         """Add the sequences of a micro-batch.
 
         Args:
-            inputs: the trainer's.
+            batch: of those sequences.
             sampled: their tokens that count, in order; padding may be between them.
             weight: the objective's gradient weight of each token, as ``sampled`` has them.
         """
-        counted = loss_mask(inputs).bool()
+        counted = loss_mask(batch).bool()
         sizes = counted.sum(dim=1).tolist()
         columns = {
-            "tokens": inputs["completion_ids"][counted],
+            "tokens": batch["completion_ids"][counted],
             "logp": sampled.logp.detach()[sampled.mask].float(),
             "behavior_logp": sampled.behavior_logp[sampled.mask].float(),
             "weight": weight[sampled.mask].float(),
         }
-        for name in ("old_per_token_logps", BEGUN_WITH):
-            if inputs.get(name) is not None:
-                columns["old_logp"] = inputs[name][counted].float()
+        if "old_per_token_logps" in batch:
+            columns["old_logp"] = batch["old_per_token_logps"][counted].float()
         split = {name: column.cpu().split(sizes) for name, column in columns.items()}
         of_rows = {
-            "advantage": inputs["advantages"].tolist(),
-            "reward": inputs["rewards"].tolist(),
-            "age": inputs["age"].tolist(),
-            "prompt": self._texts(inputs["prompt_ids"], inputs["prompt_mask"]),
-            "completion": self._texts(inputs["completion_ids"], inputs["completion_mask"]),
+            "advantage": batch["advantages"].tolist(),
+            "reward": batch["rewards"].tolist(),
+            "age": batch["age"].tolist(),
+            "prompt": self._texts(batch["prompt_ids"], batch["prompt_mask"]),
+            "completion": self._texts(batch["completion_ids"], batch["completion_mask"]),
         }
         for row, size in enumerate(sizes):
             if size:
