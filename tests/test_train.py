@@ -125,6 +125,51 @@ def test_a_run_with_a_lag_is_resumed_and_keeps_its_audit(tmp_path: Path, drpo: A
     assert json.loads((run / "summary.json").read_text())["audit"] == audit
 
 
+REWARDS = """
+def raises(completions, **_): return [1 / 0 for _ in completions]
+def leaves(completions, **_): raise SystemExit(0)
+def text(completions, **_): return ["1.0"] * len(completions)
+def nothing(completions, **_): return [None] * len(completions)
+def infinite(completions, **_): return [0.0, float("inf")] + [0.0] * (len(completions) - 2)
+def short(completions, **_): return [1.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("raises", "reward raises: ZeroDivisionError: division by zero"),
+        ("leaves", "reward leaves: SystemExit: 0"),
+        ("text", "reward text: returned '1.0' for completion 0, "),
+        ("nothing", "reward nothing: returned None for all "),
+        ("infinite", "reward infinite: returned inf for completion 1, "),
+        ("short", "reward short: returned 1 scores; expected a list of "),
+    ],
+)
+@pytest.mark.parametrize("heldout", ["arithmetic", "null"], ids=["heldout", "training"])
+def test_a_reward_that_fails_is_one_line_and_leaves_no_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reward: str,
+    message: str,
+    heldout: str,
+) -> None:
+    (tmp_path / "failing_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    few = {"rollouts": 1, "prompts_per_rollout": 4, "heldout_problems": 4, "heldout_samples": 1}
+    settings = sets(reward=f"failing_rewards:{reward}", **few, **{"task.heldout": heldout})
+    monkeypatch.setattr(sys, "argv", ["drpo", "train", "--output", str(tmp_path / "run"), *settings])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2, printed.err
+    (line,) = [line for line in printed.err.splitlines() if "error" in line]
+    assert line.startswith(f"error: {message}")
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_in_which_no_token_counts_has_no_audit(tmp_path: Path, drpo: Any) -> None:
     run = tmp_path / "run"
     nothing = {**SMALL, "rollouts": 2, "max_completion_length": 1, "trainer.mask_truncated_completions": "true"}

@@ -1,6 +1,7 @@
 """One update on made-up rollouts that are the same however they are split; saves the gradient.
 
-python rollouts.py OUTPUT.safetensors '{"per_device_train_batch_size": 16, ...}', alone or under accelerate launch.
+python rollouts.py FOLDER '{"NAME": {"per_device_train_batch_size": 16, ...}, ...}', alone or under accelerate launch,
+writes FOLDER/NAME.safetensors for each of the settings.
 """
 
 from __future__ import annotations
@@ -148,15 +149,17 @@ def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **s
         callbacks=[keeper],
     )
     trainer.train()
-    print(f"Dropped: {trainer.state.log_history[-2]['work/dropped_sequences']:.3f}")
+    dropped = trainer.state.log_history[-2]["work/dropped_sequences"]
+    print(f"Audited {trainer.audit.tokens if trainer.audit else 0} tokens, dropped {dropped:.3f}")
     return keeper.gradient
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    gradient = gradient_of_one_update(target.parent / "trainer", **json.loads(sys.argv[2]))
-    if int(os.environ.get("RANK", "0")) == 0:
-        save_file({name: tensor.contiguous() for name, tensor in gradient.items()}, target)
+    folder = Path(sys.argv[1])
+    for name, settings in json.loads(sys.argv[2]).items():
+        gradient = gradient_of_one_update(folder / "trainer", **settings)
+        if int(os.environ.get("RANK", "0")) == 0:
+            save_file({name: tensor.contiguous() for name, tensor in gradient.items()}, folder / f"{name}.safetensors")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

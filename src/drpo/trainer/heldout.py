@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from drpo.data.problems import Problem, as_prompt, tokenize_prompt
-from drpo.rewards import Reward, scores_of
+from drpo.rewards import Reward, checked_scores, scores_of
 from drpo.rollout.sampling import neutral_sampling
 
 if TYPE_CHECKING:
@@ -47,15 +48,17 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
     tokenizer: Any = trainer.processing_class
     template_options: Any = trainer.chat_template_kwargs
     # A sum of rewards says less than its first part whether an answer is right.
-    judge: Reward = getattr(reward, "correctness", reward)
-    mine = problems[accelerator.process_index :: accelerator.num_processes]
-    repeated = [problem for problem in mine for _ in range(samples)]
+    judge = checked_scores(getattr(reward, "correctness", reward))
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    # Ranks may have to generate together: where problems run out, the last one makes up the number.
+    mine = [min(index, len(problems) - 1) for index in range(rank, math.ceil(len(problems) / ranks) * ranks, ranks)]
+    repeated = [problems[index] for index in mine for _ in range(samples)]
     configs = [getattr(trainer, "generation_config", None), trainer.policy.generation_config]
     rows: list[dict[str, Any]] = []
     was_training = trainer.model.training
     trainer.model.eval()
     with torch.random.fork_rng(), neutral_sampling(*filter(None, configs)):
-        torch.manual_seed(seed + accelerator.process_index)
+        torch.manual_seed(seed + rank)
         for start in range(0, len(repeated), BATCH_SIZE):
             batch = repeated[start : start + BATCH_SIZE]
             prompts = [as_prompt(problem, tokenizer) for problem in batch]
@@ -74,5 +77,5 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
                 for problem, completion, score in zip(batch, completions, scores, strict=True)
             ]
     trainer.model.train(was_training)
-    rows = gather_object(rows)
+    rows = gather_object(rows[: len(problems[rank::ranks]) * samples])
     return Evaluation(accuracy=sum(row["reward"] >= 1 for row in rows) / len(rows), samples=rows)
