@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from drpo.data.arithmetic import sample_prompt, sample_prompts, split_of
+from drpo.data.arithmetic import noisy_totals, sample_prompt, sample_prompts, split_of
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
@@ -63,24 +63,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def noisy_solution(totals: list[int], rng: random.Random, error_rate: float) -> str:
-    """The running totals, each with probability ``error_rate`` written with one wrong digit and carried on from there."""
-    shift, written = 0, []
-    for correct in totals:
-        total = correct + shift
-        if not 0 <= total <= 99:
-            total = correct
-        if rng.random() < error_rate:
-            digits = list(str(total))
-            position = rng.randrange(len(digits))
-            allowed = string.digits[1:] if position == 0 and len(digits) > 1 else string.digits
-            digits[position] = rng.choice([d for d in allowed if d != digits[position]])
-            total = int("".join(digits))
-        shift = total - correct
-        written.append(total)
-    return ",".join(map(str, written))
-
-
 def make_batch(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, error_rate: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +73,7 @@ def make_batch(
         prompt, totals = sample_prompt(rng)
         if split_of(prompt) != "train":
             continue
-        text = prompt + noisy_solution(totals, rng, error_rate)
+        text = prompt + ",".join(map(str, noisy_totals(totals, rng, error_rate)))
         rows.append([vocabulary[c] for c in text] + [tokenizer.eos_token_id])
         prompts.append(len(prompt))
     length = max(map(len, rows))

@@ -16,6 +16,7 @@ from drpo.cli.data import data
 from drpo.cli.doctor import doctor
 from drpo.cli.evaluate import compare, evaluate
 from drpo.cli.inspect import inspect
+from drpo.cli.lab import lab
 from drpo.cli.objectives import objectives, weights
 from drpo.cli.train import train
 from drpo.errors import UserError
@@ -35,6 +36,7 @@ app.command()(objectives)
 app.command()(weights)
 app.command()(doctor)
 app.command()(inspect)
+app.add_typer(lab, name="lab")
 
 
 def _print_version(asked: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import string
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,24 @@ def sample_prompt(rng: random.Random) -> tuple[str, list[int]]:
         prompt += f"{'+' if sign > 0 else '-'}{operand}"
         totals.append(total)
     return prompt + "=", totals
+
+
+def noisy_totals(totals: list[int], rng: random.Random, error_rate: float) -> list[int]:
+    """The running totals, each with probability ``error_rate`` written with one wrong digit and carried on from there."""
+    shift, written = 0, []
+    for correct in totals:
+        total = correct + shift
+        if not 0 <= total <= LARGEST_TOTAL:
+            total = correct
+        if rng.random() < error_rate:
+            digits = list(str(total))
+            position = rng.randrange(len(digits))
+            allowed = string.digits[1:] if position == 0 and len(digits) > 1 else string.digits
+            digits[position] = rng.choice([digit for digit in allowed if digit != digits[position]])
+            total = int("".join(digits))
+        shift = total - correct
+        written.append(total)
+    return written
 
 
 def split_of(prompt: str) -> Split:

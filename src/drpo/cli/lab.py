@@ -1,0 +1,75 @@
+"""The commands ``drpo lab``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+lab = typer.Typer(no_args_is_help=True, help="The paper in miniature: a grid of runs, its results and their page.")
+
+Folder = Annotated[Path, typer.Option("--output", help="The folder of results.")]
+Preset = Annotated[str, typer.Option(help="Which runs; drpo lab presets lists them.")]
+
+
+@lab.command()
+def run(
+    preset: Preset = "smoke",
+    output: Folder = Path("lab"),
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time, a thread each; all cores by default.", min=1, show_default=False)
+    ] = None,
+) -> None:
+    """Make the runs of a preset that are missing, and the page of all results.
+
+    Each is a run of DRPOTrainer. To go on after an interruption: the same command; what was not finished is run again.
+
+    Examples:
+
+      drpo lab run --preset smoke
+
+      drpo lab run --preset map --output lab --jobs 2
+    """
+    from drpo.lab.grid import runs_of
+    from drpo.lab.page import write_lab_page
+    from drpo.lab.runner import Lab
+
+    folder = Lab(output)
+    runs = runs_of(preset)
+    try:
+        folder.run(runs, jobs or os.cpu_count() or 1)
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; to go on: the same command", err=True)
+        raise typer.Exit(130) from error
+    write_lab_page(folder, output / "lab.html")
+    typer.echo(str(output / "lab.html"))
+
+
+@lab.command()
+def report(output: Folder = Path("lab")) -> None:
+    """Write the page of the results that there are."""
+    from drpo.lab.page import write_lab_page
+    from drpo.lab.runner import Lab
+
+    write_lab_page(Lab(output), output / "lab.html")
+    typer.echo(str(output / "lab.html"))
+
+
+@lab.command()
+def presets(output: Folder = Path("lab")) -> None:
+    """List the presets: how many runs each has, and how many of them are missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from drpo.lab.grid import PRESETS
+    from drpo.lab.runner import Lab
+
+    folder = Lab(output)
+    table = Table("preset", "runs", "missing", "settings", "arms")
+    for name, make in PRESETS.items():
+        runs = make()
+        settings, arms = {run.setting for run in runs}, {run.arm for run in runs}
+        table.add_row(name, str(len(runs)), str(len(folder.missing(runs))), ", ".join(sorted(settings)), str(len(arms)))
+    Console().print(table)

@@ -1,0 +1,165 @@
+"""The lab: its tasks and vocabulary, its statistics, its runs and what survives of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drpo.data.arithmetic import MODEL_PATH
+from drpo.lab import models, runner
+from drpo.lab.grid import ARMS, CORE, PRESETS, grid, runs_of
+from drpo.lab.models import make_base_model
+from drpo.lab.page import write_lab_page
+from drpo.lab.runner import Lab
+from drpo.lab.statistics import estimate, has_collapsed, interquartile_mean, probability_of_improvement
+from drpo.lab.tasks import FILLERS, TASKS
+from drpo.rewards import exact_answer
+
+
+class TestTasks:
+    @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+    def test_a_solution_without_errors_is_right_and_one_with_errors_mostly_is_not(self, task) -> None:
+        rng = random.Random(0)
+        exercises = [task.sample(rng) for _ in range(200)]
+        answers = [exercise.answer for exercise in exercises]
+        right, noisy = (
+            sum(exact_answer([task.write(exercise, rng, rate) for exercise in exercises], answers)) / 200
+            for rate in (0.0, 0.4)
+        )
+        assert right == 1.0
+        assert noisy < 0.5
+
+    @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+    def test_solutions_fit_their_length(self, task) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        tokenizer.add_tokens(FILLERS)
+        rng = random.Random(0)
+        lengths = [len(tokenizer(task.write(task.sample(rng), rng, 0.25))["input_ids"]) for _ in range(500)]
+        assert max(lengths) < task.longest
+
+    def test_fillers_are_one_token_each_and_follow_zipf_s_law(self) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        tokenizer.add_tokens(FILLERS)
+        assert len(tokenizer) >= 1000
+        task, rng = TASKS["arithmetic"], random.Random(0)
+        ids = [tokenizer(task.write(task.sample(rng), rng, 0.0))["input_ids"][0] for _ in range(4000)]
+        ranks = np.bincount(np.array(ids) - tokenizer.convert_tokens_to_ids(FILLERS[0]), minlength=len(FILLERS))
+        # 1/k over the sum of 1/k up to 1000, which is 7.485.
+        assert ranks[0] / 4000 == pytest.approx(1 / 7.485, abs=0.02)
+        assert ranks[1] / 4000 == pytest.approx(0.5 / 7.485, abs=0.015)
+
+    def test_splits_share_no_problem(self) -> None:
+        for task in TASKS.values():
+            train, heldout = ({p.prompt for p in task.problems(split, 300, 0)} for split in ("train", "heldout"))
+            assert not train & heldout
+
+
+class TestBaseModel:
+    def test_experts_begin_as_the_dense_model(self) -> None:
+        dense = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+        ids = torch.arange(3, 23).view(2, 10)
+        mixture = models._mixture_of_experts(dense).eval()
+        torch.testing.assert_close(mixture(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+
+    def test_is_loaded_with_a_vocabulary_of_a_thousand(self, tmp_path: Path) -> None:
+        make_base_model(tmp_path, TASKS["arithmetic"], "dense", steps=2, error_rate=0.25)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        assert model.lm_head.out_features == len(tokenizer) > 1000
+
+
+class TestStatistics:
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([1.0, 2.0, 3.0, 4.0], 2.5),
+            # Of thirds, the middle half takes 1/12, 1/3 and 1/12: (0 + 3/3 + 9/12) / (1/2).
+            ([9.0, 0.0, 3.0], 3.5),
+            ([7.0], 7.0),
+        ],
+    )
+    def test_the_interquartile_mean_is_that_of_the_middle_half(self, values: list[float], expected: float) -> None:
+        assert interquartile_mean(np.array(values)) == pytest.approx(expected)
+
+    def test_an_interval_holds_its_value_and_shrinks_with_seeds(self) -> None:
+        rng = np.random.default_rng(0)
+        few, many = (estimate(rng.normal(0.5, 0.1, size)) for size in (5, 100))
+        for interval in (few, many):
+            assert interval.low <= interval.value <= interval.high
+        assert many.high - many.low < few.high - few.low
+        assert estimate([0.3]) == (0.3, 0.3, 0.3)
+
+    def test_improvement_counts_pairs_and_half_of_ties(self) -> None:
+        # 3 against 1 and 2 wins, 2 against 1 wins, 2 against 2 ties: 3.5 of 4.
+        assert probability_of_improvement([1, 2], [2, 3]).value == pytest.approx(3.5 / 4)
+
+    def test_a_run_has_collapsed_below_half_of_its_best(self) -> None:
+        assert has_collapsed([0.3, 0.8, 0.39])
+        assert not has_collapsed([0.3, 0.8, 0.4])
+
+
+class TestGrid:
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_every_run_of_a_preset_is_a_recipe(self, preset: str, tmp_path: Path) -> None:
+        runs = runs_of(preset)
+        assert len(set(runs)) == len(runs)
+        for run in {(run.setting, run.arm, run.updates): run for run in runs}.values():
+            run.recipe(tmp_path)
+
+    def test_arms_of_a_preset_get_the_same_learning_rates(self) -> None:
+        for preset in PRESETS:
+            rates: dict[tuple[str, str], set[float]] = {}
+            for run in runs_of(preset):
+                rates.setdefault((run.setting, run.arm), set()).add(run.learning_rate)
+            for setting in {setting for setting, _ in rates}:
+                core = {frozenset(rates[setting, arm]) for arm in CORE if (setting, arm) in rates}
+                assert len(core) <= 1, (preset, setting)
+
+    def test_a_seed_of_all_comes_before_the_next(self) -> None:
+        runs = grid(("fp32",), CORE, (1e-4, 2e-4), seeds=range(2))
+        assert [run.seed for run in runs] == [0] * 14 + [1] * 14
+        assert {run.arm for run in runs} <= set(ARMS)
+
+
+@pytest.mark.long
+class TestRuns:
+    @pytest.fixture
+    def lab(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+        monkeypatch.setitem(runner.TEACHING, "arithmetic", 2)
+        return Lab(tmp_path / "lab")
+
+    def test_that_are_there_are_not_made_again_and_a_killed_worker_costs_only_time(self, lab: Lab) -> None:
+        runs = grid(("fp32",), ("pg", "drpo(0.2)"), (1e-4,), (4,), seeds=range(1), rollouts=2)
+        killer = threading.Thread(target=_kill_a_child, args=(time.time() + 120,), daemon=True)
+        killer.start()
+        lab.run(runs, jobs=1)
+        rows = lab.rows()
+        assert [row["status"] for row in rows] == ["finished", "finished"]
+        assert {row["arm"] for row in rows} == {"pg", "drpo(0.2)"}
+        assert all(len(row["reward"]) == 2 and len(row["accuracy"]) == 3 for row in rows)
+        assert lab.missing(runs) == []
+        lab.run(runs, jobs=1)
+        assert lab.rows() == rows
+        page = lab.path / "lab.html"
+        write_lab_page(lab, page)
+        assert "drpo(0.2)" in page.read_text()
+
+
+def _kill_a_child(deadline: float) -> None:
+    """Kill the first process that this one starts, once it is at work."""
+    while time.time() < deadline:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        for child in children:
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                time.sleep(3)
+                os.kill(int(child), signal.SIGKILL)
+                return
+        time.sleep(0.2)
