@@ -226,8 +226,17 @@ class TestTexts:
 
 
 class TestAdversarial:
-    @pytest.mark.parametrize("threads", [0, 4], ids=["main thread", "four threads"])
-    def test_completions_are_answered_in_time_and_the_next_one_is_right(self, threads, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("threads", "generated_ones"),
+        [
+            pytest.param(0, 0, id="main thread"),
+            pytest.param(4, 40, id="four threads"),
+            pytest.param(4, 400, id="four threads, more", marks=pytest.mark.long),
+        ],
+    )
+    def test_completions_are_answered_in_time_and_the_next_one_is_right(
+        self, threads, generated_ones, tmp_path, monkeypatch
+    ):
         monkeypatch.chdir(tmp_path)
         grader = MathGrader(workers=4, time_limit=1.0)
         grader.grade([RIGHT] * 16, ["42"] * 16)
@@ -238,7 +247,7 @@ class TestAdversarial:
             return status, time.monotonic() - started, statuses(grader, RIGHT)[0]
 
         asked = [(text, reference(name)) for name, text in ADVERSARIAL.items()]
-        asked += [(text, "42") for text in generated(100)]
+        asked += [(text, "42") for text in generated(generated_ones)]
         if threads:
             with ThreadPoolExecutor(threads) as pool:
                 answered = list(pool.map(answer, asked))

@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drpo import TokenBatch, make_objective
 from drpo.data.arithmetic import MODEL_PATH
 from drpo.lab import models, runner
+from drpo.lab.exact import moments, policies
 from drpo.lab.grid import ARMS, CORE, PRESETS, grid, runs_of
 from drpo.lab.models import make_base_model
 from drpo.lab.page import write_lab_page
@@ -104,6 +106,41 @@ class TestStatistics:
     def test_a_run_has_collapsed_below_half_of_its_best(self) -> None:
         assert has_collapsed([0.3, 0.8, 0.39])
         assert not has_collapsed([0.3, 0.8, 0.4])
+
+
+class TestExact:
+    """Over five tokens, where what is drawn can be counted."""
+
+    LOG_PI = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64).log()
+    LOG_MU = torch.tensor([0.3, 0.3, 0.2, 0.15, 0.05], dtype=torch.float64).log()
+    ADVANTAGE = torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+
+    @pytest.mark.parametrize("name", ["pg", "ppo", "spo", "drpo(0.2)", "dppo_tv(0.15)"])
+    def test_moments_are_those_of_a_million_draws(self, name: str) -> None:
+        objective = make_objective(ARMS[name].objective, **ARMS[name].hyperparameters)
+        exact = moments(objective, self.LOG_PI, self.LOG_MU, self.ADVANTAGE)
+        pi, size = self.LOG_PI.exp(), 1_000_000
+        drawn = torch.multinomial(self.LOG_MU.exp(), size, replacement=True, generator=torch.Generator().manual_seed(0))
+        logits = self.LOG_PI.expand(5, 5).clone().requires_grad_()
+        log_pi = logits.log_softmax(dim=1).diagonal().unsqueeze(1)
+        tokens = TokenBatch(log_pi, self.LOG_MU.unsqueeze(1), self.ADVANTAGE, torch.ones(5, 1))
+        # Row v is the estimate of a token v: minus the gradient of its loss by the logits.
+        (estimates,) = torch.autograd.grad(-objective.loss(tokens).sum(), logits)
+        policy_gradient = pi * (self.ADVANTAGE - (pi * self.ADVANTAGE).sum())
+        sampled = estimates[drawn]
+        norm = policy_gradient.norm()
+        assert exact.bias == pytest.approx(((sampled.mean(dim=0) - policy_gradient).norm() / norm).item(), abs=0.02)
+        assert exact.deviation == pytest.approx((sampled.var(dim=0).sum().sqrt() / norm).item(), rel=0.01)
+        assert sum(exact.second_moment_share) == pytest.approx(1)
+
+    def test_the_surrogate_has_no_bias(self) -> None:
+        exact = moments(make_objective("pg"), self.LOG_PI, self.LOG_MU, self.ADVANTAGE)
+        assert exact.bias < 1e-12
+        assert exact.cosine == pytest.approx(1)
+
+    def test_the_vocabulary_has_the_paper_s_share_of_rare_tokens(self) -> None:
+        shares = [policies("bf16", seed)[1].exp() for seed in range(20)]
+        assert np.mean([mu[mu <= 0.01].sum() for mu in shares]) == pytest.approx(0.078, abs=0.01)
 
 
 class TestGrid:
