@@ -23,3 +23,7 @@ class UserError(Exception):
     def lines(self) -> list[str]:
         """The message; more than one line where several rows of a file are wrong."""
         return [str(self)]
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training ended by itself, since going on would train on something wrong. The message says what, in a line or a list."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drpo.cli.options import RecipeArgument
-from drpo.errors import UserError
+from drpo.errors import TrainingStoppedError, UserError
 
 if TYPE_CHECKING:
     from drpo.run.folder import RunFolder
@@ -97,12 +97,11 @@ def train(
 
 
 def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> dict[str, Any]:
-    from drpo.rollout.audit import AuditError
     from drpo.run.train import train
 
     try:
         return train(recipe, folder, resume=resume, overwrite=overwrite)
-    except AuditError as error:
+    except TrainingStoppedError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

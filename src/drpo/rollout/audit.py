@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from drpo.errors import TrainingStoppedError
+from drpo.rollout.sampling import sampling_mismatches
 from drpo.tokens import TokenBatch
 
 EXACT_THRESHOLD = 1e-3
@@ -18,7 +21,7 @@ APPROXIMATE_THRESHOLD = 0.1
 """The same when another engine samples or the precision is lower: bf16 engines differ by about 0.01 to 0.03."""
 
 
-class AuditError(RuntimeError):
+class AuditError(TrainingStoppedError):
     """The sampler and the trainer do not describe the same policy."""
 
 
@@ -82,36 +85,58 @@ class Differences:
         return (total.sum() / tokens.sum().clamp(min=1)).item(), largest.max().item(), int(tokens.sum().item())
 
 
-def likely_causes(
-    model: nn.Module, *, scoring_temperature: float, knows_sampling: bool, precision: str, rollout_precision: str
-) -> list[str]:
-    """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out.
+@dataclass(frozen=True)
+class AuditedPolicy:
+    """What is known of sampler and trainer beside the log-probs of both.
 
     Args:
         model: the policy, searched for dropout.
-        scoring_temperature: what the trainer divides its logits by.
-        knows_sampling: whether the sampling settings were compared already.
+        temperature: what the trainer divides its logits by.
         precision: of the training forward pass, such as ``fp32``.
         rollout_precision: of the sampler, where it is this library's.
+        sampling: the sampler's settings by Transformers' names; None where they are not known.
+        replays_support: whether the trainer scores over the tokens that filters left.
+        is_exact: whether the sampler is this library's, in Transformers: in fp32 nothing but rounding is between the two.
     """
-    seen, unknown = [], []
-    if not knows_sampling:
-        unknown.append(
-            f"temperature: the trainer scores at {scoring_temperature:g}; check that the sampler uses it too"
-        )
-        unknown.append("sampling filters: top_p, top_k or min_p in the sampler, which the trainer does not apply")
-    if dropout := find_dropout(model):
-        seen.append(f"dropout: {dropout} is above 0 while training; set it to 0 in the model's configuration")
-    unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
-    if rollout_precision != precision:
-        seen.append(f"precision: tokens are sampled in {rollout_precision} and scored in {precision}")
-    elif precision == "fp32":
-        unknown.append(
-            "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
-        )
-    else:
-        seen.append(f"precision: the trainer's forward pass runs in {precision}; keep log-probs and LM head in fp32")
-    return seen + unknown
+
+    model: nn.Module
+    temperature: float
+    precision: str
+    rollout_precision: str
+    sampling: Mapping[str, Any] | None
+    replays_support: bool
+    is_exact: bool
+
+    def audit(self, mean: float, maximum: float, tokens: int, threshold: float | None) -> Audit:
+        """The audit of |log π − log μ|; a threshold of None is :data:`EXACT_THRESHOLD` or :data:`APPROXIMATE_THRESHOLD`."""
+        if threshold is None:
+            is_fp32 = self.precision == self.rollout_precision == "fp32"
+            threshold = EXACT_THRESHOLD if self.is_exact and is_fp32 else APPROXIMATE_THRESHOLD
+        mismatches = sampling_mismatches(self.temperature, self.sampling or {}, self.replays_support)
+        return Audit(mean, maximum, tokens, threshold, mismatches)
+
+    def likely_causes(self) -> list[str]:
+        """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out."""
+        seen, unknown = [], []
+        if self.sampling is None:
+            unknown.append(
+                f"temperature: the trainer scores at {self.temperature:g}; check that the sampler uses it too"
+            )
+            unknown.append("sampling filters: top_p, top_k or min_p in the sampler, which the trainer does not apply")
+        if dropout := find_dropout(self.model):
+            seen.append(f"dropout: {dropout} is above 0 while training; set it to 0 in the model's configuration")
+        unknown.append("chat template or tokeniser: the sampler may see another prompt than the trainer, or BOS twice")
+        if self.rollout_precision != self.precision:
+            seen.append(f"precision: tokens are sampled in {self.rollout_precision} and scored in {self.precision}")
+        elif self.precision == "fp32":
+            unknown.append(
+                "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
+            )
+        else:
+            seen.append(
+                f"precision: the trainer's forward pass runs in {self.precision}; keep log-probs and LM head in fp32"
+            )
+        return seen + unknown
 
 
 def find_dropout(model: nn.Module) -> str | None:

@@ -140,6 +140,8 @@ class DRPOConfig(GRPOConfig):
         replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
             ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
             generation and an objective anchored on the sampler, and computes all logits.
+        max_skipped_updates: an update whose gradient is not finite is skipped, on all ranks; after so many in a row
+            training stops (:class:`drpo.trainer.guard.UpdateGuard`).
         split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
             (:class:`drpo.trainer.mismatch.Split`), at the price of a forward pass more a rollout, two where
             samples are of older weights.
@@ -165,6 +167,9 @@ class DRPOConfig(GRPOConfig):
     rollout_lag: int = 0
     replay_support: bool = False
     split_distance: bool = False
+    max_skipped_updates: int = 5
+    # A loss that is not finite is logged as it is.
+    logging_nan_inf_filter: bool = False
     # Of GRPOConfig, with the only values that have no effect here.
     scale_rewards: str = "none"
     vllm_importance_sampling_correction: bool = False
@@ -183,6 +188,7 @@ class DRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
         _check_whole_number("updates_per_rollout", self.updates_per_rollout, at_least=1)
         _check_whole_number("rollout_lag", self.rollout_lag, at_least=0)
+        _check_whole_number("max_skipped_updates", self.max_skipped_updates, at_least=1)
         if self.tokens_per_micro_batch is not None:
             _check_whole_number("tokens_per_micro_batch", self.tokens_per_micro_batch, at_least=1)
         for name in ("temperature", "audit_threshold"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import RepeatSampler
 
+from drpo.errors import TrainingStoppedError
 from drpo.objectives import TopKObjective
 from drpo.rollout.behavior_policy import BehaviorPolicy
 from drpo.rollout.recorder import LogProbRecorder, record_log_probs
@@ -175,3 +176,27 @@ def check_log_probs(batch: RolloutBatch) -> None:
             f"the sampler's log-prob of token {token} of completion {row} is {value}, and so for {len(missing)} tokens "
             "of this rollout; a ratio needs a finite anchor, and nothing was trained on the rollout"
         )
+
+
+def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over reward functions, [N] of [N, functions]; NaN where none of them gave a score."""
+    unscored = per_function.isnan().all(dim=1)
+    return (per_function * weights.to(per_function)).nansum(dim=1).masked_fill(unscored, torch.nan)
+
+
+LARGEST_REWARD = 1e9
+"""In magnitude. Beyond it fp32 no longer tells rewards apart that differ by less than 64."""
+
+
+def check_rewards(per_function: Tensor, names: Sequence[str]) -> None:
+    """Check that no reward function gave a number that cannot be trained on, [N, functions].
+
+    Raises:
+        TrainingStoppedError: one did, which the message names.
+    """
+    largest = per_function.nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf).abs().amax(dim=0).tolist()
+    for name, value in zip(names, largest, strict=True):
+        if value > LARGEST_REWARD:
+            raise TrainingStoppedError(
+                f"reward {name}: a score of magnitude {value:g}; expected at most {LARGEST_REWARD:g}, or None"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -17,14 +18,20 @@ from drpo.aggregation import token_scale
 from drpo.metrics import TrustRegion
 from drpo.objectives import Anchor
 from drpo.precision import require_fp32_weights, train_in_fp8
-from drpo.rollout.audit import APPROXIMATE_THRESHOLD, EXACT_THRESHOLD, Audit, likely_causes
+from drpo.rollout.audit import Audit, AuditedPolicy
 from drpo.rollout.rollout_func import checked
-from drpo.rollout.sampling import sampling_mismatches
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.config import DRPOConfig
+from drpo.trainer.guard import UpdateGuard
 from drpo.trainer.measurements import Measurements, Mode
 from drpo.trainer.micro_batches import MicroBatches
-from drpo.trainer.rollouts import PromptSampler, check_log_probs, make_rollout_sampler
+from drpo.trainer.rollouts import (
+    PromptSampler,
+    check_log_probs,
+    check_rewards,
+    make_rollout_sampler,
+    sum_rewards,
+)
 from drpo.trainer.scoring import PaddedScorer, Scored, make_scorer
 from drpo.trainer.token_log import TokenLog
 
@@ -118,6 +125,7 @@ class DRPOTrainer(GRPOTrainer):
             budget=None if is_deepspeed else args.tokens_per_micro_batch,
             pads_apart=isinstance(self._scorer, PaddedScorer),
         )
+        self._guard = UpdateGuard(args)
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     # The policy, what samples from it and what scores its tokens.
@@ -182,10 +190,9 @@ class DRPOTrainer(GRPOTrainer):
 
     def _rewards_and_advantages(self, own: int) -> tuple[Tensor, Tensor]:
         """Both of this rank's ``own`` samples, [own] each, from the rewards just calculated; logged in place of TRL's."""
-        rewards = self._rewards_per_func
-        unscored = rewards.isnan().all(dim=1)
-        rewards = (rewards * self.reward_weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
+        check_rewards(self._rewards_per_func, self.reward_func_names)
+        rewards = sum_rewards(self._rewards_per_func, self.reward_weights)
         advantages = group_advantage(rewards, group_size, self.args.advantage)
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages))):
@@ -256,8 +263,10 @@ class DRPOTrainer(GRPOTrainer):
         )
         scored = self._score(model, batch, scale)
         self._measurements.add(mode, batch, scored, audits=self.audit is None and self._is_sampled_by_now(batch))
-        if self.token_log is not None and mode == "train":
-            self.token_log.add(batch, scored.sampled, scored.gradient_weight)
+        if mode == "train":
+            self._guard.add(batch, scored)
+            if self.token_log is not None:
+                self.token_log.add(batch, scored.sampled, scored.gradient_weight)
         loss = scored.loss
         if scored.aux_loss is not None:
             aux_loss = self._micro_batches.share(batch) * scored.aux_loss
@@ -268,6 +277,18 @@ class DRPOTrainer(GRPOTrainer):
 
     def _score(self, model: Any, batch: RolloutBatch, scale: Tensor) -> Scored:
         return self._scorer(model, batch, scale, self._micro_batches.longest)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """What Transformers asks for between the backward pass and the optimizer's step: a gradient that is not finite goes."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # The scaling of fp16's loss skips such updates by itself, to find its scale.
+        if self.accelerator.scaler is None:
+            is_finite = math.isfinite(grad_norm)
+            if not is_finite:
+                # An optimizer leaves parameters without a gradient, and what it remembers of them, as they are.
+                model.zero_grad(set_to_none=True)
+            self._guard.end_update(self.state.global_step + 1, is_finite)
+        return grad_norm
 
     def _end_update(self, mode: Mode) -> None:
         if self.aux_loss_enabled:
@@ -284,35 +305,26 @@ class DRPOTrainer(GRPOTrainer):
         return self._step % steps < self.args.gradient_accumulation_steps and not batch["age"].any()
 
     def _audit(self) -> None:
+        """Compare sampler and trainer over the first update that has tokens."""
         mean, maximum, tokens = self._measurements.differences.take(self.accelerator.gather)
         if not tokens:
             return
         sampling = self._sampling_settings()
-        rollout_precision = self.args.rollout_precision or self.precision
-        threshold = self.args.audit_threshold
-        if threshold is None:
-            is_exact = sampling is not None and not self.use_vllm and self.precision == rollout_precision == "fp32"
-            threshold = EXACT_THRESHOLD if is_exact else APPROXIMATE_THRESHOLD
-        self.audit = Audit(
-            mean=mean,
-            maximum=maximum,
-            tokens=tokens,
-            threshold=threshold,
-            mismatches=sampling_mismatches(self.temperature, sampling or {}, self.args.replay_support),
+        policy = AuditedPolicy(
+            model=self.policy,
+            temperature=self.temperature,
+            precision=self.precision,
+            rollout_precision=self.args.rollout_precision or self.precision,
+            sampling=sampling,
+            replays_support=self.args.replay_support,
+            is_exact=sampling is not None and not self.use_vllm,
         )
+        self.audit = policy.audit(mean, maximum, tokens, self.args.audit_threshold)
         if self.accelerator.is_main_process:
             print(self.audit)
-        self._metrics["train"]["audit/logp_difference_mean"].append(self.audit.mean)
-        self._metrics["train"]["audit/logp_difference_max"].append(self.audit.maximum)
-        self.audit.check(
-            likely_causes(
-                self.policy,
-                scoring_temperature=self.temperature,
-                knows_sampling=sampling is not None,
-                precision=self.precision,
-                rollout_precision=rollout_precision,
-            )
-        )
+        self._metrics["train"]["audit/logp_difference_mean"].append(mean)
+        self._metrics["train"]["audit/logp_difference_max"].append(maximum)
+        self.audit.check(policy.likely_causes())
 
     def _sampling_settings(self) -> dict[str, Any] | None:
         """What the rollout engine samples with; None where a rollout_func decides."""
@@ -333,6 +345,8 @@ class DRPOTrainer(GRPOTrainer):
         if mode == "train":
             self.trust_region = measured
             metrics |= self._micro_batches.take_work()
+            if self._guard.skipped:
+                metrics["updates/skipped"] = float(self._guard.skipped)
             if self.args.rollout_lag:
                 metrics["rollout/age"] = float(self._rollout_sampler.behavior.age)
             if (kept_mass := self._rollout_sampler.kept_mass) is not None:

@@ -1,0 +1,98 @@
+"""What is not finite is not trained on, and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from drpo.errors import TrainingStoppedError
+from support.rollouts import make_trainer, weights
+
+
+def poisoned(trainer: Any, *updates: int, value: float = torch.nan) -> Any:
+    """The trainer, with one entry of a gradient replaced in these updates."""
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        if trainer.state.global_step + 1 in updates:
+            gradient = gradient.clone()
+            gradient[0, 0] = value
+        return gradient
+
+    trainer.model.model.layers[1].mlp.up_proj.weight.register_hook(poison)
+    return trainer
+
+
+@pytest.mark.parametrize("clipping", [1.0, 0.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_once_is_skipped_and_counted(
+    tmp_path: Path, problems: Dataset, value: float, clipping: float
+) -> None:
+    settings = {"max_steps": 4, "learning_rate": 1e-3, "max_grad_norm": clipping, "logging_steps": 1}
+    trainer = poisoned(make_trainer(tmp_path, problems, **settings), 2, value=value)
+    seen: list[dict[str, torch.Tensor]] = []
+    step = trainer._get_grad_norm
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(weights(trainer))
+        return step(*args, **kwargs)
+
+    trainer._get_grad_norm = watched
+    trainer.train()
+    # Before the third update the weights are those before the second; then they move again.
+    assert all(torch.equal(seen[1][name], weight) for name, weight in seen[2].items())
+    assert any(not torch.equal(seen[2][name], weight) for name, weight in seen[3].items())
+    assert all(weight.isfinite().all() for weight in weights(trainer).values())
+    assert [row.get("updates/skipped") for row in trainer.state.log_history[:4]] == [None, 1.0, 1.0, 1.0]
+    batch = load_file(tmp_path / "skipped_updates" / "update-000002-rank-0.safetensors")
+    assert {"0.completion_ids", "0.sampling_per_token_logps", "0.advantages"} <= batch.keys()
+
+
+def test_an_optimizer_remembers_nothing_of_a_skipped_update(tmp_path: Path, problems: Dataset) -> None:
+    trainer = poisoned(make_trainer(tmp_path, problems, max_steps=2), 2)
+    trainer.train()
+    states = [state for state in trainer.optimizer.state.values() if "step" in state]
+    assert {state["step"].item() for state in states} == {1}
+    assert all(state["exp_avg"].isfinite().all() for state in states)
+
+
+def test_training_stops_after_so_many_in_a_row_and_names_the_first_cause(tmp_path: Path, problems: Dataset) -> None:
+    settings = {"max_steps": 6, "max_skipped_updates": 2}
+    trainer = poisoned(make_trainer(tmp_path, problems, **settings), 2, 4, 5)
+    with pytest.raises(
+        TrainingStoppedError, match=r"^2 updates in a row .* the first was update 4: the gradient is not"
+    ):
+        trainer.train()
+    assert all(weight.isfinite().all() for weight in weights(trainer).values())
+
+
+def test_a_log_prob_that_is_not_finite_is_named_and_not_trained_on(tmp_path: Path, problems: Dataset) -> None:
+    trainer = make_trainer(tmp_path, problems, max_steps=6)
+    forward = trainer.model.model.forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        if trainer.state.global_step == 1 and torch.is_grad_enabled():
+            outputs["last_hidden_state"] = outputs["last_hidden_state"] * torch.nan
+        return outputs
+
+    trainer.model.model.forward = broken
+    with pytest.raises(ValueError, match=r"logp is nan at \[0, 0\], a token that counts"):
+        trainer.train()
+    assert all(weight.isfinite().all() for weight in weights(trainer).values())
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, torch.inf])
+def test_a_reward_beyond_all_bounds_is_named(tmp_path: Path, problems: Dataset, value: float) -> None:
+    def huge(completions: list[str], **_: Any) -> list[float]:
+        return [value, *[0.0] * (len(completions) - 1)]
+
+    trainer = make_trainer(tmp_path, problems, reward_funcs=huge)
+    before = weights(trainer)
+    with pytest.raises(TrainingStoppedError, match=r"^reward huge: a score of magnitude (3e\+38|inf); expected"):
+        trainer.train()
+    assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
