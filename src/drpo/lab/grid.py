@@ -194,6 +194,7 @@ def _paper() -> list[Run]:
 PRESETS: dict[str, Callable[[], list[Run]]] = {
     "smoke": lambda: grid(("fp32", "bf16"), ("pg", "ppo", "drpo(0.2)"), (2e-4,), seeds=range(2), rollouts=24),
     "demo": lambda: grid(("fp32",), ("pg", "drpo(0.2)"), (2e-4,), seeds=range(1), rollouts=30),
+    "core": lambda: grid(("fp32",), CORE, LEARNING_RATES[1:4], seeds=range(5)),
     "map": lambda: grid(("fp32",), CORE, LEARNING_RATES, UPDATES),
     "map-low-precision": lambda: grid(("moe-fp8-rollout",), CORE, LEARNING_RATES, UPDATES),
     "settings": lambda: grid(PAPER_SETTINGS, CORE, LEARNING_RATES[1:4], seeds=range(5)),
@@ -207,7 +208,7 @@ PRESETS: dict[str, Callable[[], list[Run]]] = {
     ],
     "paper": _paper,
 }
-QUESTIONS = ("map", "settings", "delta", "arms", "staleness", "map-low-precision")
+QUESTIONS = ("core", "map", "settings", "delta", "arms", "staleness", "map-low-precision")
 """The presets that ``paper`` is made of, in the order in which they run."""
 
 
