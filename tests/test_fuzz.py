@@ -1,9 +1,10 @@
-"""10,000 random token batches against a reference in numpy and fp64 that shares no code with the library."""
+"""Random token batches against a reference in numpy and fp64 that shares no code with the library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from drpo.tokens import TopK
 
 Array = NDArray[np.float64]
 
-BATCHES = 10_000
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e4, -1e4, 1e30])
@@ -413,17 +413,30 @@ def _supports(
     return supports, torch.from_numpy(is_sampled)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=-(-BATCHES // len(OBJECTIVES)), deadline=None, derandomize=True, database=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    shape=st.tuples(st.integers(1, 4), st.sampled_from([0, 1, 2, 5, 16])),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    mode=st.sampled_from(MODES),
-)
-def test_loss_weight_and_gradient_are_finite_and_match_an_independent_reference(
-    name: str, seed: int, shape: tuple[int, int], dtype: torch.dtype, mode: str
-) -> None:
+def fuzzed(batches: int) -> Callable[[Any], Any]:
+    """A test of an objective on drawn batches, over all objectives so many."""
+    each = settings(max_examples=-(-batches // len(OBJECTIVES)), deadline=None, derandomize=True, database=None)
+    drawn = given(
+        seed=st.integers(0, 2**32 - 1),
+        shape=st.tuples(st.integers(1, 4), st.sampled_from([0, 1, 2, 5, 16])),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+        mode=st.sampled_from(MODES),
+    )
+    return lambda test: pytest.mark.parametrize("name", OBJECTIVES)(each(drawn(test)))
+
+
+@fuzzed(2_500)
+def test_loss_weight_and_gradient_are_finite_and_match_an_independent_reference(name: str, **drawn: Any) -> None:
+    check_against_the_reference(name, **drawn)
+
+
+@pytest.mark.long
+@fuzzed(20_000)
+def test_they_are_and_do_on_many_more_batches(name: str, **drawn: Any) -> None:
+    check_against_the_reference(name, **drawn)
+
+
+def check_against_the_reference(name: str, seed: int, shape: tuple[int, int], dtype: torch.dtype, mode: str) -> None:
     rng = np.random.default_rng(seed)
     reference, ranges = REFERENCE.get(name, (None, {}))
     drawn = {field: float(np.exp(rng.uniform(*np.log(bounds)))) for field, bounds in ranges.items()}
