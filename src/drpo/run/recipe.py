@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     field_validator,
     model_validator,
@@ -22,7 +21,7 @@ from pydantic import (
 
 from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
-from drpo.registry import unknown_name
+from drpo.run.mistakes import first_mistake
 from drpo.run.yaml import dump, parse
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ class Recipe(_Strict):
     """Completions of each held-out problem."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of everything that is drawn."""
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, JsonValue] = {}
     """Any further option of `DRPOConfig`, TRL's and Transformers' among them."""
 
     def make_reward(self) -> Reward:
@@ -238,8 +237,6 @@ class Recipe(_Strict):
         for name in trainer:
             if name in cls.model_fields:
                 raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
-            if not _is_finite(trainer[name]):
-                raise ValueError(f"{name} is {trainer[name]}; expected finite numbers")
         return trainer
 
     @model_validator(mode="after")
@@ -268,22 +265,11 @@ class Recipe(_Strict):
         return self
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def _override(document: dict[str, Any], assignment: str) -> None:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
         raise UserError(f"--set {assignment}: expected key=value")
     value = parse(text, f"--set {assignment}")
-    # A shell has no quotes to tell text from numbers by, so 1e-5 is a number here.
-    if re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", text.strip()):
-        value = float(text)
     *parents, last = path.split(".")
     for parent in parents:
         if parent in ("objective", "correction", "reward") and isinstance(document.get(parent), str):
@@ -321,39 +307,8 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_mistake(error)}") from error
-
-
-def _first_mistake(error: ValidationError) -> str:
-    # A misspelt field is missing under its right name too; what was written says more than what was not.
-    mistake = min(error.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden")
-    location = [str(part) for part in mistake["loc"] if not str(part).startswith("function-")]
-    field, value, kind = ".".join(location), mistake["input"], mistake["type"]
-    if kind == "extra_forbidden":
-        model: type[BaseModel] = {"task": TaskSpec, "lora": LoRASpec}.get(location[0], Recipe)
-        return unknown_name("field", field, [".".join([*location[:-1], name]) for name in model.model_fields])
-    if kind == "missing":
-        return f"{field}: is missing; it has no default"
-    message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message.replace("String should have at least 1 character", "text that is not empty")
-    if kind == "value_error":
-        return f"{field}: {message}" if field else message
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    expected = re.sub(r"^(?:a )?(?:valid )?(integer|number|string|dictionary|list)", _with_article, message)
-    return f"{field}: got {shown}; expected {expected}{_number_hint(value)}"
-
-
-def _with_article(match: re.Match[str]) -> str:
-    name = {"string": "text", "dictionary": "a mapping", "integer": "an integer"}
-    return name.get(match[1], f"a {match[1]}")
-
-
-def _number_hint(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
-        return ""
-    if "e" in value.lower() or re.match(r"[-+]?0[0-9]|\+", value):
-        return f" (YAML reads {value} as text; write {float(value):.10f}".rstrip("0").rstrip(".") + ")"
-    return " (remove the quotes)"
+        known = {"": Recipe.model_fields, "task": TaskSpec.model_fields, "lora": LoRASpec.model_fields}
+        raise UserError(f"{where}: {first_mistake(error, known)}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
