@@ -20,7 +20,7 @@ from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward, checked_scores
-from drpo.run.options import AT_THE_TOP, check_option, refuse_together
+from drpo.run.options import check_option
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
@@ -150,15 +150,8 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         "use_cpu": not torch.accelerator.is_available(),
     }
     options = {name: check_option(name, value) for name, value in recipe.trainer.items()}
-    for name in options.keys() & settings.keys():
-        instead = f"{AT_THE_TOP[name]} at the top of the recipe, and " if name in AT_THE_TOP else ""
-        raise UserError(
-            f"trainer: {name} follows from the recipe and its run folder; leave it out",
-            fix=f"{instead}no trainer.{name}",
-        )
-    refuse_together(recipe, options)
     try:
-        config = DRPOConfig(**{**defaults, **settings, **options})
+        config = DRPOConfig(**settings, **(defaults | options))
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"trainer: {error}") from error
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations

@@ -22,6 +22,7 @@ from pydantic import (
 from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
 from drpo.run.mistakes import first_mistake
+from drpo.run.options import REFUSED
 from drpo.run.yaml import dump, parse
 
 if TYPE_CHECKING:
@@ -237,17 +238,35 @@ class Recipe(_Strict):
         for name in trainer:
             if name in cls.model_fields:
                 raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
+            if name in REFUSED:
+                raise ValueError(f"has {name!r}; {REFUSED[name]}")
         return trainer
 
     @model_validator(mode="after")
-    def _is_anchored(self) -> Recipe:
+    def _is_anchored(self) -> Self:
         from drpo.objectives import anchored
 
         anchored(self.objective.make(), self.anchor, self.correction and self.correction.make())
         return self
 
     @model_validator(mode="after")
-    def _divides(self) -> Recipe:
+    def _copies_a_whole_policy(self) -> Self:
+        is_exact = self.rollout_precision == self.train_precision == "fp32"
+        copying = {"rollout_precision": self.rollout_precision and not is_exact, "rollout_lag": self.rollout_lag}
+        names = [name for name, is_set in copying.items() if is_set]
+        for field, is_used, what in (
+            ("lora", self.lora is not None, "adapters"),
+            ("trainer.fsdp", self.trainer.get("fsdp"), "weights that are sharded over processes"),
+        ):
+            if names and is_used:
+                raise ValueError(
+                    f"{field}: {' and '.join(names)} would sample from a copy of the policy, which does not work with "
+                    f"{what}; expected no {' and no '.join(names)}, or no {field}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
         samples = self.prompts_per_rollout * self.num_generations
         arithmetic = (
             f"prompts_per_rollout {self.prompts_per_rollout} x num_generations {self.num_generations} = {samples} samples, "
