@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from drpo.advantage import Advantage
-from drpo.aggregation import Aggregation
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
-from drpo.objectives import Anchor
-from drpo.run.recipe import BUILTIN_RECIPE, Recipe, dump_recipe, load_recipe
+from drpo.run.recipe import BUILTIN_RECIPE, dump_recipe, load_recipe
 
 RECIPES = [BUILTIN_RECIPE, *sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))]
 
@@ -360,15 +356,6 @@ def test_an_objective_name_replaces_the_mapping_and_a_dotted_key_adds_to_it(
 )
 def test_a_malformed_override_is_refused_in_one_line(recipe_file, assignment, expected):
     assert expected in refusal(recipe_file, [assignment])
-
-
-@pytest.mark.parametrize(
-    ("field", "choices"), [("aggregation", Aggregation), ("advantage", Advantage), ("anchor", Anchor)]
-)
-def test_the_choices_of_a_field_are_those_of_the_library(field, choices):
-    # Written out in the recipe, so that a mistake in one is answered without importing torch.
-    literal, _ = get_args(Recipe.model_fields[field].annotation)
-    assert get_args(literal) == get_args(choices)
 
 
 def test_rewards_are_made_with_their_options_and_weights(tmp_path):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -19,15 +19,16 @@ from pydantic import (
     model_validator,
 )
 
+from drpo.advantage import Advantage
+from drpo.aggregation import Aggregation
 from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
+from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
+from drpo.precision import RolloutPrecision, TrainPrecision
+from drpo.rewards import REWARDS, Reward, Weighted, load_reward, make_reward
 from drpo.run.mistakes import first_mistake
 from drpo.run.options import REFUSED
 from drpo.run.yaml import dump, parse
-
-if TYPE_CHECKING:
-    from drpo.objectives import Correction, Objective
-    from drpo.rewards import Reward
 
 BUILTIN_RECIPE = Path(str(files("drpo.run") / "arithmetic.yaml"))
 
@@ -98,8 +99,6 @@ class ObjectiveSpec(_Named):
     """An objective of :data:`drpo.OBJECTIVES`."""
 
     def make(self) -> Objective:
-        from drpo.objectives import make_objective
-
         return make_objective(self.name, **self.hyperparameters)
 
 
@@ -107,8 +106,6 @@ class CorrectionSpec(_Named):
     """A correction of :data:`drpo.objectives.CORRECTIONS`."""
 
     def make(self) -> Correction:
-        from drpo.objectives import make_correction
-
         return make_correction(self.name, **self.hyperparameters)
 
 
@@ -124,14 +121,10 @@ class RewardSpec(_Named):
     weight: float = 1.0
 
     def make(self) -> Reward:
-        from drpo.rewards import load_reward
-
         return load_reward(self.name, **self.hyperparameters)
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        from drpo.rewards import REWARDS, make_reward
-
         # A function of the user's is not imported before the whole recipe has been read.
         if self.name in REWARDS:
             make_reward(self.name, **self.hyperparameters)
@@ -177,23 +170,21 @@ class Recipe(_Strict):
     """Samples of a forward pass and process; the whole update by default."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Sampling temperature; log-probs are of the logits divided by it."""
-    aggregation: (
-        Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
-    ) = None
+    aggregation: Aggregation | None = None
     """How token losses become one number, by verl's names."""
     horizon: Positive | None = None
     """The length that `seq-mean-token-sum-norm` divides by, in tokens."""
-    advantage: Literal["mean", "mean-std", "leave-one-out"] | None = None
+    advantage: Advantage | None = None
     """How rewards become advantages within a group."""
-    anchor: Literal["sampler", "old"] | None = None
+    anchor: Anchor | None = None
     """The policy that the ratio is taken against; the objective's own by default."""
     correction: CorrectionSpec | None = None
     """A weight by π_old/μ, for an objective anchored on the old policy."""
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
     """The mean |log π − log μ| before the first update, in nats, above which training stops."""
-    train_precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    train_precision: TrainPrecision = "fp32"
     """The precision of the training forward and backward pass; weights stay in fp32."""
-    rollout_precision: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    rollout_precision: RolloutPrecision | None = None
     """The precision that samples; the training precision by default."""
     rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Rollouts between the weights that sample and those that train."""
@@ -220,8 +211,6 @@ class Recipe(_Strict):
         Raises:
             UserError: a function that cannot be loaded.
         """
-        from drpo.rewards import Weighted
-
         if len(self.reward) == 1 and self.reward[0].weight == 1:
             return self.reward[0].make()
         return Weighted([(spec.make(), spec.weight) for spec in self.reward])
@@ -244,8 +233,6 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _is_anchored(self) -> Self:
-        from drpo.objectives import anchored
-
         anchored(self.objective.make(), self.anchor, self.correction and self.correction.make())
         return self
 
