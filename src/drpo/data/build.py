@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,9 +61,7 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
     for problem in converted(path or source.hub, published, partial(source.convert, name)):
         read += 1
         distinct.setdefault((normalised(problem.prompt), problem.answer), problem)
-    answers: defaultdict[str, set[str]] = defaultdict(set)
-    for prompt, answer in distinct:
-        answers[prompt].add(answer)
+    answers = Counter(prompt for prompt, _ in distinct)
     problems = list(distinct.values())
     report: dict[str, Any] = {
         "data": name,
@@ -71,7 +69,7 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
         "read": read,
         "kept": len(problems),
         "duplicates": read - len(problems),
-        "conflicts": sum(len(several) > 1 for several in answers.values()),
+        "conflicts": sum(count > 1 for count in answers.values()),
         "expected": source.rows,
         "contamination": {other: contamination(problems, theirs) for other, theirs in others.items()},
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from drpo.data.files import has_field, text_field, value_field
+from drpo.data.files import Row, label, text_field, value_field
 from drpo.data.problems import Problem
 from drpo.errors import UserError
 from drpo.rewards.answers import number
@@ -39,7 +39,7 @@ class Source:
     split: str
     problem: Callable[[dict[str, Any]], str]
     answer: Callable[[dict[str, Any]], str]
-    identifier: str | None
+    identifier: str
     rows: int
 
     def convert(self, name: str, record: dict[str, Any], position: int) -> Problem:
@@ -48,12 +48,11 @@ class Source:
         Raises:
             ValueError: a record without what it takes, or with something else in its place.
         """
-        has_id = self.identifier is not None and has_field(record, self.identifier)
-        identifier = value_field(record, self.identifier) if has_id else str(position)  # type: ignore[arg-type]
+        identifier = label(record, self.identifier) or str(position)
         return Problem(self.problem(record).strip(), self.answer(record), name, identifier)
 
-    def hub_records(self) -> Iterator[Any]:
-        """The records on the hub.
+    def hub_records(self) -> Iterator[Row]:
+        """The rows on the hub.
 
         Raises:
             UserError: they cannot be had.
@@ -61,7 +60,7 @@ class Source:
         from datasets import load_dataset
 
         try:
-            yield from load_dataset(self.hub, self.config, split=self.split, streaming=False)
+            yield from enumerate(load_dataset(self.hub, self.config, split=self.split), 1)
         except Exception as error:  # the hub, the network and the cache fail in their own ways
             raise UserError(
                 f"cannot load {self.hub} from the hub ({type(error).__name__}: {str(error)[:200]}); "
@@ -119,8 +118,8 @@ SOURCES: dict[str, Source] = {
     "dapo-math-17k": Source(
         "BytedTsinghua-SIA/DAPO-Math-17k", None, "train", _dapo_problem, _dapo_answer, "extra_info.index", 17_398
     ),
-    "gsm8k": Source("openai/gsm8k", "main", "train", _question, _gsm8k_answer, None, 7473),
-    "gsm8k-test": Source("openai/gsm8k", "main", "test", _question, _gsm8k_answer, None, 1319),
+    "gsm8k": Source("openai/gsm8k", "main", "train", _question, _gsm8k_answer, "id", 7473),
+    "gsm8k-test": Source("openai/gsm8k", "main", "test", _question, _gsm8k_answer, "id", 1319),
     "math500": Source("HuggingFaceH4/MATH-500", None, "test", _question, _answer, "unique_id", 500),
     "aime24": Source("HuggingFaceH4/aime_2024", None, "train", _question, _integer, "id", 30),
     "aime25": Source("math-ai/aime25", None, "test", _question, _integer, "id", 30),
