@@ -13,7 +13,7 @@ from typing import Any
 
 from drpo.data.files import converted, decode_exactly, read_problems, records, write_with_report
 from drpo.data.problems import Problem
-from drpo.data.sources import SOURCES, dapo_prompt
+from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from drpo.registry import unknown_name
 
@@ -49,12 +49,12 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
     """
     if name not in SOURCES:
         raise UserError(unknown_name("data set", name, SOURCES))
-    if wrapper and name != "dapo-math-17k":
-        raise UserError(f"--wrapper: {name} has none; expected with dapo-math-17k")
-    others = {str(other): read_problems(other) for other in against}
     source = SOURCES[name]
+    if wrapper and source.wrapper is None:
+        raise UserError(f"--wrapper: {name} has none; expected with dapo-math-17k")
     if wrapper:
-        source = replace(source, problem=dapo_prompt)
+        source = replace(source, wrapper=None)
+    others = {str(other): read_problems(other) for other in against}
     published = records(path, decode_exactly) if path is not None else source.hub_records()
     distinct: dict[tuple[str, str], Problem] = {}
     read = 0
