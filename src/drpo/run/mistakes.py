@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -47,7 +45,7 @@ def first_mistake(error: ValidationError, known: Mapping[str, Iterable[str]]) ->
     if mistake["type"] == "value_error":
         return f"{field}: {expectation(mistake['msg'])}".removeprefix(": ")
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return f"{field}: got {shown}; expected {expectation(mistake['msg'])}{_number_in(value)}"
+    return f"{field}: got {shown}; expected {expectation(mistake['msg'])}"
 
 
 def expectation(message: str) -> str:
@@ -56,14 +54,3 @@ def expectation(message: str) -> str:
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)
     return message
-
-
-def _number_in(value: Any) -> str:
-    """A hint for text that may be meant as a number."""
-    try:
-        number = float(value) if isinstance(value, str) else math.nan
-    except ValueError:
-        return ""
-    if not math.isfinite(number):
-        return ""
-    return f" (that is text; write {int(number) if number.is_integer() else number} without quotes)"

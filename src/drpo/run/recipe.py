@@ -70,10 +70,10 @@ class TaskSpec(_Strict):
         return template
 
 
-class _Named(BaseModel):
+class _Named(_Strict):
     """A name and, beside it, the hyperparameters of what it names; :meth:`make` makes it."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
     name: str
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -40,11 +39,6 @@ def of_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
     Raises:
         UserError: it does not compose.
     """
-    for override in given:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            raise UserError(f"--verl {override}: expected KEY=VALUE, as Hydra reads it") from error
     module = initialize_config_module("verl.trainer.config", version_base=None)
     return _composed(module, "ppo_trainer", arguments, " ".join(("--verl", *given)))
 
