@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
-from drpo.integrations.verl.hydra import of_main_ppo
+from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.overrides import as_arguments, overrides
 from drpo.integrations.verl.train import plan
 from drpo.objectives import PPO, SPO
@@ -31,7 +31,7 @@ FOLDER = Path("/runs, of (mine)/it's=1")
 def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
     """What verl's trainer would start with."""
     told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
-    return of_main_ppo(as_arguments(told, more), more)
+    return compose_main_ppo(as_arguments(told, more), more)
 
 
 def test_a_recipe_means_the_same_in_verl() -> None:

@@ -90,8 +90,8 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdecimal()]
+        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
         return max(numbered, key=update_of, default=None)
 
     @contextmanager

@@ -39,7 +39,7 @@ def policy_loss(
         per_token, weight = per_token * rollout_is_weights, weight * rollout_is_weights
     MEASURED.add(tokens, weight)
     loss = agg_loss(per_token, response_mask, loss_agg_mode, **config.global_batch_info)
-    return loss, MEASURED.given(config.policy_loss.histograms)
+    return loss, MEASURED.take_micro_batch(config.policy_loss.histograms)
 
 
 def register() -> dict[str, str]:

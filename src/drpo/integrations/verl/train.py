@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl
-from drpo.integrations.verl.hydra import of_main_ppo
+from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, overrides
 from drpo.integrations.verl.problems import write_rows
@@ -81,7 +81,7 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = ()) -> Plan:
     longest = max(len(tokenize_prompt(problem, tokenizer)) for problem in (*problems, *heldout))
     settings = overrides(recipe, folder.path.absolute(), len(problems), longest, plain=not tokenizer.chat_template)
     arguments = as_arguments(settings, more)
-    return Plan(recipe, folder, problems, heldout, arguments, of_main_ppo(arguments, more))
+    return Plan(recipe, folder, problems, heldout, arguments, compose_main_ppo(arguments, more))
 
 
 def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
