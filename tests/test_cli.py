@@ -229,11 +229,20 @@ def test_malformed_data_is_refused(here, refusal, rows, expected):
             ["trainer.num_generations=4"],
             "the built-in recipe: trainer: has 'num_generations', which belongs at the top",
         ),
-        (["trainer.max_steps=4"], "trainer: max_steps follows from the recipe and its run folder"),
-        (["trainer.eval_strategy=steps"], "trainer: eval_strategy follows from the recipe and its run folder"),
-        (["trainer.reward_weights=[1.0, 2.0]"], "trainer: reward_weights is for several reward functions"),
+        (["trainer.max_steps=4"], "trainer: has 'max_steps'; expected rollouts at the top of the recipe"),
+        (
+            ["trainer.eval_strategy=steps"],
+            "trainer: has 'eval_strategy'; it follows from the recipe and its run folder",
+        ),
+        (
+            ["trainer.reward_weights=[1.0, 2.0]"],
+            "trainer: has 'reward_weights'; expected reward: [{name: ..., weight: 1.0}, ...] at the top",
+        ),
         (["trainer.adam_beta1=5"], "cannot set up training: ValueError: Invalid beta parameter"),
-        (["trainer.generation_kwargs={temperature: .nan}"], "the built-in recipe: trainer: generation_kwargs is"),
+        (
+            ["trainer.generation_kwargs={temperature: .nan}"],
+            "the built-in recipe: trainer.generation_kwargs.temperature: got nan; expected a finite number",
+        ),
         (["trainer.generation_kwargs={top_k: 5}"], "trainer: generation_kwargs has 'top_k'"),
         (
             ["lora={target_modules: nonexistent}"],

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from drpo.data.build import OVERLAP, collect, contamination, normalised, within_pass_rates
-from drpo.data.files import read_problems, write_problems
+from drpo.data.files import read_problems, write_with_report
 from drpo.data.problems import Problem
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
@@ -88,9 +88,9 @@ def test_a_record_as_published_becomes_a_row(tmp_path, name, record, expected):
 
 def test_rows_are_a_task_and_read_back_as_written(tmp_path):
     rows = [Problem("Où est $x$?\nAnd \u2028 y", "\\frac{1}{2}", "made", "1"), Problem("b", "2", "made", "2")]
-    write_problems(tmp_path / "rows.jsonl", rows)
+    write_with_report(tmp_path / "rows.jsonl", rows, {})
     assert read_problems(tmp_path / "rows.jsonl") == rows
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.json"}
 
 
 class TestContamination:

@@ -13,7 +13,7 @@ from drpo.doctor import Finding
 from drpo.doctor.verl import examine_file
 from drpo.errors import UserError
 from drpo.integrations.verl import PolicyLoss
-from drpo.integrations.verl.hydra import from_file
+from drpo.integrations.verl.hydra import compose_file
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
 SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "paper")
@@ -55,7 +55,7 @@ def test_the_recipes_have_the_paper_s_hyperparameters(objective: str, expected: 
     from hydra.utils import instantiate
 
     loss = instantiate(
-        from_file(RECIPES / "qwen3-4b-base.yaml", [f"objective={objective}"]).actor_rollout_ref.actor.policy_loss
+        compose_file(RECIPES / "qwen3-4b-base.yaml", [f"objective={objective}"]).actor_rollout_ref.actor.policy_loss
     )
     assert isinstance(loss, PolicyLoss)
     assert repr(loss.make_objective()) == expected
@@ -209,5 +209,5 @@ def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> N
     from omegaconf import OmegaConf
 
     path = tmp_path / "config.yaml"
-    OmegaConf.save(from_file(RECIPES / "qwen3-4b-base.yaml"), path)
+    OmegaConf.save(compose_file(RECIPES / "qwen3-4b-base.yaml"), path)
     assert not [finding for finding in examine_file(path, workers=False) if finding.verdict == "stop"]

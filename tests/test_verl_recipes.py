@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
-from drpo.integrations.verl.hydra import of_main_ppo
+from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.overrides import as_arguments, overrides
 from drpo.integrations.verl.train import plan
 from drpo.objectives import PPO, SPO
@@ -31,7 +31,7 @@ FOLDER = Path("/runs, of (mine)/it's=1")
 def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
     """What verl's trainer would start with."""
     told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
-    return of_main_ppo(as_arguments(told, more), more)
+    return compose_main_ppo(as_arguments(told, more), more)
 
 
 def test_a_recipe_means_the_same_in_verl() -> None:
@@ -70,9 +70,9 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["updates_per_rollout=32", "micro_batch_size=4"], "updates_per_rollout: verl splits a rollout by prompts"),
         (["audit_threshold=0.1"], "audit_threshold: verl has no audit"),
         (["train_precision=fp8"], "train_precision: verl trains in FP8 with Megatron alone"),
-        (["rollout_lag=2"], "rollout_lag: is DRPOTrainer's own"),
-        (["rollout_precision=int8"], "rollout_precision: is DRPOTrainer's own"),
-        (["record_rollouts=true"], "record_rollouts: is DRPOTrainer's own"),
+        (["rollout_lag=2"], "rollout_lag: verl's trainer decides how old"),
+        (["rollout_precision=int8"], "rollout_precision: verl's sampler has a dtype of its own"),
+        (["record_rollouts=true"], "record_rollouts: verl has no log of trained tokens"),
         (["trainer.weight_decay=abc"], "trainer.weight_decay: got 'abc'; expected a number"),
         (["trainer.max_grad_norm=null"], "trainer.max_grad_norm: got None; expected a number"),
         (["trainer.wieght_decay=0.1"], "unknown option 'wieght_decay'; did you mean 'weight_decay'"),
@@ -97,8 +97,8 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
         (["--engine", "verl", "--set", "objective=pdm"], "--engine verl: .*loss_mode=pdm needs log-probs"),
         (["--engine", "verl", "--set", "reward=no_such_module:reward"], "reward: cannot load 'no_such_module:reward'"),
         (["--engine", "verl", "--verl", "trainer.nonodes=2"], "--verl trainer.nonodes=2: does not compose"),
-        (["--engine", "verl", "--verl", "trainer.nnodes"], "--verl trainer.nnodes: expected KEY=VALUE"),
-        (["--engine", "verl", "--verl", "trainer.nnodes=[2"], r"--verl trainer.nnodes=\[2: expected KEY=VALUE"),
+        (["--engine", "verl", "--verl", "trainer.nnodes"], "--verl trainer.nnodes: does not compose .*missing EQUAL"),
+        (["--engine", "verl", "--verl", "trainer.nnodes=[2"], r"--verl trainer.nnodes=\[2: does not compose"),
         (
             ["--engine", "verl", "--verl", "trainer.nnodes=two"],
             "--engine verl: trainer.nnodes is two; expected a whole",

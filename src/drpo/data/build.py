@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 from drpo.data.files import converted, decode_exactly, read_problems, records, write_with_report
 from drpo.data.problems import Problem
-from drpo.data.sources import SOURCES, dapo_prompt
+from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from drpo.registry import unknown_name
 
@@ -49,21 +49,19 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
     """
     if name not in SOURCES:
         raise UserError(unknown_name("data set", name, SOURCES))
-    if wrapper and name != "dapo-math-17k":
-        raise UserError(f"--wrapper: {name} has none; expected with dapo-math-17k")
-    others = {str(other): read_problems(other) for other in against}
     source = SOURCES[name]
+    if wrapper and source.wrapper is None:
+        raise UserError(f"--wrapper: {name} has none; expected with dapo-math-17k")
     if wrapper:
-        source = replace(source, problem=dapo_prompt)
+        source = replace(source, wrapper=None)
+    others = {str(other): read_problems(other) for other in against}
     published = records(path, decode_exactly) if path is not None else source.hub_records()
     distinct: dict[tuple[str, str], Problem] = {}
     read = 0
     for problem in converted(path or source.hub, published, partial(source.convert, name)):
         read += 1
         distinct.setdefault((normalised(problem.prompt), problem.answer), problem)
-    answers: defaultdict[str, set[str]] = defaultdict(set)
-    for prompt, answer in distinct:
-        answers[prompt].add(answer)
+    answers = Counter(prompt for prompt, _ in distinct)
     problems = list(distinct.values())
     report: dict[str, Any] = {
         "data": name,
@@ -71,7 +69,7 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
         "read": read,
         "kept": len(problems),
         "duplicates": read - len(problems),
-        "conflicts": sum(len(several) > 1 for several in answers.values()),
+        "conflicts": sum(count > 1 for count in answers.values()),
         "expected": source.rows,
         "contamination": {other: contamination(problems, theirs) for other, theirs in others.items()},
     }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from decimal import Decimal
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
 from drpo.data.problems import Problem
 from drpo.errors import UserError
-from drpo.files import versions, write_json
+from drpo.files import replace_jsonl, versions, write_json
 from drpo.registry import unknown_name
 
 LONGEST_TEXT = 100_000
@@ -23,10 +24,12 @@ LONGEST_TEXT = 100_000
 LARGEST_EXPONENT = 308
 """Of ten, in a number: what has a larger one is infinite or 0 as a float, and has no end of digits."""
 
-BLANK = object()
-"""Stands for a line with nothing in it, which is counted and skipped."""
+MOST_MISTAKES = 100
+"""Malformed rows that are named one by one."""
 
 T = TypeVar("T")
+Row = tuple[int, Any]
+"""The number of a row, from 1, and its record; a ValueError in place of one that cannot be read."""
 
 
 class Number(Decimal):
@@ -38,18 +41,14 @@ class Number(Decimal):
 class MalformedRowsError(UserError):
     """Rows that are not what they should be; each has a line."""
 
-    MOST = 100
-
     def __init__(self, mistakes: list[str]) -> None:
         super().__init__(mistakes[0])
         self.mistakes = mistakes
-        self._lines = [str(UserError(mistake)) for mistake in mistakes[: self.MOST]]
-        if len(mistakes) > self.MOST:
-            self._lines.append(f"and {len(mistakes) - self.MOST:,} more rows")
 
     @property
     def lines(self) -> list[str]:
-        return self._lines
+        named, more = self.mistakes[:MOST_MISTAKES], len(self.mistakes) - MOST_MISTAKES
+        return [str(UserError(mistake)) for mistake in named] + ([f"and {more:,} more rows"] if more > 0 else [])
 
 
 def read_problems(
@@ -70,18 +69,10 @@ def read_problems(
 
     def convert(record: dict[str, Any], _: int) -> Problem:
         question = text_field(record, prompt)
-        labels = (_label(record, name) for name in ("source", "id"))
+        labels = (label(record, name) for name in ("source", "id"))
         return Problem(template.replace("{prompt}", question), value_field(record, answer), *labels)
 
     return list(converted(path, records(path, decode_exactly), convert))
-
-
-def write_problems(path: Path, problems: Iterable[Problem]) -> None:
-    """Write problems as JSON Lines; the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
-    os.replace(partial, path)
 
 
 def write_with_report(path: Path, problems: Iterable[Problem], report: dict[str, Any]) -> None:
@@ -92,24 +83,22 @@ def write_with_report(path: Path, problems: Iterable[Problem], report: dict[str,
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_problems(path, problems)
+        replace_jsonl(path, map(asdict, problems))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         write_json(path.with_suffix(".json"), {**report, "sha256": digest, "versions": versions()})
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
 
 
-def converted(path: Path | str, rows: Iterable[Any], convert: Callable[[dict[str, Any], int], T]) -> Iterator[T]:
+def converted(path: Path | str, rows: Iterable[Row], convert: Callable[[dict[str, Any], int], T]) -> Iterator[T]:
     """Convert each record, given its number; ``convert`` raises ValueError on a record that it cannot take.
 
     Raises:
         MalformedRowsError: after the last record, if any were malformed.
+        UserError: there are no rows.
     """
-    mistakes, empty = [], True
-    for number, record in enumerate(rows, 1):
-        if record is BLANK:
-            continue
-        empty = False
+    mistakes, number = [], 0
+    for number, record in rows:
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -120,7 +109,7 @@ def converted(path: Path | str, rows: Iterable[Any], convert: Callable[[dict[str
             mistakes.append(f"{path}, row {number}: {error}")
     if mistakes:
         raise MalformedRowsError(mistakes)
-    if empty:
+    if not number:
         raise UserError(f"{path}: has no rows; expected one JSON object a line, or one row of parquet for each")
 
 
@@ -129,8 +118,8 @@ def decode_exactly(line: str) -> Any:
     return json.loads(line, parse_float=Number, parse_int=Number)
 
 
-def records(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[Any]:
-    """The records of a .jsonl or .parquet file, in order; a ValueError stands for one that cannot be read.
+def records(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[Row]:
+    """The rows of a .jsonl or .parquet file, in order. A blank line counts and is left out.
 
     Args:
         path: the file.
@@ -142,32 +131,32 @@ def records(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[A
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: expected a file that ends in .jsonl or .parquet")
     try:
-        yield from _json_records(path, decode) if path.suffix == ".jsonl" else _parquet_records(path)
+        yield from _json_rows(path, decode) if path.suffix == ".jsonl" else _parquet_rows(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    # What pyarrow raises is one of these too.
+    except (OSError, ValueError, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _json_records(path: Path, decode: Callable[[str], Any]) -> Iterator[Any]:
+def _json_rows(path: Path, decode: Callable[[str], Any]) -> Iterator[Row]:
     with path.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                yield decode(line.decode("utf-8")) if line.strip() else BLANK
+                record = decode(line.decode("utf-8"))
             except (ValueError, ArithmeticError, RecursionError) as error:
-                yield ValueError(f"is not JSON in UTF-8 ({error})")
+                record = ValueError(f"is not JSON in UTF-8 ({error})")
+            yield number, record
 
 
-def _parquet_records(path: Path) -> Iterator[Any]:
-    import pyarrow
+def _parquet_rows(path: Path) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
+    with ParquetFile(path) as file:
+        batches = file.iter_batches(batch_size=256)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
 
 
 def text_field(record: dict[str, Any], *names: str) -> str:
@@ -195,6 +184,23 @@ def value_field(record: dict[str, Any], name: str) -> str:
     return _checked(name, value, text, "text or a finite number")
 
 
+def label(record: dict[str, Any], name: str) -> str:
+    """The text of a field, or ""; a label is for people, and a file of one's own may have another use for the field."""
+    try:
+        return value_field(record, name)
+    except ValueError:
+        return ""
+
+
+def _first(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    for name in names:
+        try:
+            return name, reduce(getitem, name.split("."), record)
+        except (KeyError, TypeError):
+            continue
+    raise ValueError(unknown_name("field", names[0], record).replace("unknown", "has no", 1))
+
+
 def _checked(name: str, value: Any, text: Any, expected: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{name} is {reprlib.repr(value)}; expected {expected}")
@@ -206,32 +212,3 @@ def _checked(name: str, value: Any, text: Any, expected: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{name} has a lone surrogate; expected valid Unicode")
     return text
-
-
-def _label(record: dict[str, Any], name: str) -> str:
-    try:
-        return value_field(record, name)
-    except ValueError:  # a label is for people; a file of one's own may have another use for the field
-        return ""
-
-
-def has_field(record: dict[str, Any], name: str) -> bool:
-    """Whether a record has a field; dots reach inside."""
-    return _at(record, name) is not _MISSING
-
-
-def _first(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
-    for name in names:
-        if (value := _at(record, name)) is not _MISSING:
-            return name, value
-    raise ValueError(unknown_name("field", names[0], record).replace("unknown", "has no", 1))
-
-
-def _at(record: dict[str, Any], name: str) -> Any:
-    value: Any = record
-    for part in name.split("."):
-        value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
-    return value
-
-
-_MISSING: Any = object()

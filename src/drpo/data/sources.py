@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from drpo.data.files import has_field, text_field, value_field
+from drpo.data.files import Row, label, text_field, value_field
 from drpo.data.problems import Problem
 from drpo.errors import UserError
 from drpo.rewards.answers import number
@@ -30,8 +31,9 @@ class Source:
         split: of the repository.
         problem: the text of the problem in a record.
         answer: the reference answer in a record.
-        identifier: the field that holds an id; the number of the record where there is none.
+        identifier: the field that holds an id; the number of the row stands in for one.
         rows: unique problems it is known to have.
+        wrapper: of the text around its problems, which is taken off.
     """
 
     hub: str
@@ -39,8 +41,9 @@ class Source:
     split: str
     problem: Callable[[dict[str, Any]], str]
     answer: Callable[[dict[str, Any]], str]
-    identifier: str | None
+    identifier: str
     rows: int
+    wrapper: re.Pattern[str] | None = None
 
     def convert(self, name: str, record: dict[str, Any], position: int) -> Problem:
         """Make a problem of a record.
@@ -48,12 +51,13 @@ class Source:
         Raises:
             ValueError: a record without what it takes, or with something else in its place.
         """
-        has_id = self.identifier is not None and has_field(record, self.identifier)
-        identifier = value_field(record, self.identifier) if has_id else str(position)  # type: ignore[arg-type]
-        return Problem(self.problem(record).strip(), self.answer(record), name, identifier)
+        text = self.problem(record).strip()
+        if self.wrapper and (wrapped := self.wrapper.fullmatch(text)):
+            text = wrapped["problem"].strip()
+        return Problem(text, self.answer(record), name, label(record, self.identifier) or str(position))
 
-    def hub_records(self) -> Iterator[Any]:
-        """The records on the hub.
+    def hub_records(self) -> Iterator[Row]:
+        """The rows on the hub.
 
         Raises:
             UserError: they cannot be had.
@@ -61,7 +65,7 @@ class Source:
         from datasets import load_dataset
 
         try:
-            yield from load_dataset(self.hub, self.config, split=self.split, streaming=False)
+            yield from enumerate(load_dataset(self.hub, self.config, split=self.split), 1)
         except Exception as error:  # the hub, the network and the cache fail in their own ways
             raise UserError(
                 f"cannot load {self.hub} from the hub ({type(error).__name__}: {str(error)[:200]}); "
@@ -73,8 +77,7 @@ def _question(record: dict[str, Any]) -> str:
     return text_field(record, "problem", "question")
 
 
-def _answer(record: dict[str, Any]) -> str:
-    return value_field(record, "answer")
+_answer = partial(value_field, name="answer")
 
 
 def _integer(record: dict[str, Any]) -> str:
@@ -93,15 +96,7 @@ def _gsm8k_answer(record: dict[str, Any]) -> str:
     return str(value)
 
 
-def _dapo_problem(record: dict[str, Any]) -> str:
-    """The problem without the wrapper, where it has the wrapper."""
-    prompt = dapo_prompt(record)
-    wrapped = WRAPPER.fullmatch(prompt.strip())
-    return wrapped["problem"] if wrapped else prompt
-
-
-def dapo_prompt(record: dict[str, Any]) -> str:
-    """The problem as DAPO-Math words it, its wrapper included."""
+def _last_message(record: dict[str, Any]) -> str:
     messages = record.get("prompt")
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         raise ValueError("prompt is not a list of chat messages")
@@ -111,16 +106,19 @@ def dapo_prompt(record: dict[str, Any]) -> str:
         raise ValueError(f"prompt: {error}") from error
 
 
-def _dapo_answer(record: dict[str, Any]) -> str:
-    return value_field(record, "reward_model.ground_truth")
-
-
 SOURCES: dict[str, Source] = {
     "dapo-math-17k": Source(
-        "BytedTsinghua-SIA/DAPO-Math-17k", None, "train", _dapo_problem, _dapo_answer, "extra_info.index", 17_398
+        hub="BytedTsinghua-SIA/DAPO-Math-17k",
+        config=None,
+        split="train",
+        problem=_last_message,
+        answer=partial(value_field, name="reward_model.ground_truth"),
+        identifier="extra_info.index",
+        rows=17_398,
+        wrapper=WRAPPER,
     ),
-    "gsm8k": Source("openai/gsm8k", "main", "train", _question, _gsm8k_answer, None, 7473),
-    "gsm8k-test": Source("openai/gsm8k", "main", "test", _question, _gsm8k_answer, None, 1319),
+    "gsm8k": Source("openai/gsm8k", "main", "train", _question, _gsm8k_answer, "id", 7473),
+    "gsm8k-test": Source("openai/gsm8k", "main", "test", _question, _gsm8k_answer, "id", 1319),
     "math500": Source("HuggingFaceH4/MATH-500", None, "test", _question, _answer, "unique_id", 500),
     "aime24": Source("HuggingFaceH4/aime_2024", None, "train", _question, _integer, "id", 30),
     "aime25": Source("math-ai/aime25", None, "test", _question, _integer, "id", 30),

@@ -16,7 +16,6 @@ from drpo.doctor.recipe import check_anchor, check_objective, check_problems, ch
 from drpo.doctor.rollout import SET_ASIDE, check_rollout
 from drpo.errors import UserError
 from drpo.run.build import load_problems, make_config, quiet_libraries
-from drpo.run.options import refuse_together
 from drpo.run.recipe import Recipe, load_recipe
 from drpo.trainer.config import DRPOConfig
 
@@ -101,7 +100,6 @@ class _Examination:
 
 def _make_config(recipe: Recipe, scratch: str) -> DRPOConfig:
     """The options of the run itself, some of which the doctor's own small rollout does without."""
-    refuse_together(recipe, recipe.trainer)
     # What shards changes how every model of the process is loaded from then on.
     trainer = {name: value for name, value in recipe.trainer.items() if name not in SET_ASIDE}
     return make_config(recipe.model_copy(update={"trainer": trainer}), scratch, processes=1)

@@ -32,9 +32,9 @@ def examine_file(path: Path, overrides: Sequence[str] = (), *, workers: bool = T
         from drpo.integrations.verl import LOSS_MODES
     except ImportError as error:
         raise UserError(f"--verl {path}: {error}") from error
-    from drpo.integrations.verl.hydra import from_file
+    from drpo.integrations.verl.hydra import compose_file
 
-    config = from_file(path, overrides)
+    config = compose_file(path, overrides)
     if not _is_of_verl(config):
         raise UserError(f"--verl {path}: has no {LOSS}; expected a configuration of verl's PPO trainer")
     findings = examine_config(config)

@@ -153,7 +153,7 @@ def _columns(path: Path, chosen: Mapping[str, str]) -> tuple[Columns, Set[str]]:
         files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
         example = f", such as {files[0]}" if files else ""
         raise UserError(f"{path}: is a folder; expected a .jsonl or .parquet file{example}")
-    first = next((record for record in records(path) if isinstance(record, dict)), None)
+    first = next((record for _, record in records(path) if isinstance(record, dict)), None)
     if first is None:
         # A file of other things than objects is refused row by row.
         list(converted(path, records(path), lambda record, _: record))

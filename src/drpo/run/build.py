@@ -20,13 +20,20 @@ from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward, checked_scores
-from drpo.run.options import AT_THE_TOP, check_option, refuse_together
+from drpo.run.options import check_option
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
 
 BUILTIN_TRAIN_PROBLEMS = 10_000
 """Distinct training problems of a built-in task, cycled through if the run needs more."""
+
+_SAME_IN_CONFIG = {
+    *("updates_per_rollout", "num_generations", "learning_rate", "max_completion_length", "temperature", "seed"),
+    *("aggregation", "horizon", "advantage", "anchor", "audit_threshold"),
+    *("train_precision", "rollout_precision", "rollout_lag"),
+}
+"""Fields of a recipe that DRPOConfig has by the same name; it has the defaults of those that are None."""
 
 
 def quiet_libraries() -> None:
@@ -109,37 +116,19 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
             f"micro_batch_size: {micro_batch} x {processes} processes does not divide the {update} samples of an update "
             "(prompts_per_rollout x num_generations / updates_per_rollout)"
         )
-    chosen = {
-        name: getattr(recipe, name)
-        for name in (
-            *("temperature", "aggregation", "horizon", "advantage", "anchor", "audit_threshold"),
-            *("train_precision", "rollout_precision", "rollout_lag"),
-        )
-    }
     settings: dict[str, Any] = {
+        **recipe.model_dump(include=_SAME_IN_CONFIG, exclude_none=True),
         "output_dir": output_dir,
         "objective": recipe.objective.name,
         "objective_kwargs": recipe.objective.hyperparameters,
         "correction": recipe.correction and recipe.correction.name,
         "correction_kwargs": recipe.correction and recipe.correction.hyperparameters,
-        "updates_per_rollout": recipe.updates_per_rollout,
-        "num_generations": recipe.num_generations,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": update // (micro_batch * processes),
         "max_steps": recipe.rollouts * recipe.updates_per_rollout,
-        "learning_rate": recipe.learning_rate,
-        "max_completion_length": recipe.max_completion_length,
         "save_steps": recipe.checkpoint_every * recipe.updates_per_rollout,
-        "seed": recipe.seed,
-        "bf16": recipe.train_precision != "fp32",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "num_train_epochs": 1,
-        "save_strategy": "steps",
-        "eval_strategy": "no",
-        "log_completions": False,
-        "push_to_hub": False,
-        **{name: value for name, value in chosen.items() if value is not None},
     }
     defaults = {
         "lr_scheduler_type": "constant",
@@ -150,15 +139,8 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         "use_cpu": not torch.accelerator.is_available(),
     }
     options = {name: check_option(name, value) for name, value in recipe.trainer.items()}
-    for name in options.keys() & settings.keys():
-        instead = f"{AT_THE_TOP[name]} at the top of the recipe, and " if name in AT_THE_TOP else ""
-        raise UserError(
-            f"trainer: {name} follows from the recipe and its run folder; leave it out",
-            fix=f"{instead}no trainer.{name}",
-        )
-    refuse_together(recipe, options)
     try:
-        config = DRPOConfig(**{**defaults, **settings, **options})
+        config = DRPOConfig(**settings, **(defaults | options))
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"trainer: {error}") from error
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations

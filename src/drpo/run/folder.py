@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from drpo.errors import UserError
-from drpo.files import iterate_jsonl, locked, replace_jsonl, versions, write_json
+from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, versions, write_json
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
+
+SAMPLES_KEPT = 50
+"""Completions written to the run folder at each evaluation."""
 
 
 class RunFolder:
@@ -85,8 +90,8 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdecimal()]
+        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
         return max(numbered, key=update_of, default=None)
 
     @contextmanager
@@ -119,6 +124,32 @@ class RunFolder:
         for folder in (self.checkpoints, self.model, self.evaluated):
             if folder.exists():
                 shutil.rmtree(folder)
+
+    def write_summary(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
+        """What became of a run, from the rows that it wrote, before an interruption too; written and returned.
+
+        Args:
+            more: what the rows do not tell.
+        """
+        metrics, accuracies = read_jsonl(self.metrics), [row["accuracy"] for row in read_jsonl(self.evaluations)]
+        last = metrics[-1]
+        # Of the first update that has tokens; a resumed run may have made another.
+        audited = next((row for row in metrics if "audit/logp_difference_mean" in row), None)
+        summary = {
+            "objective": recipe.objective.name,
+            "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
+            "accuracy_before": accuracies[0] if accuracies else None,
+            "accuracy_after": accuracies[-1] if accuracies else None,
+            "rollouts": last["rollout"],
+            "updates": last["update"],
+            "train_seconds": round(last["seconds"], 1),
+            "seed": recipe.seed,
+            "audit": audited
+            and {"mean": audited["audit/logp_difference_mean"], "maximum": audited["audit/logp_difference_max"]},
+            **more,
+        }
+        write_json(self.summary, summary)
+        return summary
 
     def rewind(self, update: int) -> None:
         """Drop what was logged after an update, to continue from its checkpoint."""

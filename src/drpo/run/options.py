@@ -1,24 +1,19 @@
-"""The options under ``trainer`` in a recipe: those of DRPOConfig, as it has them."""
+"""The options under ``trainer`` in a recipe: those of DRPOConfig, but for what a recipe says with a field of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Json, TypeAdapter, ValidationError
 
 from drpo.errors import UserError
 from drpo.registry import unknown_name
-from drpo.run.recipe import Recipe
-from drpo.trainer.config import DRPOConfig
+from drpo.run.mistakes import expectation
 
-AT_THE_TOP = {
+_FIELDS = {
     "batch_size": "prompts_per_rollout",
     "bf16": "train_precision: bf16",
-    "correction": "correction",
     "correction_kwargs": "correction",
     "fp16": "train_precision: bf16",
     "gradient_accumulation_steps": "micro_batch_size",
@@ -31,12 +26,25 @@ AT_THE_TOP = {
     "num_train_epochs": "rollouts",
     "objective_kwargs": "objective",
     "per_device_train_batch_size": "micro_batch_size",
+    "reward_weights": "reward: [{name: ..., weight: 1.0}, ...]",
     "save_steps": "checkpoint_every",
 }
-"""Options by other names, of Transformers and of other frameworks, for what has a field of the recipe."""
+_OF_THE_RUN = "it follows from the recipe and its run folder; leave it out"
 
-_MAYBE_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
-"""Options that are a mapping, one in JSON, or a file with one."""
+REFUSED: dict[str, str] = {
+    **{option: f"expected {field} at the top of the recipe" for option, field in _FIELDS.items()},
+    "disable_tqdm": _OF_THE_RUN,
+    "eval_strategy": _OF_THE_RUN,
+    "log_completions": _OF_THE_RUN,
+    "logging_steps": _OF_THE_RUN,
+    "model_init_kwargs": "the model of a recipe is loaded in fp32 and as it is; leave it out",
+    "output_dir": _OF_THE_RUN,
+    "push_to_hub": _OF_THE_RUN,
+    "remove_unused_columns": "it takes the reference answers away from the reward; leave it out",
+    "resume_from_checkpoint": "drpo train --resume goes on with a run; leave it out",
+    "save_strategy": _OF_THE_RUN,
+}
+"""Options of DRPOConfig that a recipe does without, and other frameworks' names for its fields: what is there instead."""
 
 
 def check_option(name: str, value: Any) -> Any:
@@ -45,85 +53,21 @@ def check_option(name: str, value: Any) -> Any:
     Raises:
         UserError: an option that DRPOConfig does not have, or a value of another type than its own.
     """
-    types = get_type_hints(DRPOConfig)
+    # Importing TRL takes seconds, which a mistake elsewhere in the recipe need not wait for.
+    from drpo.trainer.config import DRPOConfig
+
     known = sorted(field.name for field in dataclasses.fields(DRPOConfig))
     if name not in known:
         nearest = unknown_name("option", name, known).split(" Known:")[0]
-        if name in AT_THE_TOP:
-            field = AT_THE_TOP[name]
-            raise UserError(
-                f"trainer: unknown option {name!r}; {field} at the top of the recipe is for that",
-                fix=f"{field} at the top of the recipe, and no trainer.{name}",
-            )
         raise UserError(f"trainer: {nearest} (the options are those of DRPOConfig)")
-    if name == "fsdp" and isinstance(value, bool):  # typed as text, for the sake of command lines
-        return value
-    if name in DRPOConfig._VALID_DICT_FIELDS and isinstance(value, str) and name not in _MAYBE_FILES:
-        value = _from_json(name, value)
+    expected: Any = get_type_hints(DRPOConfig)[name]
+    if name == "fsdp":  # typed as text, for the sake of command lines
+        expected = bool | expected
+    elif name in DRPOConfig._VALID_DICT_FIELDS and name not in ("accelerator_config", "deepspeed", "fsdp_config"):
+        # The text in their type is JSON; that of the other three may be a file's name.
+        expected = dict[str, Any] | Json[dict[str, Any]] | None
     try:
-        return TypeAdapter(types[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(expected, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        expected = " or ".join(dict.fromkeys(_expected(mistake["msg"]) for mistake in error.errors()))
-        raise UserError(f"trainer.{name}: got {value!r}; expected {expected}") from error
-
-
-def _expected(message: str) -> str:
-    kind = message.removeprefix("Input should be ").partition(", unable")[0]
-    return kind.replace("a valid integer", "an integer").replace("a valid ", "a ")
-
-
-def _from_json(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"trainer.{name}: got {text!r} ({error}); expected a mapping") from error
-    if not isinstance(value, dict):
-        raise UserError(f"trainer.{name}: got {text!r}; expected a mapping")
-    return value
-
-
-_USELESS = {
-    "model_init_kwargs": "the model of a recipe is loaded in fp32 and as it is",
-    "resume_from_checkpoint": "drpo train --resume goes on with a run",
-}
-
-
-def refuse_together(recipe: Recipe, options: dict[str, Any]) -> None:
-    """What a recipe cannot have beside its other fields, although DRPOConfig has it."""
-    if options.get("fp16"):
-        raise UserError(
-            "trainer: fp16 is none of the precisions that a recipe trains in (fp32, bf16 and fp8)",
-            fix="train_precision: bf16 at the top of the recipe, and no trainer.fp16",
-        )
-    if options.get("remove_unused_columns"):
-        raise UserError(
-            "trainer: remove_unused_columns=True takes the reference answers away from the reward",
-            fix="no trainer.remove_unused_columns",
-        )
-    for name, why in _USELESS.items():
-        if options.get(name):
-            raise UserError(f"trainer: {name}={options[name]!r} would have no effect: {why}", fix=f"no trainer.{name}")
-    if len(options.get("reward_weights") or [1.0]) != 1:
-        raise UserError(
-            "trainer: reward_weights is for several reward functions, and a recipe's are one by then",
-            fix="reward: [{name: ..., weight: 1.0}, ...] at the top of the recipe, and no trainer.reward_weights",
-        )
-    if (settings := options.get("deepspeed")) and find_spec("deepspeed") is None:
-        raise UserError("trainer.deepspeed: deepspeed is not installed", fix="pip install deepspeed")
-    if isinstance(settings, str) and not Path(settings).is_file():
-        raise UserError(
-            f"trainer.deepspeed: {settings}: no such file; expected a JSON file or a mapping of its settings"
-        )
-    is_exact = recipe.rollout_precision == recipe.train_precision == "fp32"
-    asked = (("rollout_precision", recipe.rollout_precision and not is_exact), ("rollout_lag", recipe.rollout_lag))
-    copied = [name for name, is_asked in asked if is_asked]
-    shared = (
-        ("lora", recipe.lora is not None, "adapters"),
-        ("trainer.fsdp", options.get("fsdp"), "weights that are sharded over processes"),
-    )
-    for field, is_used, what in shared:
-        if copied and is_used:
-            raise UserError(
-                f"{field}: {' and '.join(copied)} would sample from a copy of the policy, which does not work with {what}",
-                fix=f"no {' and no '.join(copied)}, or no {field}",
-            )
+        expectations = dict.fromkeys(expectation(mistake["msg"]) for mistake in error.errors())
+        raise UserError(f"trainer.{name}: got {value!r}; expected {' or '.join(expectations)}") from error

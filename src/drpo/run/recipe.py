@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from drpo.advantage import Advantage
+from drpo.aggregation import Aggregation
 from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
-from drpo.registry import unknown_name
+from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
+from drpo.precision import RolloutPrecision, TrainPrecision
+from drpo.rewards import REWARDS, Reward, Weighted, load_reward, make_reward
+from drpo.run.mistakes import first_mistake
+from drpo.run.options import REFUSED
 from drpo.run.yaml import dump, parse
-
-if TYPE_CHECKING:
-    from drpo.objectives import Correction, Objective
-    from drpo.rewards import Reward
 
 BUILTIN_RECIPE = Path(str(files("drpo.run") / "arithmetic.yaml"))
 
@@ -69,10 +70,10 @@ class TaskSpec(_Strict):
         return template
 
 
-class _Named(BaseModel):
+class _Named(_Strict):
     """A name and, beside it, the hyperparameters of what it names; :meth:`make` makes it."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
     name: str
 
@@ -98,8 +99,6 @@ class ObjectiveSpec(_Named):
     """An objective of :data:`drpo.OBJECTIVES`."""
 
     def make(self) -> Objective:
-        from drpo.objectives import make_objective
-
         return make_objective(self.name, **self.hyperparameters)
 
 
@@ -107,8 +106,6 @@ class CorrectionSpec(_Named):
     """A correction of :data:`drpo.objectives.CORRECTIONS`."""
 
     def make(self) -> Correction:
-        from drpo.objectives import make_correction
-
         return make_correction(self.name, **self.hyperparameters)
 
 
@@ -124,14 +121,10 @@ class RewardSpec(_Named):
     weight: float = 1.0
 
     def make(self) -> Reward:
-        from drpo.rewards import load_reward
-
         return load_reward(self.name, **self.hyperparameters)
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        from drpo.rewards import REWARDS, make_reward
-
         # A function of the user's is not imported before the whole recipe has been read.
         if self.name in REWARDS:
             make_reward(self.name, **self.hyperparameters)
@@ -177,23 +170,21 @@ class Recipe(_Strict):
     """Samples of a forward pass and process; the whole update by default."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Sampling temperature; log-probs are of the logits divided by it."""
-    aggregation: (
-        Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
-    ) = None
+    aggregation: Aggregation | None = None
     """How token losses become one number, by verl's names."""
     horizon: Positive | None = None
     """The length that `seq-mean-token-sum-norm` divides by, in tokens."""
-    advantage: Literal["mean", "mean-std", "leave-one-out"] | None = None
+    advantage: Advantage | None = None
     """How rewards become advantages within a group."""
-    anchor: Literal["sampler", "old"] | None = None
+    anchor: Anchor | None = None
     """The policy that the ratio is taken against; the objective's own by default."""
     correction: CorrectionSpec | None = None
     """A weight by π_old/μ, for an objective anchored on the old policy."""
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
     """The mean |log π − log μ| before the first update, in nats, above which training stops."""
-    train_precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    train_precision: TrainPrecision = "fp32"
     """The precision of the training forward and backward pass; weights stay in fp32."""
-    rollout_precision: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    rollout_precision: RolloutPrecision | None = None
     """The precision that samples; the training precision by default."""
     rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Rollouts between the weights that sample and those that train."""
@@ -211,7 +202,7 @@ class Recipe(_Strict):
     """Completions of each held-out problem."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of everything that is drawn."""
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, JsonValue] = {}
     """Any further option of `DRPOConfig`, TRL's and Transformers' among them."""
 
     def make_reward(self) -> Reward:
@@ -220,8 +211,6 @@ class Recipe(_Strict):
         Raises:
             UserError: a function that cannot be loaded.
         """
-        from drpo.rewards import Weighted
-
         if len(self.reward) == 1 and self.reward[0].weight == 1:
             return self.reward[0].make()
         return Weighted([(spec.make(), spec.weight) for spec in self.reward])
@@ -238,19 +227,33 @@ class Recipe(_Strict):
         for name in trainer:
             if name in cls.model_fields:
                 raise ValueError(f"has {name!r}, which belongs at the top of the recipe")
-            if not _is_finite(trainer[name]):
-                raise ValueError(f"{name} is {trainer[name]}; expected finite numbers")
+            if name in REFUSED:
+                raise ValueError(f"has {name!r}; {REFUSED[name]}")
         return trainer
 
     @model_validator(mode="after")
-    def _is_anchored(self) -> Recipe:
-        from drpo.objectives import anchored
-
+    def _is_anchored(self) -> Self:
         anchored(self.objective.make(), self.anchor, self.correction and self.correction.make())
         return self
 
     @model_validator(mode="after")
-    def _divides(self) -> Recipe:
+    def _copies_a_whole_policy(self) -> Self:
+        is_exact = self.rollout_precision == self.train_precision == "fp32"
+        copying = {"rollout_precision": self.rollout_precision and not is_exact, "rollout_lag": self.rollout_lag}
+        names = [name for name, is_set in copying.items() if is_set]
+        for field, is_used, what in (
+            ("lora", self.lora is not None, "adapters"),
+            ("trainer.fsdp", self.trainer.get("fsdp"), "weights that are sharded over processes"),
+        ):
+            if names and is_used:
+                raise ValueError(
+                    f"{field}: {' and '.join(names)} would sample from a copy of the policy, which does not work with "
+                    f"{what}; expected no {' and no '.join(names)}, or no {field}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
         samples = self.prompts_per_rollout * self.num_generations
         arithmetic = (
             f"prompts_per_rollout {self.prompts_per_rollout} x num_generations {self.num_generations} = {samples} samples, "
@@ -268,22 +271,11 @@ class Recipe(_Strict):
         return self
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def _override(document: dict[str, Any], assignment: str) -> None:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
         raise UserError(f"--set {assignment}: expected key=value")
     value = parse(text, f"--set {assignment}")
-    # A shell has no quotes to tell text from numbers by, so 1e-5 is a number here.
-    if re.fullmatch(r"-?[0-9]+[eE][-+]?[0-9]+", text.strip()):
-        value = float(text)
     *parents, last = path.split(".")
     for parent in parents:
         if parent in ("objective", "correction", "reward") and isinstance(document.get(parent), str):
@@ -321,39 +313,8 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_mistake(error)}") from error
-
-
-def _first_mistake(error: ValidationError) -> str:
-    # A misspelt field is missing under its right name too; what was written says more than what was not.
-    mistake = min(error.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden")
-    location = [str(part) for part in mistake["loc"] if not str(part).startswith("function-")]
-    field, value, kind = ".".join(location), mistake["input"], mistake["type"]
-    if kind == "extra_forbidden":
-        model: type[BaseModel] = {"task": TaskSpec, "lora": LoRASpec}.get(location[0], Recipe)
-        return unknown_name("field", field, [".".join([*location[:-1], name]) for name in model.model_fields])
-    if kind == "missing":
-        return f"{field}: is missing; it has no default"
-    message = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message.replace("String should have at least 1 character", "text that is not empty")
-    if kind == "value_error":
-        return f"{field}: {message}" if field else message
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    expected = re.sub(r"^(?:a )?(?:valid )?(integer|number|string|dictionary|list)", _with_article, message)
-    return f"{field}: got {shown}; expected {expected}{_number_hint(value)}"
-
-
-def _with_article(match: re.Match[str]) -> str:
-    name = {"string": "text", "dictionary": "a mapping", "integer": "an integer"}
-    return name.get(match[1], f"a {match[1]}")
-
-
-def _number_hint(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
-        return ""
-    if "e" in value.lower() or re.match(r"[-+]?0[0-9]|\+", value):
-        return f" (YAML reads {value} as text; write {float(value):.10f}".rstrip("0").rstrip(".") + ")"
-    return " (remove the quotes)"
+        known = {"": Recipe.model_fields, "task": TaskSpec.model_fields, "lora": LoRASpec.model_fields}
+        raise UserError(f"{where}: {first_mistake(error, known)}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from contextlib import nullcontext
@@ -17,18 +16,15 @@ from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.problems import Problem
 from drpo.errors import UserError
-from drpo.files import append_jsonl, read_jsonl, write_json
+from drpo.files import append_jsonl, read_jsonl
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries
-from drpo.run.folder import RunFolder, update_of
+from drpo.run.folder import SAMPLES_KEPT, RunFolder, update_of
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
-from drpo.trainer.heldout import Evaluation, evaluate
+from drpo.trainer.heldout import evaluate
 from drpo.trainer.token_log import TokenLog
 from drpo.trainer.trainer import DRPOTrainer
-
-SAMPLES_KEPT = 50
-"""Completions written to the run folder at each evaluation."""
 
 
 def train(
@@ -87,13 +83,13 @@ def _run(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     is_main = trainer.accelerator.is_main_process
-    evaluator = Evaluator(trainer, heldout, reward, recipe, folder)
     progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
+    writer = RunWriter(trainer, heldout, reward, recipe, folder, progress)
     trainer.token_log = TokenLog(trainer.processing_class) if recipe.record_rollouts else None
-    trainer.add_callback(RunWriter(trainer, evaluator, recipe, folder, progress))
+    trainer.add_callback(writer)
     with progress:
-        if checkpoint is None and heldout:
-            progress.accuracy(evaluator.run(update=0).accuracy, update=0)
+        if checkpoint is None:
+            writer.evaluate(update=0)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.lora is None:
         trainer.save_model(str(folder.model))
@@ -103,52 +99,7 @@ def _run(
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(folder.model)
-    summary = _summarise(recipe, folder)
-    write_json(folder.summary, summary)
-    return summary
-
-
-def _summarise(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """What became of a run, from what it wrote, before an interruption too."""
-    metrics, accuracies = read_jsonl(folder.metrics), [row["accuracy"] for row in read_jsonl(folder.evaluations)]
-    last = metrics[-1]
-    # Of the first update that has tokens; a resumed run may have made another.
-    audited = next((row for row in metrics if "audit/logp_difference_mean" in row), None)
-    return {
-        "objective": recipe.objective.name,
-        "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
-        "accuracy_before": accuracies[0] if accuracies else None,
-        "accuracy_after": accuracies[-1] if accuracies else None,
-        "rollouts": recipe.rollouts,
-        "updates": last["update"],
-        "train_seconds": round(last["seconds"], 1),
-        "seed": recipe.seed,
-        "audit": audited
-        and {"mean": audited["audit/logp_difference_mean"], "maximum": audited["audit/logp_difference_max"]},
-    }
-
-
-@dataclass
-class Evaluator:
-    """Evaluates the policy on held-out problems and writes what it finds."""
-
-    trainer: DRPOTrainer
-    problems: list[Problem]
-    reward: Reward
-    recipe: Recipe
-    folder: RunFolder
-
-    def run(self, update: int) -> Evaluation:
-        """Evaluate after ``update`` optimizer steps; always the same problems and random numbers."""
-        result = evaluate(self.trainer, self.problems, self.reward, self.recipe.heldout_samples, seed=self.recipe.seed)
-        if self.trainer.accelerator.is_main_process:
-            rollout = update // self.recipe.updates_per_rollout
-            where = {"update": update, "rollout": rollout}
-            append_jsonl(
-                self.folder.evaluations, {**where, "accuracy": result.accuracy, "completions": len(result.samples)}
-            )
-            append_jsonl(self.folder.samples, *({**where, **sample} for sample in result.samples[:SAMPLES_KEPT]))
-        return result
+    return folder.write_summary(recipe)
 
 
 @dataclass(eq=False)
@@ -156,7 +107,8 @@ class RunWriter(TrainerCallback):
     """Writes a row of metrics after every update, evaluates on schedule, and shows progress."""
 
     trainer: DRPOTrainer
-    evaluator: Evaluator
+    heldout: list[Problem]
+    reward: Reward
     recipe: Recipe
     folder: RunFolder
     progress: Progress
@@ -189,9 +141,22 @@ class RunWriter(TrainerCallback):
             "weight_histogram": measured.weight_histogram,
         }
         append_jsonl(self.folder.metrics, row)
-        self.progress.advance(state.global_step, logs)
+        self.progress.show_update(state.global_step, logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self.recipe.evaluate_every * self.recipe.updates_per_rollout
-        if self.evaluator.problems and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            self.progress.accuracy(self.evaluator.run(state.global_step).accuracy, state.global_step)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self.evaluate(state.global_step)
+
+    def evaluate(self, update: int) -> None:
+        """Measure held-out accuracy after an update; always on the same problems with the same random numbers."""
+        if not self.heldout:
+            return
+        recipe = self.recipe
+        result = evaluate(self.trainer, self.heldout, self.reward, recipe.heldout_samples, seed=recipe.seed)
+        if self.trainer.accelerator.is_main_process:
+            where = {"update": update, "rollout": update // recipe.updates_per_rollout}
+            row = {**where, "accuracy": result.accuracy, "completions": len(result.samples)}
+            append_jsonl(self.folder.evaluations, row)
+            append_jsonl(self.folder.samples, *({**where, **sample} for sample in result.samples[:SAMPLES_KEPT]))
+        self.progress.show_accuracy(result.accuracy, update)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from verl.trainer.ppo import core_algos
@@ -72,11 +73,8 @@ class PolicyLoss(PolicyLossConfig):
             raise ValueError(f"{WHERE}.loss_mode: {unknown_name('loss_mode', mode, LOSS_MODES)}")
         if reason := why_not_in_verl(OBJECTIVES[LOSS_MODES[mode]]):
             raise ValueError(f"{WHERE}.loss_mode={mode} {reason}")
-        for own in fields(PolicyLossConfig):
-            if own.name in ("loss_mode", "rollout_correction", "_target_"):
-                continue
-            if getattr(self, own.name) != own.default:
-                raise ValueError(f"{WHERE}.{own.name}={getattr(self, own.name)} is not read by loss_mode={mode}")
+        read = ("loss_mode", "rollout_correction", "_target_")
+        _refuse_unread(self, [field for field in fields(PolicyLossConfig) if field.name not in read], WHERE, mode)
         try:
             objective = self.make_objective()
         except ValueError as error:
@@ -118,12 +116,15 @@ def objective_of(config: ActorConfig) -> Objective:
             f"{WHERE} is a {type(loss).__name__}, which does not say what loss_mode={loss.loss_mode} is anchored on; "
             f"expected {WHERE}._target_={TARGET}"
         )
-    for known in fields(ActorConfig):
-        if known.name in NOT_READ and known.default is not MISSING:
-            value = getattr(config, known.name)
-            if value != known.default:
-                raise ValueError(
-                    f"actor_rollout_ref.actor.{known.name}={value} is not read by loss_mode={loss.loss_mode}; expected "
-                    f"the bounds of the objective in {WHERE}.hyperparameters"
-                )
+    unread = [field for field in fields(ActorConfig) if field.name in NOT_READ]
+    _refuse_unread(config, unread, "actor_rollout_ref.actor", loss.loss_mode)
     return loss.make_objective()
+
+
+def _refuse_unread(config: Any, unread: Iterable[Field[Any]], where: str, mode: str) -> None:
+    for setting in unread:
+        if (value := getattr(config, setting.name)) != setting.default:
+            raise ValueError(
+                f"{where}.{setting.name}={value} is not read by loss_mode={mode}; expected the bounds of the objective in "
+                f"{WHERE}.hyperparameters"
+            )

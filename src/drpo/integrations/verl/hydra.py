@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -16,7 +15,7 @@ from yaml import YAMLError
 from drpo.errors import UserError
 
 
-def from_file(path: Path, overrides: Sequence[str] = ()) -> Any:
+def compose_file(path: Path, overrides: Sequence[str] = ()) -> Any:
     """The configuration in a file, with overrides.
 
     Raises:
@@ -27,10 +26,10 @@ def from_file(path: Path, overrides: Sequence[str] = ()) -> Any:
     if path.suffix != ".yaml":
         raise UserError(f"--verl {path}: expected a name that ends in .yaml")
     folder = initialize_config_dir(config_dir=str(path.parent.absolute()), version_base=None)
-    return _composed(folder, path.stem, overrides, " ".join(("--verl", str(path), *overrides)))
+    return _compose(folder, path.stem, overrides, " ".join(("--verl", str(path), *overrides)))
 
 
-def of_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
+def compose_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
     """The configuration of ``python -m verl.trainer.main_ppo`` with these arguments.
 
     Args:
@@ -40,21 +39,16 @@ def of_main_ppo(arguments: Sequence[str], given: Sequence[str] = ()) -> Any:
     Raises:
         UserError: it does not compose.
     """
-    for override in given:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            raise UserError(f"--verl {override}: expected KEY=VALUE, as Hydra reads it") from error
     module = initialize_config_module("verl.trainer.config", version_base=None)
-    return _composed(module, "ppo_trainer", arguments, " ".join(("--verl", *given)))
+    return _compose(module, "ppo_trainer", arguments, " ".join(("--verl", *given)))
 
 
-def _composed(where: AbstractContextManager[Any], name: str, overrides: Sequence[str], what: str) -> Any:
+def _compose(search: AbstractContextManager[Any], name: str, overrides: Sequence[str], command: str) -> Any:
     try:
-        with where:
+        with search:
             return compose(name, list(overrides))
     # Hydra lets through what it meets in a file or an override that is no mapping.
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
-        cause = error.__cause__ or error
-        said = f"{error}" if error is cause else f"{error} {cause}"
-        raise UserError(f"{what}: does not compose ({' '.join(said.split())})") from error
+        # Hydra's message may say what it did, and its cause what is wrong.
+        message = f"{error} {error.__cause__ or ''}"
+        raise UserError(f"{command}: does not compose ({' '.join(message.split())})") from error

@@ -31,15 +31,15 @@ class UpdateMetrics:
     def reset(self) -> None:
         """Begin another update."""
         self._measured.reset()
-        self._given = 0
-        self._so_far: dict[str, float] = {}
+        self._micro_batches = 0
+        self._before: dict[str, float] = {}
 
     def add(self, tokens: TokenBatch, weight: Tensor) -> None:
         """Add tokens of a micro-batch, [B, T], and the objective's gradient weight of each."""
         self._measured.update(tokens, weight)
 
-    def given(self, histograms: bool = False) -> dict[str, float]:
-        """What verl averages, once a micro-batch has been added; always under the same names, since its ranks have to agree on them.
+    def take_micro_batch(self, histograms: bool = False) -> dict[str, float]:
+        """What verl averages, after each micro-batch; always under the same names, since its ranks have to agree on them.
 
         A share of tokens of which there are none is 0.
 
@@ -47,18 +47,14 @@ class UpdateMetrics:
             histograms: whether counts of the histograms are among them, as ``divergence_histogram/000``.
         """
         measured = self._measured.compute()
-        so_far = {name: measured.scalars.get(name, 0.0) for name in _names()}
+        now = {name: measured.scalars.get(name, 0.0) for name in _names()}
         if histograms:
             for name in HISTOGRAMS:
                 counts = getattr(measured, name)
-                so_far |= {f"{name}/{index:03d}": float(count) for index, count in enumerate(counts)}
-        given = {
-            f"actor/{name}": value * (self._given + 1) - self._so_far.get(name, 0.0) * self._given
-            for name, value in so_far.items()
-        }
-        self._given += 1
-        self._so_far = so_far
-        return given
+                now |= {f"{name}/{index:03d}": float(count) for index, count in enumerate(counts)}
+        before, k = self._before, self._micro_batches + 1
+        self._before, self._micro_batches = now, k
+        return {f"actor/{name}": k * value - (k - 1) * before.get(name, 0.0) for name, value in now.items()}
 
 
 MEASURED = UpdateMetrics()

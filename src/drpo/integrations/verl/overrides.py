@@ -28,6 +28,14 @@ _TRAINER = {
     "max_grad_norm": "actor_rollout_ref.actor.optim.clip_grad",
     "gradient_checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
 }
+_REFUSED = {
+    "audit_threshold": "verl has no audit before the first update",
+    "record_rollouts": "verl has no log of trained tokens",
+    "rollout_lag": "verl's trainer decides how old its sampler's weights are",
+    "rollout_precision": "verl's sampler has a dtype of its own, --verl actor_rollout_ref.rollout.dtype",
+}
+"""Fields of a recipe that verl would ignore, and why."""
+
 _ADVANTAGES = {
     "mean": ("grpo", False),
     "mean-std": ("grpo", True),
@@ -55,13 +63,11 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
             f"updates_per_rollout: verl splits a rollout by prompts, of which there are {prompts}; expected a divisor of "
             f"{prompts}, got {updates}"
         )
-    if recipe.audit_threshold is not None:
-        raise UserError("audit_threshold: verl has no audit before the first update; leave it out")
     if recipe.train_precision == "fp8":
         raise UserError("train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16")
-    for name in ("rollout_precision", "rollout_lag", "record_rollouts"):
+    for name, why in _REFUSED.items():
         if getattr(recipe, name):
-            raise UserError(f"{name}: is DRPOTrainer's own, which --engine verl does not have; leave it out")
+            raise UserError(f"{name}: {why}; leave it out")
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     estimator, by_std = _ADVANTAGES[recipe.advantage or default["advantage"]]
     temperature = recipe.temperature or 1.0
@@ -83,7 +89,7 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
         f"{actor}.optim.lr": recipe.learning_rate,
         f"{actor}.data_loader_seed": recipe.seed,
         f"{actor}.loss_agg_mode": recipe.aggregation or default["aggregation"],
-        f"{actor}.loss_scale_factor": recipe.horizon or "null",
+        f"{actor}.loss_scale_factor": recipe.horizon,
         f"{actor}.checkpoint.save_contents": "[model,optimizer,extra,hf_model]",
         **_loss(recipe),
         f"{rollout}.name": "vllm",
@@ -148,13 +154,11 @@ def _loss(recipe: Recipe) -> dict[str, Any]:
     return {
         f"{where}._target_": TARGET,
         f"{where}.loss_mode": mode,
-        f"+{where}.hyperparameters": "{"
-        + ", ".join(f"{name}: {value}" for name, value in recipe.objective.hyperparameters.items())
-        + "}",
+        **{f"+{where}.hyperparameters.{name}": value for name, value in recipe.objective.hyperparameters.items()},
         f"+{where}.rollout_correction": "${algorithm.rollout_correction}",
         f"+{where}.use_v1": "${trainer.use_v1}",
         f"+{where}.histograms": True,
-        **{f"algorithm.rollout_correction.{name}": _or_null(value) for name, value in correction.items()},
+        **{f"algorithm.rollout_correction.{name}": value for name, value in correction.items()},
     }
 
 
@@ -172,18 +176,17 @@ def _correction(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def _or_null(value: Any) -> Any:
-    return "null" if value is None else value
-
-
 def as_arguments(settings: dict[str, Any], more: Sequence[str]) -> list[str]:
     """The command line of ``main_ppo``; what the user adds comes last, and wins."""
-    given = {_bare(override.partition("=")[0]) for override in more}
-    return [f"{key}={_quoted(value)}" for key, value in settings.items() if _bare(key) not in given] + list(more)
+    replaced = {_bare(override.partition("=")[0]) for override in more}
+    kept = {key: value for key, value in settings.items() if _bare(key) not in replaced}
+    return [f"{key}={_as_hydra_reads(value)}" for key, value in kept.items()] + list(more)
 
 
-def _quoted(value: Any) -> Any:
-    """A path may have characters in it that mean something to Hydra."""
+def _as_hydra_reads(value: Any) -> Any:
+    if value is None:
+        return "null"
+    # A path may have characters in it that mean something to Hydra.
     return "'" + str(value).replace("'", "\\'") + "'" if isinstance(value, Path) else value
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from drpo.data.problems import Problem
+from drpo.files import replace_jsonl
 
 
 def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
@@ -22,5 +22,5 @@ def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
         for index, problem in enumerate(problems)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    replace_jsonl(path, rows)
     return len(rows)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +16,13 @@ from transformers import AutoTokenizer
 
 from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.errors import UserError
-from drpo.files import append_jsonl, read_jsonl, write_json
-from drpo.integrations.verl.hydra import of_main_ppo
+from drpo.files import append_jsonl, read_jsonl
+from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, overrides
 from drpo.integrations.verl.problems import write_rows
 from drpo.run.build import load_problems
-from drpo.run.folder import RunFolder
+from drpo.run.folder import SAMPLES_KEPT, RunFolder
 from drpo.run.recipe import Recipe
 
 _NAMES = {
@@ -84,7 +81,7 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = ()) -> Plan:
     longest = max(len(tokenize_prompt(problem, tokenizer)) for problem in (*problems, *heldout))
     settings = overrides(recipe, folder.path.absolute(), len(problems), longest, plain=not tokenizer.chat_template)
     arguments = as_arguments(settings, more)
-    return Plan(recipe, folder, problems, heldout, arguments, of_main_ppo(arguments, more))
+    return Plan(recipe, folder, problems, heldout, arguments, compose_main_ppo(arguments, more))
 
 
 def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
@@ -108,13 +105,12 @@ def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
                 os.environ | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
                 output,
             )
-        summary = _collect(recipe, folder)
-        if code:
+        _collect(recipe, folder)
+        if code or not folder.metrics.is_file():
             raise VerlError(f"verl stopped with exit code {code}; see {own / 'output.log'}")
         if model := _last_model(folder):
             shutil.copytree(model, folder.model, dirs_exist_ok=True)
-        write_json(folder.summary, summary)
-    return summary
+        return folder.write_summary(recipe, engine="verl")
 
 
 def run_to_its_end(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> int:
@@ -128,46 +124,34 @@ def run_to_its_end(command: Sequence[str], environment: Mapping[str, str], outpu
             process.terminate()
 
 
-def _collect(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """Write what verl has logged as rows of the run folder; returns the summary."""
-    logged = read_jsonl(folder.path / "verl" / "log.jsonl")
-    steps = [(row["step"], row["data"]) for row in logged]
-    trained = [(step, data) for step, data in steps if "actor/grad_norm" in data]
-    updates = recipe.updates_per_rollout
-    for (step, data), seconds in zip(trained, accumulate(d["timing_s/step"] for _, d in trained), strict=True):
-        append_jsonl(
-            folder.metrics, {"update": step * updates, "rollout": step, "seconds": seconds, **_row(data, updates)}
-        )
-    accuracies = []
-    for step, samples in _validated(folder):
+def _collect(recipe: Recipe, folder: RunFolder) -> None:
+    """Write what verl has logged as rows of the run folder."""
+    own, updates = folder.path / "verl", recipe.updates_per_rollout
+    seconds = 0.0
+    for logged in read_jsonl(own / "log.jsonl"):
+        rollout, data = logged["step"], logged["data"]
+        # The evaluation before the first rollout has a row of its own.
+        if "actor/grad_norm" not in data:
+            continue
+        seconds += data["timing_s/step"]
+        where = {"update": rollout * updates, "rollout": rollout, "seconds": seconds}
+        append_jsonl(folder.metrics, {**where, **_row(data, updates)})
+    for path in sorted((own / "validation").glob("*.jsonl"), key=lambda path: int(path.stem)):
+        rollout = int(path.stem)
+        where = {"update": rollout * updates, "rollout": rollout}
         rows = [
             {
-                "update": step * updates,
-                "rollout": step,
+                **where,
                 "prompt": sample["input"],
                 "answer": sample["gts"],
                 "completion": sample["output"],
                 "reward": sample["score"],
             }
-            for sample in samples
+            for sample in read_jsonl(path)
         ]
-        accuracies.append(sum(row["reward"] >= 1 for row in rows) / len(rows))
-        append_jsonl(
-            folder.evaluations,
-            {"update": step * updates, "rollout": step, "accuracy": accuracies[-1], "completions": len(rows)},
-        )
-        append_jsonl(folder.samples, *rows[:50])
-    return {
-        "engine": "verl",
-        "objective": recipe.objective.name,
-        "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
-        "accuracy_before": accuracies[0] if accuracies else None,
-        "accuracy_after": accuracies[-1] if accuracies else None,
-        "rollouts": len(trained),
-        "updates": len(trained) * updates,
-        "train_seconds": round(sum(data["timing_s/step"] for _, data in trained), 1),
-        "seed": recipe.seed,
-    }
+        accuracy = sum(row["reward"] >= 1 for row in rows) / len(rows)
+        append_jsonl(folder.evaluations, {**where, "accuracy": accuracy, "completions": len(rows)})
+        append_jsonl(folder.samples, *rows[:SAMPLES_KEPT])
 
 
 def _row(data: dict[str, Any], updates: int) -> dict[str, Any]:
@@ -175,11 +159,11 @@ def _row(data: dict[str, Any], updates: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, value in data.items():
         inner = name.removeprefix("actor/")
+        histogram, _, index = inner.partition("/")
         if name in _NAMES:
             row[_NAMES[name]] = value
-        elif inner.split("/")[0] in HISTOGRAMS:
-            histogram = inner.split("/")[0]
-            row.setdefault(histogram, [0] * HISTOGRAMS[histogram])[int(inner.split("/")[1])] = round(value * updates)
+        elif histogram in HISTOGRAMS:
+            row.setdefault(histogram, [0] * HISTOGRAMS[histogram])[int(index)] = round(value * updates)
         elif name.startswith("actor/"):
             row[inner] = value
         else:
@@ -187,13 +171,6 @@ def _row(data: dict[str, Any], updates: int) -> dict[str, Any]:
     return row
 
 
-def _validated(folder: RunFolder) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The held-out completions that verl has written, by rollout."""
-    files = (folder.path / "verl" / "validation").glob("*.jsonl")
-    for path in sorted(files, key=lambda path: int(path.stem)):
-        yield int(path.stem), [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _last_model(folder: RunFolder) -> Path | None:
-    found = folder.checkpoints.glob("global_step_*/actor/huggingface")
-    return max(found, key=lambda path: int(path.parts[-3].removeprefix("global_step_")), default=None)
+    models = folder.checkpoints.glob("global_step_*/actor/huggingface")
+    return max(models, key=lambda path: int(path.parts[-3].removeprefix("global_step_")), default=None)
