@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -140,6 +141,7 @@ def _serve(connection: Connection, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     while True:
@@ -152,6 +154,14 @@ def _serve(connection: Connection, folder: Path) -> None:
         except Exception as error:  # a run that diverges may fail anywhere
             row = {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         connection.send({**dataclasses.asdict(run), **row})
+
+
+def _end_with_parent() -> None:
+    """Leave a run unfinished that nobody waits for any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train(run: Run, folder: Path) -> dict[str, Any]:
