@@ -11,10 +11,13 @@ from drpo.errors import UserError
 from drpo.lab import figures
 from drpo.lab.grid import ARMS, SETTINGS, Run
 from drpo.lab.runner import Lab, run_of
-from drpo.lab.statistics import Estimate, area_under, estimate, has_collapsed
+from drpo.lab.statistics import Estimate, area_under, estimate, has_collapsed, probability_of_improvement
 from drpo.report.html import document, section, table, write_page
 
 Row = dict[str, Any]
+
+BASELINE = "ppo"
+"""The arm that others are compared with: GRPO's objective."""
 
 
 def write_lab_page(lab: Lab, target: Path) -> None:
@@ -36,9 +39,9 @@ def write_lab_page(lab: Lab, target: Path) -> None:
 
 
 def _setting(name: str, rows: Sequence[Row]) -> str:
-    """The sections of a setting: what each arm reached at its best rate, the map, the curves at each rate."""
+    """The sections of a setting: the map, and of each number of updates and lag how the arms compare."""
     cells = cells_of(rows)
-    parts = [f"<h2>{name}: {SETTINGS[name].description}</h2>", _best_rates(cells)]
+    parts = [f"<h2>{name}: {SETTINGS[name].description}</h2>"]
     if stable := _map(cells):
         parts.append(
             section(
@@ -47,20 +50,65 @@ def _setting(name: str, rows: Sequence[Row]) -> str:
                 figures.stability_map(stable),
             )
         )
-    conditions = dict.fromkeys((run.learning_rate, run.updates, run.lag, run.rollouts) for run in cells)
-    for rate, updates, lag, rollouts in sorted(conditions):
-        arms = {
-            run.arm: seeds
-            for run, seeds in cells.items()
-            if (run.learning_rate, run.updates, run.lag, run.rollouts) == (rate, updates, lag, rollouts)
-        }
-        if len(arms) > 1:
-            at_rollout = next(iter(arms.values()))[0]["at_rollout"]
-            lines = {arm: _curve(arms[arm]) for arm in ARMS if arm in arms}
-            title = f"{name}: learning rate {rate:g}, {updates} updates a rollout" + (f", lag {lag}" if lag else "")
-            seeds = sorted({len(rows) for rows in arms.values()})
-            note = f"{'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds an arm."
-            parts.append(section(title, note, figures.curves(at_rollout, lines)))
+    for condition in sorted({(run.updates, run.lag, run.rollouts) for run in cells}):
+        matching = {run: seeds for run, seeds in cells.items() if (run.updates, run.lag, run.rollouts) == condition}
+        parts.append(_condition(name, matching))
+    return "".join(parts)
+
+
+def _condition(setting: str, cells: dict[Run, list[Row]]) -> str:
+    """How arms compare that differ in their learning rates alone."""
+    first = next(iter(cells))
+    title = f"{setting}, {first.updates} updates a rollout" + (f", lag {first.lag}" if first.lag else "")
+    by_arm = {
+        arm: {run.learning_rate: seeds for run, seeds in cells.items() if run.arm == arm}
+        for arm in ARMS
+        if any(run.arm == arm for run in cells)
+    }
+    areas = {
+        arm: {rate: [area_under(row["accuracy"]) for row in seeds] for rate, seeds in by_rate.items()}
+        for arm, by_rate in by_arm.items()
+    }
+    best = {arm: max(rates, key=lambda rate: estimate(rates[rate]).value) for arm, rates in areas.items()}
+    table_rows = []
+    for arm, by_rate in by_arm.items():
+        accuracies = [row["accuracy"] for seeds in by_rate.values() for row in seeds]
+        final = [row["accuracy"][-1] for row in by_rate[best[arm]]]
+        better = (
+            probability_of_improvement(areas[BASELINE][best[BASELINE]], areas[arm][best[arm]])
+            if BASELINE in areas
+            else ""
+        )
+        rates = ", ".join(f"{rate:g} ({len(seeds)})" for rate, seeds in sorted(by_rate.items()))
+        collapsed = f"{sum(map(has_collapsed, accuracies))}/{len(accuracies)}"
+        area = str(estimate(areas[arm][best[arm]]))
+        table_rows.append([arm, f"{best[arm]:g}", area, str(estimate(final)), str(better), collapsed, rates])
+    columns = [
+        "arm",
+        "best rate",
+        "area under accuracy",
+        "final accuracy",
+        f"P(better than {BASELINE})",
+        "collapsed",
+        "rates (seeds)",
+    ]
+    parts = [f"<h2>{title}: each arm at its best learning rate</h2>", table(columns, table_rows)]
+    if len(by_arm) > 1:
+        parts += [
+            section(
+                f"{title}: area under accuracy at learning rate {rate:g}",
+                "Interquartile mean over seeds.",
+                figures.intervals(
+                    {arm: estimate(rates[rate]) for arm, rates in areas.items() if rate in rates}, "area under accuracy"
+                ),
+            )
+            + section(
+                f"{title}: accuracy at learning rate {rate:g}",
+                "Interquartile mean over seeds.",
+                figures.curves(*_curves({arm: by_rate[rate] for arm, by_rate in by_arm.items() if rate in by_rate})),
+            )
+            for rate in sorted({run.learning_rate for run in cells})
+        ]
     return "".join(parts)
 
 
@@ -72,36 +120,13 @@ def cells_of(rows: Sequence[Row]) -> dict[Run, list[Row]]:
     return cells
 
 
-def _curve(seeds: Sequence[Row]) -> list[Estimate]:
-    return [estimate(values) for values in zip(*(row["accuracy"] for row in seeds), strict=True)]
-
-
-def _best_rates(cells: dict[Run, list[Row]]) -> str:
-    """A row an arm and number of updates: the learning rate with the largest area under accuracy, and what was tried."""
-    tried: dict[tuple[str, int, int], dict[float, list[Row]]] = defaultdict(dict)
-    for run, seeds in cells.items():
-        tried[run.arm, run.updates, run.lag][run.learning_rate] = seeds
-    rows = []
-    for (arm, updates, lag), by_rate in tried.items():
-        areas = {rate: estimate([area_under(row["accuracy"]) for row in seeds]) for rate, seeds in by_rate.items()}
-        best = max(areas, key=lambda rate: areas[rate].value)
-        final = estimate([row["accuracy"][-1] for row in by_rate[best]])
-        collapsed = [has_collapsed(row["accuracy"]) for seeds in by_rate.values() for row in seeds]
-        rates = ", ".join(f"{rate:g} ({len(seeds)})" for rate, seeds in sorted(by_rate.items()))
-        rows.append(
-            [arm, updates, lag, f"{best:g}", str(areas[best]), str(final), f"{sum(collapsed)}/{len(collapsed)}", rates]
-        )
-    columns = [
-        "arm",
-        "updates",
-        "lag",
-        "best rate",
-        "area under accuracy",
-        "final accuracy",
-        "collapsed, all rates",
-        "rates (seeds)",
-    ]
-    return table(columns, rows)
+def _curves(arms: dict[str, list[Row]]) -> tuple[list[int], dict[str, list[Estimate]]]:
+    """The rollouts of the evaluations, and of each arm an estimate of the accuracy at each."""
+    at_rollout = next(iter(arms.values()))[0]["at_rollout"]
+    return at_rollout, {
+        arm: [estimate(values) for values in zip(*(row["accuracy"] for row in seeds), strict=True)]
+        for arm, seeds in arms.items()
+    }
 
 
 def _map(cells: dict[Run, list[Row]]) -> dict[str, dict[tuple[float, int], tuple[float, float]]]:
