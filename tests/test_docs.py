@@ -204,6 +204,28 @@ class TestOffPolicy:
         assert f"the first two by {first:.2f} nats on average and the later ones by {later:.2f}" in self.PAGE
 
 
+class TestFindings:
+    PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+
+    def test_the_exact_study_is_as_summed(self) -> None:
+        moments = {(row["mismatch"], row["arm"]): row for row in rows("lab_exact.csv")}
+        for (mismatch, arm), row in moments.items():
+            if mismatch == "stale":
+                numbers = " | ".join(f"{float(row[name]):.3f}" for name in ("bias", "deviation", "cosine"))
+                assert f"| {arm} | {numbers} |" in self.PAGE
+        for mismatch, largest in (("bf16", 0.001), ("fp8", 0.04)):
+            surrogate = float(moments[mismatch, "pg"]["deviation"])
+            others = [float(row["deviation"]) for (name, _), row in moments.items() if name == mismatch]
+            assert max(abs(deviation / surrogate - 1) for deviation in others) < largest
+        rare = {
+            arm: sum(float(row[name]) for name in ("μ≤0.001", "μ≤0.01"))
+            for (kind, arm), row in moments.items()
+            if kind == "stale"
+        }
+        assert f"{rare['pg']:.0%}".replace("%", " %") + " comes from tokens with μ ≤ 0.01" in self.PAGE
+        assert min(rare.values()) > 0.36
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -216,6 +238,7 @@ class TestOffPolicy:
         "docs/verl.md",
         "docs/off-policy.md",
         "docs/doctor.md",
+        "docs/findings.md",
         "docs/trl.md",
         "docs/command-line.md",
     ],

@@ -74,20 +74,22 @@ def exact(
 
     from drpo.lab.exact import MU_EDGES, study
 
-    edges = [0.0, *MU_EDGES, 1.0]
-    buckets = [f"μ to {edge:g}" for edge in edges[1:]]
+    buckets = [f"μ≤{edge:g}" for edge in (*MU_EDGES, 1.0)]
     columns = ["mismatch", "arm", "bias", "deviation", "cosine", *buckets]
-    rows = [
-        [mismatch, arm.name, *(f"{value:.4f}" for value in (*result[:3], *result.second_moment_share))]
-        for mismatch, arm, result in study(seeds=seeds)
+    results = [
+        (mismatch, arm.name, [*result[:3], *result.second_moment_share]) for mismatch, arm, result in study(seeds=seeds)
     ]
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
+    table = Table(*columns, box=None)
+    for mismatch, arm, values in results:
+        table.add_row(mismatch, arm, *(f"{value:.3f}" for value in values))
     Console().print(table)
     if output is not None:
         with output.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(
+                [mismatch, arm, *(f"{value:.5f}" for value in values)] for mismatch, arm, values in results
+            )
 
 
 @lab.command()
