@@ -236,6 +236,28 @@ def test_the_chat_template_is_told_what_it_was_in_training(here, drpo, chosen, t
     assert recorded["chat_template_kwargs"] == expected
 
 
+@pytest.mark.parametrize(
+    ("chosen", "trained", "expected"),
+    [
+        (None, None, "{prompt}"),
+        (None, "Q: {prompt}", "Q: {prompt}"),
+        ("A: {prompt}", "Q: {prompt}", "A: {prompt}"),
+    ],
+)
+def test_the_template_is_that_of_training(here, drpo, chosen, trained, expected):  # noqa: F811
+    folder = make_run(here / "run", *([f"task.template='{trained}'"] if trained else []))
+    save_model(folder.model)
+    (here / "problems.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n')
+    options = ["--template", chosen] if chosen else []
+    code, _, err = drpo(
+        "eval", "run", "--data", "problems.jsonl", "--max-tokens", "2", "--reward", "exact_answer", *options
+    )
+    assert (code, err) == (0, "")
+    assert json.loads((folder.evaluated / "problems" / "settings.json").read_text())["template"] == expected
+    result = json.loads((folder.evaluated / "problems" / "evaluation.json").read_text())
+    assert result["problems_table"][0]["prompt"] == expected.replace("{prompt}", "1+2=")
+
+
 def test_what_the_chat_template_is_told_changes_the_prompt(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path, BOS_IN_TEMPLATE))
     assert tokenizer.decode(tokenize_prompt(Problem("1=", "1"), tokenizer)) == "~1="

@@ -22,6 +22,7 @@ from drpo.cli.options import (
     Temperature,
     Template,
     check_settings,
+    check_template,
     run_evaluation,
 )
 from drpo.errors import UserError
@@ -130,7 +131,7 @@ def for_verl(
         str, typer.Argument(metavar="FILE", help="A file that drpo data made, or arithmetic.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="The .jsonl file for verl.", show_default=False)],
-    template: Template = Settings.template,
+    template: Template = None,
     size: Annotated[int, typer.Option("--problems", help="Of the built-in task.", min=1)] = 10_000,
     heldout: Annotated[bool, typer.Option("--heldout", help="The built-in task's held-out problems.")] = False,
 ) -> None:
@@ -148,10 +149,9 @@ def for_verl(
 
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a name that ends in .jsonl")
-    if "{prompt}" not in template:
-        raise UserError(f"--template {template!r}: expected text with {{prompt}} in it")
+    check_template(template)
     if path in BUILTIN_TASKS:
         problems = builtin_problems("heldout" if heldout else "train", size, seed=0)
     else:
-        problems = read_problems(Path(path), template=template)
+        problems = read_problems(Path(path), template=template or "{prompt}")
     typer.echo(f"{write_rows(problems, out, Path(path).stem):,} problems, {out}")

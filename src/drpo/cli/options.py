@@ -15,7 +15,13 @@ from drpo.registry import unknown_name
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Samples = Annotated[int, typer.Option(help="Completions of each problem.", min=1, max=10_000)]
 Reward = Annotated[str, typer.Option(help="What says whether a completion is right.")]
-Template = Annotated[str, typer.Option(help="The text the model sees, with {prompt} where the problem goes.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="The text the model sees, with {prompt} where the problem goes; by default that of a run's recipe, else {prompt}.",
+        show_default=False,
+    ),
+]
 ChatTemplateKwargs = Annotated[
     str | None,
     typer.Option(
@@ -50,8 +56,7 @@ def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings
         raise UserError(f"--engine: {unknown_name('engine', options['engine'], ENGINE_NAMES)}")
     if options["precision"] not in PRECISIONS:
         raise UserError(f"--precision: {unknown_name('precision', options['precision'], PRECISIONS)}")
-    if "{prompt}" not in options["template"]:
-        raise UserError(f"--template {options['template']!r}: expected text with {{prompt}} in it")
+    check_template(options["template"])
     from drpo.data.problems import BUILTIN_TASKS
     from drpo.rewards import load_reward
 
@@ -62,6 +67,11 @@ def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings
                 f"--data {source}: no such file; expected a .jsonl or .parquet file, or {', '.join(BUILTIN_TASKS)}"
             )
     return Settings(chat_template_kwargs=_mapping(chat_template_kwargs), **options)
+
+
+def check_template(template: str | None) -> None:
+    if template is not None and "{prompt}" not in template:
+        raise UserError(f"--template {template!r}: expected text with {{prompt}} in it")
 
 
 def _mapping(text: str | None) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from drpo.rewards.answers import canonical
 from drpo.rewards.exact import gsm8k_answer, last_item
 from drpo.run.folder import RunFolder
 from drpo.run.progress import counting
-from drpo.run.recipe import load_recipe
+from drpo.run.recipe import Recipe, load_recipe
 
 STATED: dict[str, Callable[[str], str | None]] = {"exact_answer": last_item, "gsm8k": gsm8k_answer}
 """How the votes of majority@k are read, by reward; by what is boxed or follows ``Answer:`` for all others."""
@@ -44,7 +44,7 @@ def load(settings: Settings) -> list[Problem]:
         if source in BUILTIN_TASKS:
             loaded = builtin_problems("heldout", settings.problems or 250, seed=0)
         else:
-            loaded = read_problems(Path(source), template=settings.template)
+            loaded = read_problems(Path(source), template=settings.template or "{prompt}")
         name = Path(source).stem if stems[Path(source).stem] == 1 else source
         problems += [replace(problem, source=name) for problem in loaded[: settings.problems]]
     return problems
@@ -64,12 +64,7 @@ def sample_and_score(
     reward = load_reward(settings.reward)
     run = RunFolder(Path(settings.model))
     is_run = settings.model not in BUILTIN_MODELS and run.is_run
-    if settings.chat_template_kwargs is None:
-        trained = load_recipe(run.recipe).trainer.get("chat_template_kwargs") if is_run else None
-        # TRL takes a mapping, or JSON.
-        settings = replace(
-            settings, chat_template_kwargs=json.loads(trained) if isinstance(trained, str) else trained or {}
-        )
+    settings = _as_trained(settings, load_recipe(run.recipe) if is_run else None)
     problems = load(settings)
     digest = hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode()).hexdigest()
     fixed = json.loads(json.dumps({**asdict(settings), "data_sha256": digest, "versions": versions()}))
@@ -96,6 +91,18 @@ def sample_and_score(
         write_json(partial, result)
         os.replace(partial, folder.result)
     return result
+
+
+def _as_trained(settings: Settings, recipe: Recipe | None) -> Settings:
+    """The settings, in which what is left open is as it was when the model was trained."""
+    template, told = settings.template, settings.chat_template_kwargs
+    if template is None:
+        template = recipe.task.template if recipe else "{prompt}"
+    if told is None:
+        told = recipe.trainer.get("chat_template_kwargs") if recipe else None
+        # TRL takes a mapping, or JSON.
+        told = json.loads(told) if isinstance(told, str) else told or {}
+    return replace(settings, template=template, chat_template_kwargs=told)
 
 
 def _seed(settings: Settings, prompt: str, sample: int) -> int:

@@ -18,6 +18,8 @@ class Settings:
         data: .jsonl and .parquet files, or a built-in task.
         samples: completions of each problem.
         problems: at most so many of each file; None for all.
+        template: the text the model sees, with ``{prompt}`` where the problem goes; None for that of the run that
+            trained the model, else the problem alone.
         chat_template_kwargs: what the chat template is told; None for what it was told in the run that trained the model.
         max_tokens: of a completion.
         batch_size: completions generated at once.
@@ -28,7 +30,7 @@ class Settings:
     samples: int = 1
     problems: int | None = None
     reward: str = "math"
-    template: str = "{prompt}"
+    template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     temperature: float = 1.0
     max_tokens: int = 2048
