@@ -244,12 +244,16 @@ def complete(folder: RunFolder) -> None:
     ("change", "expected"),
     [
         (lambda run: None, "holds no checkpoint to resume from; start again with --overwrite"),
+        (
+            lambda run: add_checkpoint(run, "global_step_4"),
+            "has checkpoints of verl's trainer, .*global_step_4 among them, which resumes them itself",
+        ),
         (lambda run: add_checkpoint(run, "checkpoint-8", complete=False), "holds no checkpoint to resume from"),
         (complete, "this run is complete; there is nothing to resume"),
         (lambda run: run.info.unlink(), "holds no run to resume"),
         (lambda run: run.recipe.unlink(), "holds no run to resume"),
     ],
-    ids=["no checkpoint", "half a checkpoint", "complete", "no run.json", "no recipe.yaml"],
+    ids=["no checkpoint", "of verl", "half a checkpoint", "complete", "no run.json", "no recipe.yaml"],
 )
 def test_what_cannot_be_resumed_says_why(run, change, expected):
     change(run)

@@ -84,6 +84,10 @@ class RunFolder:
             raise UserError(f"--output {self}: holds no run to resume")
         if self.summary.is_file():
             raise UserError(f"--output {self}: this run is complete; there is nothing to resume")
+        if (verl := sorted(self.checkpoints.glob("global_step_*"))) and self.last_checkpoint is None:
+            raise UserError(
+                f"--output {self}: has checkpoints of verl's trainer, {verl[-1]} among them, which resumes them itself"
+            )
         if self.last_checkpoint is None:
             raise UserError(f"--output {self}: holds no checkpoint to resume from; start again with --overwrite")
         return load_recipe(self.recipe)
