@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from drpo import PackedTokens, make_objective
+from drpo import DRPOConfig, PackedTokens, make_objective
 from drpo.data.problems import builtin_problems
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.fused_head import ScoredTokens, add_policy_loss
@@ -105,7 +107,18 @@ def makes_equally_many_forward_passes() -> bool:
     return len(micro_batches) == 2 and counted == (8 if accelerator.is_main_process else 0)
 
 
+def loads_to_its_device() -> bool:
+    """Whether a rank can load what a checkpoint holds to where its trainer computes."""
+    file = io.BytesIO()
+    torch.save(torch.arange(3), file)
+    file.seek(0)
+    with tempfile.TemporaryDirectory() as folder:
+        device = DRPOConfig(folder, use_cpu=True, bf16=False).device
+    return torch.load(file, map_location=device, weights_only=True).sum() == 3
+
+
 CHECKS = {
+    "loading of checkpoints": loads_to_its_device,
     "gradient of a head that is sharded by itself": lambda: has_the_gradient_of_one_process(head_apart=True),
     "gradient of a head that is sharded with the rest": lambda: has_the_gradient_of_one_process(head_apart=False),
     "held-out evaluation": evaluates_fewer_problems_than_ranks,

@@ -225,6 +225,12 @@ class DRPOConfig(GRPOConfig):
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
 
+    @property
+    def device(self) -> torch.device:
+        """As Transformers has it, but for the index of a CPU, which ``torch.load`` does not know when a run is resumed."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def _choose_precision(self) -> None:
         for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
             precision = getattr(self, name)
