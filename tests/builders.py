@@ -127,7 +127,9 @@ def batch_of(objective: Objective, given: dict[str, Any]) -> TokenBatch:
 def gradients(loss: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Of the summed loss by log π: of the sampled tokens [B, T], wherever it enters, and of the others in the support [B, T, K]."""
     topk: TopK = given["topk"]
-    by_logp, by_topk = torch.autograd.grad(loss.sum(), [given["logp"], topk.logp], allow_unused=True)
+    leaves = [given["logp"], topk.logp]
+    # Several losses may share a graph.
+    by_logp, by_topk = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, retain_graph=True)
     by_logp = torch.zeros_like(given["logp"]) if by_logp is None else by_logp
     by_topk = torch.zeros_like(topk.logp) if by_topk is None else by_topk
     return by_logp + (by_topk * topk.is_sampled).sum(dim=2), by_topk.masked_fill(topk.is_sampled, 0.0)

@@ -198,7 +198,7 @@ def sampled_log_probs(weights: dict[str, Tensor], rollout: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize("lag", [0, 1, 4, 16])
 def test_samples_are_of_the_policy_so_many_rollouts_ago_and_say_so(tmp_path: Path, problems: Dataset, lag: int) -> None:
-    rollouts = 19
+    rollouts = lag + 3
     settings = {"updates_per_rollout": 1, "max_steps": rollouts, "drop_zero_advantage": False, "audit_threshold": 1.0}
     trainer = make_trainer(tmp_path, problems, kind=Aged, rollout_lag=lag, **settings)
     trainer.token_log = TokenLog(trainer.processing_class)

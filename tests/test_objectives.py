@@ -122,7 +122,8 @@ def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> No
                 return objective.loss(batch(logp, topk_logp, mask))
 
         leaves = [torch.where(mask, logp, -1.0), torch.where(mask.unsqueeze(2), topk.logp.detach(), -1.0)]
-        assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves])
+        # The fast mode compares the gradient along random directions through all tokens, not an entry at a time.
+        assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
 
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))

@@ -53,9 +53,10 @@ def test_every_objective_makes_four_updates_a_rollout_and_reports_its_weights(
     tmp_path: Path, drpo: Any, objective: str
 ) -> None:
     run = tmp_path / objective
-    drpo("train", "--output", run, *sets(**SMALL, objective=objective))
+    few = {**SMALL, "rollouts": 2, "heldout_problems": 2, "heldout_samples": 1}
+    drpo("train", "--output", run, *sets(**few, objective=objective))
     rows = read_jsonl(run / "metrics.jsonl")
-    assert [row["rollout"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert [row["rollout"] for row in rows] == [1] * 4 + [2] * 4
     assert sum(sum(row["weight_histogram"]) for row in rows) > 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["objective"] == objective
