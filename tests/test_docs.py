@@ -21,6 +21,8 @@ import test_fuzz
 import test_objectives
 from drpo import OBJECTIVES, DRPOConfig
 from drpo.cli.catalogue import describe_fields
+from drpo.lab.grid import CORE, LEARNING_RATES
+from drpo.lab.statistics import area_under, has_collapsed
 from drpo.run.recipe import Recipe, TaskSpec
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +226,27 @@ class TestFindings:
         }
         assert f"{rare['pg']:.0%}".replace("%", " %") + " comes from tokens with μ ≤ 0.01" in self.PAGE
         assert min(rare.values()) > 0.36
+
+    def test_the_runs_of_one_seed_are_as_measured(self) -> None:
+        runs = [json.loads(line) for line in (ROOT / "docs" / "results" / "lab_runs.jsonl").read_text().splitlines()]
+        first = [run for run in runs if run["seed"] == 0 and run["updates"] == 16]
+        for arm in CORE:
+            accuracies = [
+                run["accuracy"]
+                for rate in LEARNING_RATES[1:4]
+                for run in first
+                if (run["arm"], run["learning_rate"]) == (arm, rate)
+            ]
+            cells = " | ".join(f"{area_under(accuracy):.3f} ({accuracy[-1]:.2f})" for accuracy in accuracies)
+            assert f"| {arm} | {cells} |" in self.PAGE
+        safe = [run["accuracy"][-1] for run in runs if run["learning_rate"] == LEARNING_RATES[0]]
+        assert 0.94 <= min(safe) <= max(safe) <= 0.985
+        collapsed = {
+            rate: {run["arm"] for run in first if run["learning_rate"] == rate and has_collapsed(run["accuracy"])}
+            for rate in LEARNING_RATES
+        }
+        assert collapsed[2e-4] == set(CORE)
+        assert collapsed[1.4e-4] == {"drpo(12.5)"}
 
 
 @pytest.mark.parametrize(
