@@ -1,15 +1,17 @@
-"""Figures of runs: each function takes data and returns a plotly figure."""
+"""Figures of runs: each function takes data and returns a plotly figure, without traces where nothing was measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from drpo.metrics.effects import EFFECTS, SIGNS
+from drpo.metrics.groups import BUCKETS
 from drpo.metrics.histograms import WEIGHT_EDGES
 from drpo.report.read import RunData
 
@@ -17,9 +19,21 @@ from drpo.report.read import RunData
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
+STATISTICS = {"mean": "mean", "p99": "99 % quantile", "max": "maximum"}
+"""What the statistics of |π − μ| are called."""
 
-def style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> go.Figure:
-    """The figure in the looks of all of them."""
+SIGN_GROUPS = dict(zip(SIGNS, ("A > 0", "A < 0"), strict=True))
+MU_GROUPS = {
+    bucket: f"μ {low:g} to {high:g}"
+    for (bucket, high), low in zip(BUCKETS.items(), (0.0, *BUCKETS.values()), strict=False)
+}
+"""What the groups of tokens are called."""
+
+
+def style(
+    figure: go.Figure, x_title: str | None = None, y_title: str | None = None, *, height: int = 360, log: bool = False
+) -> go.Figure:
+    """The figure in the looks of all of them; ``log`` is of the y axis."""
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -31,84 +45,103 @@ def style(figure: go.Figure, x_title: str | None = None, height: int = 360) -> g
     )
     if x_title:
         figure.update_xaxes(title_text=x_title)
+    if y_title:
+        figure.update_yaxes(title_text=y_title)
+    if log:
+        figure.update_yaxes(type="log", exponentformat="power")
     return figure
 
 
-def line(run: RunData, index: int, runs: int, key: str, label: str, order: int = 0, width: float = 1.5) -> go.Scatter:
-    x, y = run.series(key)
-    named = f"{escape(run.name)}: {label}" if runs > 1 else label
-    color = COLORS[(index if runs > 1 else order) % len(COLORS)]
-    dash = DASHES[order % len(DASHES)]
-    return go.Scatter(x=x, y=y, name=named, mode="lines", line={"color": color, "dash": dash, "width": width})
+def over_rollouts(runs: Sequence[RunData], metrics: Mapping[str, str], y_title: str, *, log: bool = False) -> go.Figure:
+    """Metrics, by name with what to call each, at the last update of each rollout."""
+    figure = go.Figure()
+    for index, run in enumerate(runs):
+        for order, (metric, label) in enumerate(metrics.items()):
+            _add_line(figure, runs, index, label, *run.series(metric), order=order)
+    return style(figure, "rollouts", y_title, log=log).update_yaxes(rangemode="tozero")
 
 
 def learning(runs: Sequence[RunData]) -> go.Figure:
     """Training reward and held-out accuracy over rollouts."""
     figure = go.Figure()
     for index, run in enumerate(runs):
-        figure.add_trace(line(run, index, len(runs), "reward", "training reward", order=1, width=1))
-        label = f"{escape(run.name)}: held-out accuracy" if len(runs) > 1 else "held-out accuracy"
-        figure.add_trace(
-            go.Scatter(
-                x=[row["rollout"] for row in run.evaluations],
-                y=[row["accuracy"] for row in run.evaluations],
-                name=label,
-                mode="lines+markers",
-                line={"color": COLORS[index % len(COLORS)], "width": 2.5},
-                marker={"size": 7, "symbol": index},
-            )
-        )
-    return style(figure, "rollouts").update_yaxes(title_text="mean reward, accuracy", rangemode="tozero")
+        rollouts, accuracies = ([row[key] for row in run.evaluations] for key in ("rollout", "accuracy"))
+        marker = {"size": 7, "symbol": index}
+        _add_line(figure, runs, index, "training reward", *run.series("reward"), order=1, width=1)
+        _add_line(figure, runs, index, "held-out accuracy", rollouts, accuracies, width=2.5, marker=marker)
+    return style(figure, "rollouts", "mean reward, accuracy").update_yaxes(rangemode="tozero")
 
 
 def divergence(runs: Sequence[RunData]) -> go.Figure:
-    """|π − μ| over rollouts: mean, 99 % quantile and maximum."""
-    figure = go.Figure()
-    for index, run in enumerate(runs):
-        for order, (key, label) in enumerate((("mean", "mean"), ("p99", "99 % quantile"), ("max", "maximum"))):
-            figure.add_trace(line(run, index, len(runs), f"divergence/{key}", label, order))
-    if len(runs) == 1 and (delta := runs[0].objective.edge or 1) < 1:
-        rollouts = [row["rollout"] for row in runs[0].metrics]
-        edge = {"x": rollouts[:: max(len(rollouts) - 1, 1)], "y": [delta, delta], "name": f"δ = {delta:g}"}
-        figure.add_trace(go.Scatter(**edge, mode="lines", line={"color": "#555", "dash": "dash", "width": 1}))
-    return style(figure, "rollouts").update_yaxes(title_text="|π − μ|", type="log", dtick=1, exponentformat="power")
-
-
-def ratio(runs: Sequence[RunData]) -> go.Figure:
-    """The ratio π/μ over rollouts: mean and maximum."""
-    figure = go.Figure()
-    for index, run in enumerate(runs):
-        for order, (key, label) in enumerate((("mean", "mean"), ("max", "maximum"))):
-            figure.add_trace(line(run, index, len(runs), f"ratio/{key}", label, order))
-    return style(figure, "rollouts").update_yaxes(title_text="ratio π/μ", type="log")
+    """|π − μ| over rollouts, and δ where there is one run that has it."""
+    metrics = {f"divergence/{statistic}": label for statistic, label in STATISTICS.items()}
+    figure = over_rollouts(runs, metrics, "|π − μ|", log=True)
+    if figure.data and len(runs) == 1 and (delta := runs[0].objective.edge or 1) < 1:
+        ends = [runs[0].metrics[place]["rollout"] for place in (0, -1)]
+        edge = go.Scatter(x=ends, y=[delta, delta], name=f"δ = {delta:g}", mode="lines")
+        figure.add_trace(edge.update(line={"color": "#555", "dash": "dash", "width": 1}))
+    return figure
 
 
 def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
     """How often the objective gave which gradient weight to a token with A ≠ 0, over the whole run."""
     figure = go.Figure()
-    centers = _weight_labels()
-    used = [i for i in range(len(centers)) if any(run.metrics and run.histogram("weight_histogram")[i] for run in runs)]
+    labels = _weight_labels()
+    histograms = {index: run.histogram("weight_histogram") for index, run in enumerate(runs) if run.metrics}
+    used = [place for place in range(len(labels)) if any(counts[place] for counts in histograms.values())]
     # Bins are wider away from 1: weights are drawn at equal distances, from the lowest seen to the highest.
-    shown = range(min(used), max(used) + 1) if used else range(0)
-    for index, run in enumerate(runs):
-        counts = run.histogram("weight_histogram") if run.metrics else [0] * len(centers)
-        total = sum(counts) or 1
-        label = (
-            f"{escape(run.name)} ({escape(run.recipe.objective.name)})"
-            if len(runs) > 1
-            else escape(run.recipe.objective.name)
+    shown = slice(min(used), max(used) + 1) if used else slice(0)
+    for index, counts in histograms.items():
+        name = runs[index].recipe.objective.name
+        figure.add_bar(
+            x=labels[shown],
+            y=[count / (sum(counts) or 1) or None for count in counts[shown]],
+            name=escape(f"{runs[index].name} ({name})" if len(runs) > 1 else name),
+            marker={"color": COLORS[index % len(COLORS)], "line": {"width": 0.5, "color": "#000"}},
         )
-        figure.add_trace(
-            go.Bar(
-                x=[centers[i] for i in shown],
-                y=[counts[i] / total or None for i in shown],
-                name=label,
-                marker={"color": COLORS[index % len(COLORS)], "line": {"width": 0.5, "color": "#000"}},
-            )
-        )
-    style(figure, "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)")
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[centers[i] for i in shown])
-    return figure.update_yaxes(title_text="share of tokens", type="log", dtick=1, exponentformat="power")
+    x_title = "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)"
+    style(figure, x_title, "share of tokens", log=True)
+    return figure.update_xaxes(type="category", categoryorder="array", categoryarray=labels[shown])
+
+
+def effects(runs: Sequence[RunData]) -> go.Figure:
+    """The share of tokens that the objective attenuates, zeroes, reverses or amplifies, by the sign of the advantage."""
+    titles = [f"tokens with {group}" for group in SIGN_GROUPS.values()]
+    figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    for column, sign in enumerate(SIGNS, 1):
+        metrics = {f"weight/{effect}_{sign}": effect for effect in EFFECTS}
+        for trace in over_rollouts(runs, metrics, "").data:
+            trace.update(legendgroup=trace.name, showlegend=column == 1)
+            figure.add_trace(trace, row=1, col=column)
+    style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
+    return figure.update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")
+
+
+def _add_line(
+    figure: go.Figure,
+    runs: Sequence[RunData],
+    index: int,
+    label: str,
+    x: Sequence[int],
+    y: Sequence[float],
+    *,
+    order: int = 0,
+    width: float = 1.5,
+    marker: dict[str, Any] | None = None,
+) -> None:
+    """Add a series of a run, if it has values. Runs differ by color, the series of a run by dash, those of a single run by both."""
+    if not x:
+        return
+    several = len(runs) > 1
+    color = COLORS[(index if several else order) % len(COLORS)]
+    figure.add_scatter(
+        x=x,
+        y=y,
+        name=escape(f"{runs[index].name}: {label}" if several else label),
+        mode="lines+markers" if marker else "lines",
+        line={"color": color, "dash": DASHES[order % len(DASHES)], "width": width},
+        marker=marker,
+    )
 
 
 def _weight_labels() -> list[str]:
@@ -119,18 +152,3 @@ def _weight_labels() -> list[str]:
         decimals = 1 if weight == 1 else max(1, 1 - math.floor(math.log10(abs(weight - 1))))
         labels.append(f"{weight:.{decimals}f}".rstrip("0").rstrip("."))
     return [f"below {WEIGHT_EDGES[0]:.1f}", *labels, f"above {WEIGHT_EDGES[-1]:.1f}"]
-
-
-def effects(runs: Sequence[RunData]) -> go.Figure:
-    """The share of tokens that the objective attenuates, zeroes, reverses or amplifies, by the sign of the advantage."""
-    figure = make_subplots(
-        cols=2, shared_yaxes=True, subplot_titles=["tokens with A > 0", "tokens with A < 0"], horizontal_spacing=0.04
-    )
-    for index, run in enumerate(runs):
-        for column, sign in enumerate(SIGNS, 1):
-            for order, effect in enumerate(EFFECTS):
-                trace = line(run, index, len(runs), f"weight/{effect}_{sign}", effect, order)
-                trace.update(legendgroup=trace.name, showlegend=column == 1)
-                figure.add_trace(trace, row=1, col=column)
-    style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
-    return figure.update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")

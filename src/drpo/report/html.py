@@ -13,7 +13,6 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from drpo.errors import UserError
-from drpo.report.tokens import STYLE as TOKEN_STYLE
 
 _DRAW = """
 for (const holder of document.querySelectorAll(".figure")) {
@@ -29,9 +28,11 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; 
 h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem }
 p { margin: .25rem 0 .5rem; max-width: 46rem } .note { color: #555 }
 table { border-collapse: collapse; width: 100%; font-size: 14px } th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre, code { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere } pre { background: #f6f6f6; padding: .8rem; }
 details { margin: .5rem 0 }
+mark { border-radius: 3px; padding: 0 1px } mark.attenuated { background: #fff3bf } mark.zeroed { background: #d0d0d0 }
+mark.reversed { background: #ffc9c9 } mark.amplified { background: #c5dcff }
 """
 
 
@@ -48,7 +49,7 @@ def document(heading: str, kind: str, body: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} - {kind}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{TOKEN_STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f"<body><h1>{title}</h1>{body}\n"
         f"<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
     )
@@ -68,24 +69,28 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def section(title: str, note: str, figure: go.Figure) -> str:
-    """A figure under its heading and a note on what it shows."""
+def section(title: str, note: str, content: go.Figure | str) -> str:
+    """A figure or HTML under its heading and a note on what it shows; nothing where there is nothing to show."""
+    if not isinstance(content, str):
+        content = _drawn(content) if content.data else ""
+    return f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>\n{content}\n' if content else ""
+
+
+def _drawn(figure: go.Figure) -> str:
     # Inside a script element nothing but its end tag is markup, and without "<" there is none.
     data = str(figure.to_json()).replace("<", "\\u003c")
-    return (
-        f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>\n'
-        f'<div class="figure"><script type="application/json">{data}</script></div>\n'
-    )
+    return f'<div class="figure"><script type="application/json">{data}</script></div>'
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of text and numbers; numbers stand to the right."""
-
-    def cell(value: Any, tag: str) -> str:
-        is_number = isinstance(value, (int, float))
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        return f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag}>"
-
-    head = "".join(cell(column, "th") for column in columns)
-    body = "".join(f"<tr>{''.join(cell(value, 'td') for value in row)}</tr>" for row in rows)
+    """Rows of text and numbers, numbers to the right; nothing where there are no rows."""
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    kind = " class=number" if isinstance(value, (int, float)) else ""
+    return f"<td{kind}>{escape(f'{value:.4g}' if isinstance(value, float) else str(value))}</td>"

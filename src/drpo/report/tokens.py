@@ -12,11 +12,6 @@ from drpo.metrics.effects import UNCHANGED
 
 COMPLETIONS_SHOWN = 8
 
-STYLE = """
-mark { border-radius: 3px; padding: 0 1px } mark.attenuated { background: #fff3bf } mark.zeroed { background: #d0d0d0 }
-mark.reversed { background: #ffc9c9 } mark.amplified { background: #c5dcff }
-"""
-
 
 def changed_most(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a ``rollouts.jsonl`` whose tokens have weights farthest from 1, farthest first.
