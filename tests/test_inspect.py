@@ -17,7 +17,7 @@ import pytest
 from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl
 from drpo.inspect.analyze import Inspection, analyse
-from drpo.inspect.figures import stretches
+from drpo.inspect.figures import distances
 from drpo.inspect.page import render
 from drpo.inspect.read import read_rollouts
 from drpo.objectives import OBJECTIVES, make_objective
@@ -237,23 +237,16 @@ def test_steps_and_ages_are_measured_apart(tmp_path: Path) -> None:
         assert [groups[key]["divergence/max"] for key in keys] == pytest.approx([0.2, 0.4], rel=1e-5)
 
 
-@pytest.mark.parametrize(("key", "title", "most"), [("step", "Over steps", 500), ("age", "Age", 50)])
-@pytest.mark.parametrize("stretched", [True, False])
-def test_many_steps_or_ages_are_drawn_in_stretches_whose_extremes_are_kept(
-    tmp_path: Path, key: str, title: str, most: int, stretched: bool
-) -> None:
-    count = most + 1 if stretched else most
+@pytest.mark.parametrize(("key", "title"), [("step", "Over steps"), ("age", "Age")])
+@pytest.mark.parametrize("count", [1, 2, 600])
+def test_each_of_several_steps_or_ages_is_a_point(tmp_path: Path, key: str, title: str, count: int) -> None:
     rows = [{"logp": log(0.5), "behavior_logp": log(0.4), "advantage": 1.0, key: index} for index in range(count)]
-    rows[7]["logp"] = log(0.9)
+    rows[0]["logp"] = log(0.9)
     found = inspected(write(tmp_path / "rollouts.jsonl", rows))
-    measured = found.by_step if key == "step" else found.by_age
-    drawn = stretches(measured, most)
-    assert len(measured) == count
-    assert len(drawn) == (-(-count // 2) if stretched else count)
-    assert max(drawn, key=lambda stretch: stretch.largest).first == (6 if stretched else 7)
-    assert drawn[3 if stretched else 7].mean == pytest.approx(0.3 if stretched else 0.5, rel=1e-5)
-    after = render(found).split(f"<h2>{title}</h2>")[1][:400]
-    assert (f"There are {count}, and 2 neighbouring ones are taken together" in after) == stretched
+    largest = distances(found.by_step if key == "step" else found.by_age, key).data[2]
+    assert list(largest.x) == list(range(count))
+    assert list(largest.y) == pytest.approx([0.5, *[0.1] * (count - 1)], rel=1e-5)
+    assert (f"<h2>{title}</h2>" in render(found)) == (count > 1)
 
 
 @pytest.mark.parametrize("objective", ["drpo", "gspo"])

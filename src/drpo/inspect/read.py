@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from drpo.advantage import Advantage, group_advantage
 from drpo.data.files import converted, records
 from drpo.errors import UserError
 from drpo.inspect.columns import Columns, find_columns
-from drpo.inspect.rows import checked_row
+from drpo.inspect.rows import Row, checked_row
 from drpo.tokens import TokenBatch
 
 NO_ADVANTAGE = 1e-18
@@ -91,19 +90,6 @@ class Rollouts:
         return self.lengths.cumsum(0) - self.lengths
 
 
-@dataclass
-class _Collected:
-    values: dict[str, array[float]] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-
-    def tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(np.frombuffer(self.values[name], dtype=np.float32).copy())
-
-
 def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -> Rollouts:
     """The rollouts in a .jsonl or .parquet file, one sequence a row.
 
@@ -117,34 +103,38 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
         MalformedRowsError: the rows that are not what they should be.
     """
     columns, present = _columns(path, chosen)
-    collected = _Collected()
 
-    def convert(record: dict[str, Any], number: int) -> dict[str, Any]:
+    def convert(record: dict[str, Any], number: int) -> Row:
         _refuse_later_columns(f"{path}, row {number}", record, columns, present, chosen)
         return checked_row(record, columns.names)
 
-    for row in converted(path, records(path), convert):
-        _add(collected, row)
-    if not collected.values.get("logp"):
+    rows = list(converted(path, records(path), convert))
+    lengths = torch.tensor([len(row.logp) for row in rows])
+    if not lengths.any():
         raise UserError(f"{path}: has no token that counts")
-    lengths = torch.tensor(collected.lengths)
-    has_advantage = "advantage" in collected.values
-    if has_advantage:
-        advantages = collected.tensor("advantage")
+    if has_advantage := "advantage" in columns.names:
+        groups = {}
+        advantages = _flat(rows, "advantage")
     else:
-        advantages = _from_rewards(path, collected, advantage).float().repeat_interleave(lengths)
+        groups = _groups(path, rows)
+        advantages = _from_rewards(rows, groups, advantage).float().repeat_interleave(lengths)
     return Rollouts(
         columns=columns,
         advantage_from="advantage" if has_advantage else "reward",
-        groups=len({*zip(collected.steps, collected.groups, strict=True)}) if not has_advantage else 0,
+        groups=len(groups),
         lengths=lengths,
-        logp=collected.tensor("logp"),
-        behavior_logp=collected.tensor("behavior_logp"),
-        old_logp=collected.tensor("old_logp") if "old_logp" in collected.values else None,
+        logp=_flat(rows, "logp"),
+        behavior_logp=_flat(rows, "behavior_logp"),
+        old_logp=_flat(rows, "old_logp") if "old_logp" in columns.names else None,
         advantage=torch.where(advantages.abs() > NO_ADVANTAGE, advantages, 0.0),
-        step=torch.tensor(collected.steps),
-        age=torch.tensor(collected.ages) if collected.ages else None,
+        step=torch.tensor([row.step for row in rows]),
+        age=torch.tensor([row.age for row in rows]) if "age" in columns.names else None,
     )
+
+
+def _flat(rows: Sequence[Row], field: str) -> Tensor:
+    """A field of the tokens of all rows, one after another, fp32."""
+    return torch.from_numpy(np.concatenate([getattr(row, field) for row in rows]))
 
 
 def _columns(path: Path, chosen: Mapping[str, str]) -> tuple[Columns, Set[str]]:
@@ -176,37 +166,29 @@ def _refuse_later_columns(
         raise UserError(f"{where}: has {added}, which the first row has not; expected the same columns in every row")
 
 
-def _add(collected: _Collected, row: dict[str, Any]) -> None:
-    for name in ("logp", "behavior_logp", "old_logp", "advantage"):
-        if name in row:
-            collected.values.setdefault(name, array("f")).frombytes(row[name].tobytes())
-    collected.lengths.append(row["length"])
-    collected.steps.append(row.get("step", 0))
-    if "age" in row:
-        collected.ages.append(row["age"])
-    if "reward" in row:
-        collected.rewards.append(row["reward"])
-        collected.groups.append(row["group"])
-
-
-def _from_rewards(path: Path, collected: _Collected, mode: Advantage) -> Tensor:
-    """An advantage for each sequence, within the sequences of its step and group.
+def _groups(path: Path, rows: Sequence[Row]) -> dict[tuple[int, str], list[int]]:
+    """The rows of each step and group, by their indices.
 
     A prompt may come again in another step, as many times as in the first. Where its rows are not as many in
     every step, they may as well be one group's that was trained on in several updates.
     """
-    if collected.groups[0] is None:
-        raise UserError(
-            f"{path}: has rewards and no advantages, and nothing says which rows share a prompt; expected --column group=NAME"
-        )
     members: dict[tuple[int, str], list[int]] = {}
-    for index, key in enumerate(zip(collected.steps, collected.groups, strict=True)):
-        members.setdefault(key, []).append(index)
+    for index, row in enumerate(rows):
+        if row.group is None:
+            raise UserError(
+                f"{path}: has rewards and no advantages, and nothing says which rows share a prompt; expected --column group=NAME"
+            )
+        members.setdefault((row.step, row.group), []).append(index)
     _refuse_spread_groups(path, members)
-    rewards = torch.tensor(collected.rewards, dtype=torch.float64)
+    return members
+
+
+def _from_rewards(rows: Sequence[Row], groups: Mapping[tuple[int, str], list[int]], mode: Advantage) -> Tensor:
+    """An advantage for each row, within its step and group."""
+    rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)
     advantages = torch.zeros_like(rewards)
-    for rows in members.values():
-        advantages[rows] = group_advantage(rewards[rows], len(rows), mode)
+    for members in groups.values():
+        advantages[members] = group_advantage(rewards[members], len(members), mode)
     return advantages
 
 

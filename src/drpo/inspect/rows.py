@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,31 @@ _NUMBER_OR_NULL = (float, int, type(None))
 _ROUNDING = 1e-2
 
 
-def checked_row(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """A sequence: the values of its tokens that count, fp32, and its own. A field whose column the file has not is None.
+
+    Args:
+        reward: NaN where there is none.
+        step: 0 if the file has none.
+    """
+
+    logp: np.ndarray
+    behavior_logp: np.ndarray
+    old_logp: np.ndarray | None
+    advantage: np.ndarray | None
+    reward: float | None
+    group: str | None
+    step: int
+    age: int | None
+
+
+def checked_row(record: Mapping[str, Any], names: Mapping[str, str]) -> Row:
     """What a record says, those of its tokens that do not count left out.
 
     Args:
         record: a row of the file.
         names: its column of each field.
-
-    Returns:
-        ``length``, how many tokens count; ``logp``, ``behavior_logp``, ``old_logp`` and ``advantage``, fp32 of those
-        tokens; or ``reward`` (NaN where there is none) and ``group`` in place of ``advantage``; ``step`` and ``age``.
 
     Raises:
         ValueError: a column that is not there, or a value that cannot be used.
@@ -38,41 +54,41 @@ def checked_row(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
     missing = next((name for name in names.values() if name not in record), None)
     if missing is not None:
         raise ValueError(f"has no {missing}, which the first row has; expected the same columns in every row")
-    found = {field: (name, record[name]) for field, name in names.items()}
-    size = len(_listed(*found["logp"]))
-    counted = _counted(found, size)
-    row: dict[str, Any] = {"length": int(counted.sum())}
-    for which in ("logp", "behavior_logp", "old_logp"):
-        if which in found:
-            row[which] = _log_probs(*found[which], counted)
-    if "advantage" in found:
-        row["advantage"] = _advantages(*found["advantage"], counted)
-    else:
-        row["reward"] = _reward(*found["reward"], counted)
-        row["group"] = _group(*found["group"]) if "group" in found else None
-    for which in ("step", "age"):
-        if which in found:
-            row[which] = _whole(*found[which])
-    return row
+    columns = {field: (name, record[name]) for field, name in names.items()}
+    counted = _counted(columns, len(_listed(*columns["logp"])))
+
+    def read(field: str, check: Callable[..., Any], *context: Any) -> Any:
+        return check(*columns[field], *context) if field in columns else None
+
+    return Row(
+        logp=read("logp", _log_probs, counted),
+        behavior_logp=read("behavior_logp", _log_probs, counted),
+        old_logp=read("old_logp", _log_probs, counted),
+        advantage=read("advantage", _advantages, counted),
+        reward=read("reward", _reward, counted),
+        group=read("group", _group),
+        step=read("step", _whole) or 0,
+        age=read("age", _whole),
+    )
 
 
-def _counted(found: Mapping[str, tuple[str, Any]], size: int) -> np.ndarray:
+def _counted(columns: Mapping[str, tuple[str, Any]], size: int) -> np.ndarray:
     """Which of the tokens count, [size], bool."""
-    if "mask" in found:
-        name, mask = found["mask"]
+    if "mask" in columns:
+        name, mask = columns["mask"]
         values = _numbers(name, mask)
         if len(values) != size:
             raise ValueError(f"{name} has {len(values):,} values; expected {size:,} of 0 and 1, one for each log-prob")
         _refuse(name, mask, ~np.isin(values, (0, 1)), "0 or 1")
         return values.astype(bool)
     length = size
-    if "length" in found:
-        name, value = found["length"]
+    if "length" in columns:
+        name, value = columns["length"]
         length = _whole(name, value)
         if length > size:
             raise ValueError(f"{name} is {length:,}; expected at most {size:,}, as many as there are log-probs")
-    elif "tokens" in found:
-        name, tokens = found["tokens"]
+    elif "tokens" in columns:
+        name, tokens = columns["tokens"]
         if not isinstance(tokens, list):
             raise ValueError(f"{name} is {_shown(tokens)}; expected a list of token ids")
         length = len(tokens)

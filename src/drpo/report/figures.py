@@ -110,9 +110,8 @@ def effects(runs: Sequence[RunData]) -> go.Figure:
     figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     for column, sign in enumerate(SIGNS, 1):
         metrics = {f"weight/{effect}_{sign}": effect for effect in EFFECTS}
-        for trace in over_rollouts(runs, metrics, "").data:
-            trace.update(legendgroup=trace.name, showlegend=column == 1)
-            figure.add_trace(trace, row=1, col=column)
+        lines = over_rollouts(runs, metrics, "").update_traces(showlegend=column == 1)
+        figure.add_traces(list(lines.select_traces()), rows=1, cols=column)
     style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
     return figure.update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")
 
@@ -133,11 +132,13 @@ def _add_line(
     if not x:
         return
     several = len(runs) > 1
+    name = escape(f"{runs[index].name}: {label}" if several else label)
     color = COLORS[(index if several else order) % len(COLORS)]
     figure.add_scatter(
         x=x,
         y=y,
-        name=escape(f"{runs[index].name}: {label}" if several else label),
+        name=name,
+        legendgroup=name,
         mode="lines+markers" if marker else "lines",
         line={"color": color, "dash": DASHES[order % len(DASHES)], "width": width},
         marker=marker,
