@@ -303,6 +303,39 @@ class TestChildren:
         assert grader.counts["error"] == 0
         grader.close()
 
+    def test_stay_when_what_they_forked_overruns_or_is_killed(self):
+        grader = MathGrader(workers=1, time_limit=2.0)
+        assert statuses(grader, RIGHT, HANG, RIGHT) == ["correct", "timeout", "correct"]
+        [pid] = grader.pids
+        [forked] = _children(pid)
+        os.kill(forked, signal.SIGKILL)
+        assert statuses(grader, RIGHT) == ["correct"]
+        with ThreadPoolExecutor(1) as threads:
+            work = threads.submit(statuses, grader, HANG)
+            time.sleep(0.3)
+            [at_work] = _children(pid)
+            os.kill(at_work, signal.SIGKILL)
+            assert work.result() == ["timeout"]
+        assert grader.pids == [pid]
+        assert grader.restarts == {"timeout": 2, "died": 2}
+        assert forked != at_work
+        grader.close()
+
+    def test_are_killed_with_what_they_forked_however_long_it_may_take(self):
+        child = sandbox.Child(512)
+        assert child.wait_until_ready()
+        with ThreadPoolExecutor(1) as threads:
+            work = threads.submit(child.ask, ["42", HANG, False], 60.0)
+            time.sleep(0.5)
+            [forked] = _children(child.process.pid)
+            os.kill(child.process.pid, signal.SIGSTOP)
+            child.kill()
+            assert work.result()[0] == "died"
+        deadline = time.monotonic() + 10
+        while _runs(str(forked)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
     def test_that_die_under_a_completion_twice_make_it_an_error(self, monkeypatch, tmp_path):
         script = Path(worker.__file__).read_text(encoding="utf-8")
         fatal = '    if "die" in request[1]:\n        sys.exit()\n    try:\n        return grade'
@@ -409,6 +442,10 @@ class TestChildren:
         statuses(grader, RIGHT)
         copy = pickle.loads(pickle.dumps(grader))
         assert (copy.workers, copy.pids) == (2, [])
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
 def _runs(pid: str) -> bool:
