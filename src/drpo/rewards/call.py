@@ -1,4 +1,4 @@
-"""Calls of reward functions: as TRL's trainer calls them, and with what they return checked."""
+"""Calls of reward functions, as TRL's trainer calls them: the text of what they get, and a check of what they return."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,16 @@ from drpo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainerState
+
+
+def text_of(completion: str | Sequence[dict[str, Any]] | None) -> str:
+    """The text of a completion, plain or conversational (that of its last message); empty where there is none, as in a tool call."""
+    if completion is None or isinstance(completion, str):
+        return completion or ""
+    content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content or ""
 
 
 def scores_of(
@@ -64,8 +75,14 @@ def checked_scores(reward: Any) -> Callable[..., Any]:
     """
     name = getattr(reward, "__name__", type(reward).__name__)
 
-    def failure(error: BaseException) -> UserError:
-        return error if isinstance(error, UserError) else UserError(f"reward {name}: {type(error).__name__}: {error}")
+    @contextmanager
+    def failing_in_one_line() -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"reward {name}: {type(error).__name__}: {error}") from error
 
     def checked(completions: Sequence[Any], scores: Any) -> list[float | None]:
         scores = scores.tolist() if hasattr(scores, "tolist") else scores
@@ -83,18 +100,12 @@ def checked_scores(reward: Any) -> Callable[..., Any]:
         return list(scores)
 
     def call(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        try:
-            scores = reward(completions=completions, **columns)
-        except (Exception, SystemExit) as error:
-            raise failure(error) from error
-        return checked(completions, scores)
+        with failing_in_one_line():
+            return checked(completions, reward(completions=completions, **columns))
 
     async def call_asynchronous(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        try:
-            scores = await reward(completions=completions, **columns)
-        except (Exception, SystemExit) as error:
-            raise failure(error) from error
-        return checked(completions, scores)
+        with failing_in_one_line():
+            return checked(completions, await reward(completions=completions, **columns))
 
     function = call_asynchronous if inspect.iscoroutinefunction(reward) else call
     function.__name__ = name

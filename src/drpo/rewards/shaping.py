@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from drpo.rewards.call import awaited
-from drpo.rewards.text import text_of
+from drpo.rewards.call import awaited, text_of
 
 
 @dataclass(frozen=True)
