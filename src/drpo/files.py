@@ -96,11 +96,27 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def replace_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a file anew. It appears whole or stays as it was, and ``rows`` may come from itself."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
-    os.replace(partial, path)
+    _replace(path, map(_line, rows))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_clean(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a file, which appears whole or stays as it was."""
+    _replace(path, [json.dumps(_clean(value), indent=2, allow_nan=False) + "\n"])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

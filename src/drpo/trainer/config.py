@@ -214,7 +214,6 @@ class DRPOConfig(GRPOConfig):
                     f"the full distribution; expected only {', '.join(sorted(GENERATION_KWARGS))}"
                 )
         self._refuse_contradictions(steps, size)
-        self._align_checkpoints()
         # Refused here rather than after the model was loaded.
         objective = self.make_objective()
         if self.replay_support and (isinstance(objective, TopKObjective) or (self.anchor or objective.anchor) == "old"):
@@ -224,12 +223,6 @@ class DRPOConfig(GRPOConfig):
             )
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
-
-    @property
-    def device(self) -> torch.device:
-        """As Transformers has it, but for the index of a CPU, which ``torch.load`` does not know when a run is resumed."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
 
     def _choose_precision(self) -> None:
         for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
@@ -283,26 +276,6 @@ class DRPOConfig(GRPOConfig):
                 f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
                 f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
             )
-
-    def _align_checkpoints(self) -> None:
-        # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
-        if self.save_strategy == "best":
-            raise ValueError("save_strategy='best' may save within a rollout; expected 'steps', 'epoch' or 'no'")
-        if self.max_steps > 0 and self.max_steps % self.updates_per_rollout:
-            raise ValueError(
-                f"max_steps={self.max_steps} ends within a rollout of updates_per_rollout={self.updates_per_rollout}; "
-                f"expected a multiple of {self.updates_per_rollout}"
-            )
-        if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
-            if self.save_steps < 1:
-                raise ValueError(
-                    f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
-                )
-            rounded = math.ceil(self.save_steps / self.updates_per_rollout) * self.updates_per_rollout
-            logger.warning(
-                "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", self.save_steps, rounded
-            )
-            self.save_steps = rounded
 
 
 def _check_whole_number(name: str, value: Any, *, at_least: int) -> None:

@@ -11,16 +11,17 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import Sampler
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from drpo.advantage import group_advantage
 from drpo.aggregation import token_scale
 from drpo.metrics import TrustRegion
 from drpo.objectives import Anchor
 from drpo.precision import require_fp32_weights, train_in_fp8
-from drpo.rollout.audit import Audit, AuditedPolicy
+from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
+from drpo.trainer.auditing import audited_policy
 from drpo.trainer.batch import RolloutBatch, loss_mask
+from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.guard import UpdateGuard
 from drpo.trainer.measurements import Measurements, Mode
@@ -36,7 +37,7 @@ from drpo.trainer.scoring import PaddedScorer, Scored, make_scorer
 from drpo.trainer.token_log import TokenLog
 
 
-class DRPOTrainer(GRPOTrainer):
+class DRPOTrainer(CheckpointedTrainer):
     """GRPOTrainer with the objective of its :class:`DRPOConfig`.
 
     The sampler's own log-probs are recorded as the tokens are drawn, also when Transformers generates, by the policy
@@ -74,8 +75,6 @@ class DRPOTrainer(GRPOTrainer):
     }
 
     args: DRPOConfig
-    model: Any
-    accelerator: Any
     num_generations: int
     num_generations_eval: int
     _buffered_inputs: list[RolloutBatch]
@@ -309,34 +308,13 @@ class DRPOTrainer(GRPOTrainer):
         mean, maximum, tokens = self._measurements.differences.take(self.accelerator.gather)
         if not tokens:
             return
-        sampling = self._sampling_settings()
-        policy = AuditedPolicy(
-            model=self.policy,
-            temperature=self.temperature,
-            precision=self.precision,
-            rollout_precision=self.args.rollout_precision or self.precision,
-            sampling=sampling,
-            replays_support=self.args.replay_support,
-            is_exact=sampling is not None and not self.use_vllm,
-        )
+        policy = audited_policy(self)
         self.audit = policy.audit(mean, maximum, tokens, self.args.audit_threshold)
         if self.accelerator.is_main_process:
             print(self.audit)
         self._metrics["train"]["audit/logp_difference_mean"].append(mean)
         self._metrics["train"]["audit/logp_difference_max"].append(maximum)
         self.audit.check(policy.likely_causes())
-
-    def _sampling_settings(self) -> dict[str, Any] | None:
-        """What the rollout engine samples with; None where a rollout_func decides."""
-        if self.rollout_func is not None:
-            return None
-        if self.use_vllm:
-            overrides: Any = self.args.generation_kwargs or {}
-            return {"temperature": self.temperature, **overrides}
-        own: dict[str, Any] = self.generation_config.to_dict()
-        # What TRL leaves open, Transformers takes from the model's generation_config.json.
-        inherited = self.policy.generation_config.to_dict()
-        return inherited | {name: value for name, value in own.items() if value is not None}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         gather = self.accelerator.gather
@@ -355,6 +333,18 @@ class DRPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     # A checkpoint.
+
+    def _rank_state(self) -> dict[str, Any]:
+        return {
+            **super()._rank_state(),
+            "rollout_sampler": self._rollout_sampler.state(),
+            "guard": self._guard.state(),
+        }
+
+    def _set_rank_state(self, state: dict[str, Any]) -> None:
+        super()._set_rank_state(state)
+        self._rollout_sampler.set_state(state["rollout_sampler"])
+        self._guard.set_state(state["guard"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
