@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, versions, write_json
+from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, replace_text, versions, write_json
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
 from drpo.trainer.checkpoint import checkpoints_in
 
@@ -48,9 +48,8 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run was begun here; ``run.json`` is the first file of one, and the last to go."""
         try:
-            return self.info.is_file()
+            return self.info.is_file() and self.recipe.is_file()
         except (OSError, ValueError):  # a name the system does not take
             return False
 
@@ -106,14 +105,17 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run and not overwrite:
             raise UserError(f"--output {self}: another process has begun a run there")
+        # What makes the folder a run's stays until it is replaced, so that --overwrite can be repeated after a kill.
         self._clear()
         write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
-        self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+        replace_text(self.recipe, dump_recipe(recipe))
 
     def discard(self) -> None:
         """Remove a run that ended before its first update, and the folder if nothing else is in it."""
         if not self.metrics.is_file():
             self._clear()
+            for file in (self.recipe, self.info):
+                file.unlink(missing_ok=True)
             if all(child.name == "run.lock" for child in self.path.iterdir()):
                 shutil.rmtree(self.path)
 
@@ -121,8 +123,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.model, self.evaluated):
             if folder.exists():
                 shutil.rmtree(folder)
-        written = (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report)
-        for file in (*written, self.recipe, self.info):
+        for file in (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report):
             file.unlink(missing_ok=True)
 
     def write_summary(self, recipe: Recipe, **more: Any) -> dict[str, Any]:

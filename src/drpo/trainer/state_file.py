@@ -25,11 +25,16 @@ def save_state(path: Path, state: Any) -> None:
         TypeError: the state holds something else; the message says where.
     """
     tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
 
     def add(tensor: Tensor, kind: str) -> dict[str, str]:
         name = str(len(tensors))
-        # A file holds no tensors that share memory, as a rollout's batches may.
-        tensors[name] = tensor.detach().to("cpu", copy=tensor._base is not None).contiguous()
+        content = tensor.detach().cpu().contiguous()
+        if content.untyped_storage().data_ptr() in storages:
+            # The format holds no tensors that share memory, as those of a rollout's batches do.
+            content = content.clone()
+        storages.add(content.untyped_storage().data_ptr())
+        tensors[name] = content
         return {kind: name}
 
     structure = _encode(state, add, "state")
