@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from drpo.errors import TrainingInterruptedError, TrainingStoppedError
@@ -119,6 +120,13 @@ class TestResuming:
         for name in ("adapter_model.safetensors", *DECIDING[1:]):
             files = [tmp_path / folder / "checkpoint-10" / name for folder in ("whole", "resumed")]
             assert files[0].read_bytes() == files[1].read_bytes(), name
+
+    def test_from_the_last_checkpoint_makes_no_update(self, whole: Path, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make(tmp_path, problems)
+        trainer.train(resume_from_checkpoint=str(whole / "checkpoint-10"))
+        assert trainer.state.global_step == 10
+        saved = load_file(whole / "checkpoint-10" / "model.safetensors")
+        assert all(torch.equal(trainer.model.state_dict()[name], weight) for name, weight in saved.items())
 
     def test_makes_the_updates_that_were_left_and_no_rollout_twice(
         self, whole: Path, tmp_path: Path, problems: Dataset

@@ -120,6 +120,13 @@ class CheckpointedTrainer(GRPOTrainer):
             raise CheckpointError(f"{checkpoint}: holds weights alone (save_only_model), from which no run can go on")
         return checkpoint
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Transformers', which makes one update too many when it goes on from a run's last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:

@@ -43,8 +43,9 @@ def save_state(path: Path, state: Any) -> None:
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """What :func:`save_state` wrote, with its tensors on ``device``."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        return _decode(json.loads(file.metadata()[_KEY]), file.get_tensor)
+    with safe_open(path, framework="pt") as file:
+        structure = json.loads(file.metadata()[_KEY])
+        return _decode(structure, lambda name: file.get_tensor(name).to(device))
 
 
 def _encode(value: Any, add: Callable[[Tensor, str], dict[str, str]], where: str) -> Any:
