@@ -227,6 +227,13 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"no checkpoint that is whole: .*checkpoint-9/.*; .*checkpoint-3/"):
             newest_checkpoint(run)
 
+    def test_of_the_same_size_goes_unnoticed_without_checksums(self, tmp_path: Path, problems: Dataset) -> None:
+        make(tmp_path, problems, checkpoint_checksums=False, max_steps=6).train()
+        flip_a_bit(tmp_path / "checkpoint-6" / "model.safetensors")
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+        truncate(tmp_path / "checkpoint-6" / "model.safetensors")
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
     def test_nothing_pickled_is_read(self, run: Path, problems: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
         make(run, problems).train(resume_from_checkpoint=True)

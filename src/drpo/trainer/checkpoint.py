@@ -36,12 +36,18 @@ def remove_unfinished(folder: Path) -> None:
     shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
-def finish(checkpoint: Path, fingerprint: dict[str, Any]) -> None:
-    """Write the manifest of an unfinished checkpoint, flush its bytes to disk, and put it in place of what has its name."""
+def finish(checkpoint: Path, fingerprint: dict[str, Any], checksums: bool) -> None:
+    """Write the manifest of an unfinished checkpoint, and put it in place of what has its name.
+
+    Args:
+        checkpoint: its name to be.
+        fingerprint: of the run.
+        checksums: flush the files to disk and note their SHA-256; without, their sizes alone are noted.
+    """
     written = unfinished(checkpoint.parent) / checkpoint.name
     paths = sorted(path for path in written.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        descriptions = pool.map(_flush_and_describe, paths)
+        descriptions = pool.map(_flush_and_describe if checksums else _describe, paths)
         files = {str(path.relative_to(written)): file for path, file in zip(paths, descriptions, strict=True)}
     content = {"files": files, "fingerprint": fingerprint}
     write_json(written / MANIFEST, {**content, "sha256": _digest(content)})
@@ -74,6 +80,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         try:
             if (size := file.stat().st_size) != written["size"]:
                 raise CheckpointError(f"{file}: has {size} bytes; expected {written['size']}")
+            if "sha256" not in written:
+                continue
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
@@ -141,11 +149,15 @@ def check_same_run(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) 
         logger.warning("Resuming from %s: %s; the same numbers are not to be expected.", checkpoint.name, message)
 
 
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size}
+
+
 def _flush_and_describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {**_describe(path), "sha256": digest}
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -182,7 +182,7 @@ class CheckpointedTrainer(GRPOTrainer):
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(checkpoint)
             self.state.save_to_json(str(written / "trainer_state.json"))
-        finish(checkpoint, self._make_fingerprint())
+        finish(checkpoint, self._make_fingerprint(), self.args.checkpoint_checksums)
         if self.args.save_total_limit:
             best = self.state.best_model_checkpoint
             kept = {checkpoint} if best is None else {checkpoint, Path(best)}

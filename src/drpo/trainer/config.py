@@ -142,6 +142,9 @@ class DRPOConfig(GRPOConfig):
             generation and an objective anchored on the sampler, and computes all logits.
         max_skipped_updates: an update whose gradient is not finite is skipped, on all ranks; after so many in a row
             training stops (:class:`drpo.trainer.guard.UpdateGuard`).
+        checkpoint_checksums: flush a checkpoint to disk and note its files' SHA-256, which are compared when a run goes on
+            from it. False saves as fast as Transformers does; then sizes alone are compared: a flipped bit, or
+            what a machine that crashed had not written yet, goes unnoticed.
         split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
             (:class:`drpo.trainer.mismatch.Split`), at the price of a forward pass more a rollout, two where
             samples are of older weights.
@@ -168,6 +171,7 @@ class DRPOConfig(GRPOConfig):
     replay_support: bool = False
     split_distance: bool = False
     max_skipped_updates: int = 5
+    checkpoint_checksums: bool = True
     # A loss that is not finite is logged as it is.
     logging_nan_inf_filter: bool = False
     # Of GRPOConfig, with the only values that have no effect here.
