@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from drpo.files import flush, write_json
+from drpo.files import flush
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,16 @@ def finish(checkpoint: Path, fingerprint: dict[str, Any], checksums: bool) -> No
         descriptions = pool.map(_flush_and_describe if checksums else _describe, paths)
         files = {str(path.relative_to(written)): file for path, file in zip(paths, descriptions, strict=True)}
     content = {"files": files, "fingerprint": fingerprint}
-    write_json(written / MANIFEST, {**content, "sha256": _digest(content)})
+    manifest = written / MANIFEST
+    manifest.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
+    if checksums:
+        flush(manifest)
+        flush(written)
     if checkpoint.exists():
         os.rename(checkpoint, unfinished(checkpoint.parent) / "replaced")
     os.rename(written, checkpoint)
-    flush(checkpoint.parent)
+    if checksums:
+        flush(checkpoint.parent)
     remove_unfinished(checkpoint.parent)
 
 
