@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import SaveStrategy
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -153,7 +154,7 @@ class CheckpointedTrainer(GRPOTrainer):
         """As Transformers', in a folder that gets its name when everything is in it."""
         folder = Path(self._get_output_dir(trial))
         checkpoint = folder / f"{PREFIX}{self.state.global_step}"
-        if not _is_finite(model):
+        if not _is_finite(model, self.accelerator):
             raise TrainingStoppedError(
                 f"after update {self.state.global_step} the weights are not finite; no checkpoint was taken, and {self._last_saved()}"
             )
@@ -254,8 +255,12 @@ class CheckpointedTrainer(GRPOTrainer):
 
 
 @torch.no_grad()
-def _is_finite(model: torch.nn.Module) -> bool:
-    numbers = [parameter for parameter in model.parameters() if parameter.is_floating_point() and parameter.numel()]
+def _is_finite(model: torch.nn.Module, accelerator: Any) -> bool:
+    """Whether all weights are, on all ranks; of sharded ones each rank looks at its own."""
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
     # Extremes, which inf and NaN survive, are found ten times as fast as isfinite() of every weight.
-    extremes = [extreme for parameter in numbers for extreme in (parameter.amin(), parameter.amax())]
-    return all(torch.stack(extremes).isfinite().tolist())
+    extremes = [
+        torch.stack(torch.aminmax(weight)) for weight in weights if weight.is_floating_point() and weight.numel()
+    ]
+    is_finite = torch.stack([extreme.isfinite().all() for extreme in extremes]).all().unsqueeze(0)
+    return bool(accelerator.gather(is_finite).all())
