@@ -27,3 +27,7 @@ class UserError(Exception):
 
 class TrainingStoppedError(RuntimeError):
     """Training ended by itself, since going on would train on something wrong. The message says what, in a line or a list."""
+
+
+class RewardError(UserError, TrainingStoppedError):
+    """A reward function failed: it raised, took too long, or returned something else than scores. The message names it."""

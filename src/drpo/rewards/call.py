@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
 import reprlib
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Real
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from drpo.errors import UserError
+from drpo.errors import RewardError, UserError
+from drpo.rewards.limit import TimeLimitReached, alarm, end_at_exit, watchdog, within
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -56,47 +60,68 @@ def scores_of(
     )
 
 
-def checked_scores(reward: Any) -> Callable[..., Any]:
+REWARD_TIMEOUT = 300.0
+"""Seconds that a call of a reward function takes in training at most, unless a configuration says otherwise."""
+
+LARGEST_REWARD = 1e9
+"""In magnitude. Beyond it fp32 no longer tells rewards apart that differ by less than 64."""
+
+
+def checked_scores(reward: Any, timeout: float | None = None) -> Callable[..., Any]:
     """A reward function, under its own name and asynchronous if it is, that fails in one line.
 
-    The function raises UserError where the reward raises, or gives something else than a finite number or None for
-    each completion, or None for all.
+    The function returned gives a float or None for each completion. It raises RewardError where the reward raises,
+    whatever that is but Ctrl-C, takes longer than ``timeout`` seconds, or returns something else than a list with a
+    number of magnitude ``LARGEST_REWARD`` at most, or None, for each. The reward gets lists of its own to change.
     """
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = _name_of(reward)
 
-    def failure(error: BaseException) -> UserError:
-        return error if isinstance(error, UserError) else UserError(f"reward {name}: {type(error).__name__}: {error}")
+    def error_of(what: str, *, rows: int | None = None) -> str:
+        rank = f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        return f"reward {name}{rank}: {what}" + (f", in its call for completions 0 to {rows - 1}" if rows else "")
+
+    @contextmanager
+    def in_one_line(completions: Sequence[Any]) -> Iterator[None]:
+        try:
+            with watchdog(timeout, partial(error_of, rows=len(completions))):
+                yield
+        except RewardError:
+            raise
+        except BaseException as error:
+            if _is_from_the_keyboard(error):
+                raise
+            line = error_of(_describe(error), rows=len(completions))
+            end_at_exit(line)
+            raise RewardError(line) from error
 
     def checked(completions: Sequence[Any], scores: Any) -> list[float | None]:
-        scores = scores.tolist() if hasattr(scores, "tolist") else scores
+        scores = _plain(scores)
         if not isinstance(scores, (list, tuple)) or len(scores) != len(completions):
             kind = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
-            raise UserError(f"reward {name}: returned {kind}; expected a list of {len(completions)}, one a completion")
-        for row, (completion, score) in enumerate(zip(completions, scores, strict=True)):
-            if score is not None and not (isinstance(score, Real) and math.isfinite(score)):
-                raise UserError(
-                    f"reward {name}: returned {score!r} for completion {row}, {reprlib.repr(completion)}; "
-                    "expected a finite number or None"
+            raise RewardError(error_of(f"returned {kind}; expected a list of {len(completions)}, one a completion"))
+        numbers = [None if score is None else _number(score) for score in scores]
+        for row, number in enumerate(numbers):
+            if number is not None and not abs(number) <= LARGEST_REWARD:
+                raise RewardError(
+                    error_of(
+                        f"returned {_shown(scores[row])} for completion {row}, {_shown(completions[row])}; "
+                        f"expected a number of magnitude {LARGEST_REWARD:g} at most, or None"
+                    )
                 )
-        if scores and all(score is None for score in scores):
-            raise UserError(f"reward {name}: returned None for all {len(scores)} completions; expected some numbers")
-        return list(scores)
+        return numbers
 
     def call(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        try:
-            scores = reward(completions=completions, **columns)
-        except (Exception, SystemExit) as error:
-            raise failure(error) from error
-        return checked(completions, scores)
+        with in_one_line(completions):
+            with alarm(timeout):
+                scores = awaited(reward(completions=list(completions), **_copies(columns)))
+            return checked(completions, scores)
 
     async def call_asynchronous(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        try:
-            scores = await reward(completions=completions, **columns)
-        except (Exception, SystemExit) as error:
-            raise failure(error) from error
-        return checked(completions, scores)
+        with in_one_line(completions):
+            scores = await within(timeout, reward(completions=list(completions), **_copies(columns)))
+            return checked(completions, scores)
 
-    function = call_asynchronous if inspect.iscoroutinefunction(reward) else call
+    function = call_asynchronous if _is_asynchronous(reward) else call
     function.__name__ = name
     return function
 
@@ -112,3 +137,61 @@ def awaited(scores: Any) -> Any:
 
 def _log_nothing(name: str, value: Any) -> None:
     """In place of the trainer's ``log_extra`` and ``log_metric``."""
+
+
+def _name_of(reward: Any) -> str:
+    """As TRL names it in its metrics."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _is_asynchronous(reward: Any) -> bool:
+    """As TRL has it, which awaits these in an event loop of its own."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__)
+
+
+def _copies(columns: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, list) else value for name, value in columns.items()}
+
+
+def _plain(scores: Any) -> Any:
+    """Arrays and tensors as lists, their scalars as Python's numbers."""
+    return scores.tolist() if hasattr(scores, "tolist") else scores
+
+
+def _number(score: Any) -> float:
+    """A score as a number; NaN where it is none, such as text, or none that a float can hold."""
+    score = _plain(score)
+    try:
+        return float(score) if hasattr(score, "__float__") else math.nan
+    except Exception:
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    """A value in few characters, also where it has no text, as integers of more than 4300 digits."""
+    try:
+        return reprlib.repr(_plain(value))
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _describe(error: BaseException) -> str:
+    """An error by its type and the beginning of its text, if it has one that can be had."""
+    try:
+        text = str(error)[:500]
+    except BaseException:
+        text = ""
+    own = isinstance(error, (TimeLimitReached, UserError))
+    return text if own else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_from_the_keyboard(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, which comes between any two instructions, where a function that raises the same has a `raise`."""
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return not (frames[-1].line or "").startswith("raise")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from drpo.rewards.call import awaited
+from drpo.rewards.call import awaited, checked_scores
 from drpo.rewards.text import text_of
 
 
@@ -86,7 +86,7 @@ class Weighted:
         return self.parts[0][0]
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        scores = [awaited(reward(completions=completions, **columns)) for reward, _ in self.parts]
+        scores = [awaited(checked_scores(reward)(completions=completions, **columns)) for reward, _ in self.parts]
         weights = [weight for _, weight in self.parts]
         return [_weighted_sum(row, weights) for row in zip(*scores, strict=True)]
 
