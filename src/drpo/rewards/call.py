@@ -8,11 +8,10 @@ import math
 import os
 import reprlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from drpo.errors import RewardError, UserError
 from drpo.rewards.limit import TimeLimitReached, alarm, end_at_exit, watchdog, within
@@ -76,54 +75,63 @@ def checked_scores(reward: Any, timeout: float | None = None) -> Callable[..., A
     """
     name = _name_of(reward)
 
-    def error_of(what: str, *, rows: int | None = None) -> str:
-        rank = f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        return f"reward {name}{rank}: {what}" + (f", in its call for completions 0 to {rows - 1}" if rows else "")
-
-    @contextmanager
-    def in_one_line(completions: Sequence[Any]) -> Iterator[None]:
-        try:
-            with watchdog(timeout, partial(error_of, rows=len(completions))):
-                yield
-        except RewardError:
-            raise
-        except BaseException as error:
-            if _is_from_the_keyboard(error):
-                raise
-            line = error_of(_describe(error), rows=len(completions))
-            end_at_exit(line)
-            raise RewardError(line) from error
-
-    def checked(completions: Sequence[Any], scores: Any) -> list[float | None]:
-        scores = _plain(scores)
-        if not isinstance(scores, (list, tuple)) or len(scores) != len(completions):
-            kind = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
-            raise RewardError(error_of(f"returned {kind}; expected a list of {len(completions)}, one a completion"))
-        numbers = [None if score is None else _number(score) for score in scores]
-        for row, number in enumerate(numbers):
-            if number is not None and not abs(number) <= LARGEST_REWARD:
-                raise RewardError(
-                    error_of(
-                        f"returned {_shown(scores[row])} for completion {row}, {_shown(completions[row])}; "
-                        f"expected a number of magnitude {LARGEST_REWARD:g} at most, or None"
-                    )
-                )
-        return numbers
-
     def call(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        with in_one_line(completions):
+        with _Call(name, completions) as this, watchdog(timeout, this.failure):
             with alarm(timeout):
                 scores = awaited(reward(completions=list(completions), **_copies(columns)))
-            return checked(completions, scores)
+            return this.checked(scores)
 
     async def call_asynchronous(*, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        with in_one_line(completions):
+        with _Call(name, completions) as this, watchdog(timeout, this.failure):
             scores = await within(timeout, reward(completions=list(completions), **_copies(columns)))
-            return checked(completions, scores)
+            return this.checked(scores)
 
     function = call_asynchronous if _is_asynchronous(reward) else call
     function.__name__ = name
     return function
+
+
+class _Call:
+    """A context in which a reward function is called: what is raised in it becomes a RewardError, but for Ctrl-C."""
+
+    def __init__(self, name: str, completions: Sequence[Any]) -> None:
+        rank = f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        self._prefix = f"reward {name}{rank}"
+        self._completions = completions
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+        if error is None or isinstance(error, RewardError) or _is_from_the_keyboard(error):
+            return
+        line = self.failure(_describe(error))
+        end_at_exit(line)
+        raise RewardError(line) from error
+
+    def failure(self, what: str) -> str:
+        """A line on what went wrong where no row is known."""
+        return f"{self._prefix}: {what}, in its call for completions 0 to {len(self._completions) - 1}"
+
+    def checked(self, scores: Any) -> list[float | None]:
+        """The scores as numbers.
+
+        Raises:
+            RewardError: they are not one for each completion, or one is no number, or too large.
+        """
+        count = len(self._completions)
+        scores = _plain(scores)
+        if not isinstance(scores, (list, tuple)) or len(scores) != count:
+            kind = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
+            raise RewardError(f"{self._prefix}: returned {kind}; expected a list of {count}, one a completion")
+        numbers = [None if score is None else _number(score) for score in scores]
+        for row, number in enumerate(numbers):
+            if number is not None and not abs(number) <= LARGEST_REWARD:
+                raise RewardError(
+                    f"{self._prefix}: returned {_shown(scores[row])} for completion {row}, "
+                    f"{_shown(self._completions[row])}; expected a number of magnitude {LARGEST_REWARD:g} at most, or None"
+                )
+        return numbers
 
 
 def awaited(scores: Any) -> Any:
