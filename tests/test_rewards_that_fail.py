@@ -466,33 +466,34 @@ def test_a_limit_that_is_none_is_refused(value: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        ("raises", "ValueError: no judge"),
-        ("exits", "SystemExit: 0"),
-        ("returns too few", "returned 1 scores"),
-        ("hangs", "took longer than reward_timeout, 2 s"),
-        ("hangs in threads", "took longer than reward_timeout, 2 s"),
-        ("catches all", "took longer than reward_timeout, 2 s"),
-        ("exits at once", ""),
-    ],
-)
-def test_all_ranks_end_within_30_s_of_one_that_fails_and_name_it(
-    tmp_path: Path, failure: str, message: str, rank: int
-) -> None:
-    finished, seconds = failing_ranks.launch(tmp_path, failure, rank)
-    assert finished.returncode != 0
-    assert f"reward own on rank {rank}: {message}" in finished.stderr or failure == "exits at once"
-    assert seconds < 30
+def test_ranks_stop_together_and_name_the_one_that_failed(tmp_path: Path) -> None:
+    failures = {
+        "raises": "ValueError: no judge, in its call",
+        "exits": "SystemExit: 0, in its call",
+        "returns too few": "returned 1 scores; expected a list of 16",
+        "hangs": "took longer than reward_timeout, 2 s, in its call",
+        "hangs in threads": "took longer than reward_timeout, 2 s, in its call",
+    }
+    finished, _ = failing_ranks.launch(tmp_path, *failures, "none", "other metrics", "no tokens")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    own, others = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    for failure, message in failures.items():
+        for rank in (0, 1):
+            errors = [results[f"{failure} on rank {rank}"] for results in (own, others)]
+            assert errors[0]["error"].startswith(f"reward own on rank {rank}: {message}")
+            assert errors[0]["error"] == errors[1]["error"]
+            assert max(error["seconds"] for error in errors) < 30
+    assert own["other metrics on rank 1"]["log"]["of one rank"] == 1.0
+    trained = [own[f"{difference} on rank 1"]["log"]["work/dropped_sequences"] for difference in ("none", "no tokens")]
+    assert trained[1] == 0.5 > trained[0]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("difference", ["other metrics", "no tokens"])
-def test_ranks_that_differ_train(tmp_path: Path, difference: str) -> None:
-    finished, _ = failing_ranks.launch(tmp_path, difference, 1)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    logged = json.loads((tmp_path / "log.json").read_text())
-    if difference == "other metrics":
-        assert logged[0]["of one rank"] == 1.0
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("failure", ["raises", "catches all", "exits at once"])
+def test_processes_of_all_ranks_end_within_30_s_of_one_that_fails(tmp_path: Path, failure: str, rank: int) -> None:
+    finished, seconds = failing_ranks.launch(tmp_path, failure, rank=rank)
+    assert finished.returncode != 0
+    # os._exit leaves no time for a word.
+    assert f"reward own on rank {rank}: " in finished.stderr or failure == "exits at once"
+    assert seconds < 30
