@@ -485,7 +485,7 @@ def test_ranks_stop_together_and_name_the_one_that_failed(tmp_path: Path) -> Non
             assert max(error["seconds"] for error in errors) < 30
     assert own["other metrics on rank 1"]["log"]["of one rank"] == 1.0
     trained = [own[f"{difference} on rank 1"]["log"]["work/dropped_sequences"] for difference in ("none", "no tokens")]
-    assert trained[1] == 0.5 > trained[0]
+    assert trained[1] >= 0.5 > trained[0]
 
 
 @pytest.mark.long

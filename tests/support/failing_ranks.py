@@ -61,7 +61,7 @@ def fail(failure: str, log_metric: Any) -> Any:
 
 
 def train(folder: Path, failure: str, rank: int) -> dict[str, Any]:
-    """The log of two updates."""
+    """What is logged of the first update."""
 
     def own(completions: list[str], log_metric: Any, **_: Any) -> Any:
         scores = None
@@ -79,12 +79,12 @@ def train(folder: Path, failure: str, rank: int) -> dict[str, Any]:
             """Completions that do not end, and are masked."""
             completion_ids, log_probs = generate(*args, **kwargs)
             return [
-                [0 if token in trainer.eos_token_ids else token for token in ids] for ids in completion_ids
+                [5 if token in trainer.eos_token_ids else token for token in ids] for ids in completion_ids
             ], log_probs
 
         trainer._generate_single_turn = truncated
     trainer.train()
-    return trainer.state.log_history[1]
+    return trainer.state.log_history[0]
 
 
 def outcome(folder: Path, failure: str, rank: int) -> dict[str, Any]:
