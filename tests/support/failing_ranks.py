@@ -61,7 +61,7 @@ def fail(failure: str, log_metric: Any) -> Any:
 
 
 def train(folder: Path, failure: str, rank: int) -> dict[str, Any]:
-    """What is logged of the first update."""
+    """What is logged of two updates."""
 
     def own(completions: list[str], log_metric: Any, **_: Any) -> Any:
         scores = None
@@ -84,7 +84,7 @@ def train(folder: Path, failure: str, rank: int) -> dict[str, Any]:
 
         trainer._generate_single_turn = truncated
     trainer.train()
-    return trainer.state.log_history[0]
+    return {**trainer.state.log_history[0], **trainer.state.log_history[1]}
 
 
 def outcome(folder: Path, failure: str, rank: int) -> dict[str, Any]:
