@@ -17,7 +17,8 @@ class Format:
 
     Args:
         pattern: in Python's syntax; ``.`` is any character but a line break unless it says ``(?s)``. It runs in the
-            training process: nested repetitions, as in ``(a+)+``, can take for ever on some completions.
+            training process: nested repetitions, as in ``(a+)+``, can take for ever on some completions, which ``reward_timeout``
+            ends.
 
     Raises:
         ValueError: a pattern that is none.
