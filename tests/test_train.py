@@ -164,7 +164,7 @@ def test_a_reward_that_fails_is_one_line_and_leaves_no_folder(
     with pytest.raises(SystemExit) as end:
         cli.main()
     printed = capsys.readouterr()
-    assert end.value.code == 2, printed.err
+    assert end.value.code == 1, printed.err
     (line,) = [line for line in printed.err.splitlines() if "error" in line]
     assert line.startswith(f"error: {message}")
     assert "Traceback" not in printed.err

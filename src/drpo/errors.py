@@ -35,3 +35,7 @@ class TrainingInterruptedError(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.exit_code = 128 + number
+
+
+class RewardError(UserError, TrainingStoppedError):
+    """A reward function failed: it raised, took too long, or returned something else than scores. The message names it."""

@@ -81,6 +81,7 @@ def evaluates_fewer_problems_than_ranks() -> bool:
         processing_class=tokenizer,
         chat_template_kwargs={},
         state=None,
+        args=SimpleNamespace(reward_timeout=None),
         _generate_single_turn=generate,
     )
     (problem, *_), three = builtin_problems("heldout", 1, 0), builtin_problems("heldout", 3, 0)

@@ -102,6 +102,8 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> 
     try:
         return train(recipe, folder, resume=resume, overwrite=overwrite)
     except TrainingStoppedError as error:
+        if os.environ.get("DRPO_DEBUG") == "1":
+            raise
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

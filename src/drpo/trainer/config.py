@@ -16,6 +16,7 @@ from drpo.aggregation import Aggregation, aggregate
 from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
 from drpo.registry import unknown_name
+from drpo.rewards import REWARD_TIMEOUT
 from drpo.rollout.sampling import FILTERS, NEUTRAL
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,8 @@ class DRPOConfig(GRPOConfig):
         checkpoint_checksums: flush a checkpoint to disk and note its files' SHA-256, which are compared when a run goes on
             from it. False saves as fast as Transformers does; then sizes alone are compared: a flipped bit, or
             what a machine that crashed had not written yet, goes unnoticed.
+        reward_timeout: seconds that a call of a reward function may take; training stops at one that takes longer
+            (:class:`drpo.errors.RewardError`). None for no limit.
         split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
             (:class:`drpo.trainer.mismatch.Split`), at the price of a forward pass more a rollout, two where
             samples are of older weights.
@@ -172,6 +175,7 @@ class DRPOConfig(GRPOConfig):
     split_distance: bool = False
     max_skipped_updates: int = 5
     checkpoint_checksums: bool = True
+    reward_timeout: float | None = REWARD_TIMEOUT
     # A loss that is not finite is logged as it is.
     logging_nan_inf_filter: bool = False
     # Of GRPOConfig, with the only values that have no effect here.
@@ -195,7 +199,7 @@ class DRPOConfig(GRPOConfig):
         _check_whole_number("max_skipped_updates", self.max_skipped_updates, at_least=1)
         if self.tokens_per_micro_batch is not None:
             _check_whole_number("tokens_per_micro_batch", self.tokens_per_micro_batch, at_least=1)
-        for name in ("temperature", "audit_threshold"):
+        for name in ("temperature", "audit_threshold", "reward_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number > 0")

@@ -50,7 +50,7 @@ FREE_OPTIONS = (
         "enable_jit_checkpoint",
     ),
     *("vllm_gpu_memory_utilization", "vllm_server_", "vllm_group_port", "vllm_enable_sleep_mode"),
-    *("audit_threshold", "max_skipped_updates", "split_distance", "checkpoint_checksums"),
+    *("audit_threshold", "max_skipped_updates", "split_distance", "checkpoint_checksums", "reward_timeout"),
 )
 """Beginnings of the names of options that may change when a run is resumed."""
 

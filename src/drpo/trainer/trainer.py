@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import DistributedType
-from torch import Tensor
+from accelerate.utils import DistributedType, gather
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from drpo.advantage import group_advantage
 from drpo.aggregation import token_scale
+from drpo.errors import RewardError
 from drpo.metrics import TrustRegion
 from drpo.objectives import Anchor
 from drpo.precision import require_fp32_weights, train_in_fp8
+from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
 from drpo.trainer.auditing import audited_policy
@@ -30,7 +32,9 @@ from drpo.trainer.rollouts import (
     PromptSampler,
     check_log_probs,
     check_rewards,
+    check_some_rewards,
     make_rollout_sampler,
+    raising_together,
     sum_rewards,
 )
 from drpo.trainer.scoring import PaddedScorer, Scored, make_scorer
@@ -93,6 +97,10 @@ class DRPOTrainer(CheckpointedTrainer):
                 f"processing_class is a {type(self.processing_class).__name__}, of a vision-language model; DRPOTrainer "
                 "trains on text alone: pass its tokenizer as processing_class"
             )
+        self.reward_funcs = [
+            reward if isinstance(reward, nn.Module) else checked_scores(reward, args.reward_timeout)
+            for reward in self.reward_funcs
+        ]
         if self.rollout_func is not None:
             self.rollout_func = checked(self.rollout_func)
         generation_kwargs: Any = args.generation_kwargs or {}
@@ -166,9 +174,19 @@ class DRPOTrainer(CheckpointedTrainer):
         """TRL scores every rollout for π_old here; :meth:`_generate_and_score_completions` does where it is needed."""
         return None, None, None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        with raising_together():
+            try:
+                self._rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)
+            except RewardError:
+                # The other ranks wait at the end of TRL's method, to gather what each of them has.
+                gather(torch.full((len(inputs), len(self.reward_funcs)), torch.nan, device=self.accelerator.device))
+                raise
         return self._rewards_per_func
+
+    def _log_metric(self, name: str, value: float) -> None:
+        # What is no number fails in the reward that logs it.
+        super()._log_metric(str(name), float(value))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         is_trained_on = self.model.training
@@ -191,6 +209,8 @@ class DRPOTrainer(CheckpointedTrainer):
         """Both of this rank's ``own`` samples, [own] each, from the rewards just calculated; logged in place of TRL's."""
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         check_rewards(self._rewards_per_func, self.reward_func_names)
+        if self.model.training:
+            check_some_rewards(self._rewards_per_func, self.reward_func_names)
         rewards = sum_rewards(self._rewards_per_func, self.reward_weights)
         advantages = group_advantage(rewards, group_size, self.args.advantage)
         logged = self._logs["advantages"]
