@@ -25,6 +25,7 @@ from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
 from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision
+from drpo.redact import find_secret
 from drpo.rewards import REWARDS, Reward, Weighted, load_reward, make_reward
 from drpo.run.mistakes import first_mistake
 from drpo.run.options import REFUSED
@@ -38,8 +39,9 @@ Text = Annotated[str, Field(min_length=1)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+    )  # fmt: skip
 
 
 class TaskSpec(_Strict):
@@ -230,6 +232,16 @@ class Recipe(_Strict):
             if name in REFUSED:
                 raise ValueError(f"has {name!r}; {REFUSED[name]}")
         return trainer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secret(cls, document: Any) -> Any:
+        if field := find_secret(document):
+            raise ValueError(
+                f"{field}: holds a secret, which would be written to the run folder; expected a token in the environment "
+                "(HF_TOKEN), a URL's password in ~/.netrc"
+            )
+        return document
 
     @model_validator(mode="after")
     def _is_anchored(self) -> Self:

@@ -60,10 +60,11 @@ def parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
+        # The error itself is not told: it quotes the text around, without the key that says what is a secret.
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "the file"
         problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
-        raise UserError(f"{where}, {line}: {problem}", fix=f"valid YAML in {line}") from error
+        raise UserError(f"{where}, {line}: {problem}", fix=f"valid YAML in {line}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: is not valid YAML ({type(error).__name__}: {str(error)[:100]})") from error
 

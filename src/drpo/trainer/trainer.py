@@ -356,6 +356,13 @@ class DRPOTrainer(GRPOTrainer):
 
     # A checkpoint.
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save weights, configuration and tokenizer; Transformers saves its arguments too, pickled, with their secrets."""
+        folder, tokenizer = output_dir or self.args.output_dir, cast(Any, self.processing_class)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
