@@ -26,7 +26,7 @@ FIELDS = {
 }
 """A recipe: the YAML of each field."""
 
-HUGE = "1" + 30 * "0"
+HUGE = "1" + 40 * "0"
 
 NO_COUNT = [
     "many",

@@ -146,10 +146,11 @@ def _check_schedule(config: DRPOConfig) -> None:
     import torch
     from transformers import get_scheduler
 
+    arguments: Any = config.lr_scheduler_kwargs  # parsed from JSON by now, if it was text
     get_scheduler(
         config.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate),
         num_warmup_steps=config.get_warmup_steps(config.max_steps),
         num_training_steps=config.max_steps,
-        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=arguments,
     )

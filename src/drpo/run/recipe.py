@@ -167,7 +167,7 @@ class Recipe(_Strict):
     """Completions of each prompt: its group."""
     updates_per_rollout: Positive
     """Optimizer steps on each rollout, on disjoint parts of it."""
-    learning_rate: Annotated[float, Field(gt=0, le=1000)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e38)]
     """The optimizer's, constant unless `trainer.lr_scheduler_type` says otherwise."""
     max_completion_length: Positive
     """Longest completion, in tokens."""
