@@ -113,7 +113,7 @@ def build_config(settings: dict[str, Any], defaults: dict[str, Any], chosen: dic
     Raises:
         UserError: naming the option that cannot be.
     """
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     from drpo.trainer.config import DRPOConfig
 
