@@ -179,7 +179,6 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer_state.json",
-    "training_args.bin",
     MANIFEST,
 )
 

@@ -238,15 +238,15 @@ def test_malformed_data_is_refused(here, refusal, rows, expected):
             ["trainer.reward_weights=[1.0, 2.0]"],
             "trainer: has 'reward_weights'; expected reward: [{name: ..., weight: 1.0}, ...] at the top",
         ),
-        (["trainer.adam_beta1=5"], "cannot set up training: ValueError: Invalid beta parameter"),
+        (["trainer.adam_beta1=5"], "trainer.adam_beta1: got 5.0; expected a number of at least 0, below 1"),
         (
             ["trainer.generation_kwargs={temperature: .nan}"],
             "the built-in recipe: trainer.generation_kwargs.temperature: got nan; expected a finite number",
         ),
-        (["trainer.generation_kwargs={top_k: 5}"], "trainer: generation_kwargs has 'top_k'"),
+        (["trainer.generation_kwargs={top_k: 5}"], "trainer.generation_kwargs: has 'top_k'"),
         (
             ["lora={target_modules: nonexistent}"],
-            "cannot set up training: NoMatchingPeftModuleError: Target modules nonexistent",
+            "lora: NoMatchingPeftModuleError: Target modules nonexistent",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -142,8 +142,8 @@ NOT_RECIPES = [
         ("another encoding", RECIPE.encode("utf-16"), "cannot be read ("),
         ("NUL", b"model: a\0b\n", "special characters are not allowed"),
         ("surrogate bytes", b"model: \xed\xa0\x80\n", "cannot be read ("),
-        ("brackets", b"[" * 20_000, "is not valid YAML (RecursionError"),
-        ("braces", b"{a: " * 20_000, "is not valid YAML (RecursionError"),
+        ("brackets", b"[" * 20_000, "is nested too deeply"),
+        ("braces", b"{a: " * 20_000, "is nested too deeply"),
         (
             "alias bomb",
             b"a: &a [x,x,x,x,x,x,x,x,x]\n"
@@ -198,7 +198,7 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path, name):
     ("option", "expected"),
     [
         ("max_grad_nrom: 1.0", "trainer: unknown option 'max_grad_nrom'; did you mean 'max_grad_norm'?"),
-        ("lr_scheduler_type: cosinus", "trainer:"),
+        ("lr_scheduler_type: cosinus", "trainer.lr_scheduler_type: cosinus is not a valid SchedulerType"),
         ("max_grad_norm: much", "max_grad_norm"),
     ],
 )
@@ -284,9 +284,9 @@ def test_text_survives_a_round_trip(tmp_path, text):
 
 @pytest.mark.parametrize("number", [1e-300, 1e-6, 5e-5, 0.1, 1.0, 3.0e10, 1e22, 1.7976931348623157e308])
 def test_a_number_survives_a_round_trip(tmp_path, number):
-    recipe = load_recipe().model_copy(update={"learning_rate": number})
+    recipe = load_recipe().model_copy(update={"audit_threshold": number})
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    assert load_recipe(tmp_path / "again.yaml").learning_rate == number
+    assert load_recipe(tmp_path / "again.yaml").audit_threshold == number
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Mistakes in what the user gave, as opposed to bugs."""
 
+from drpo.redact import redact
+
 
 class UserError(Exception):
     """A mistake in a recipe, a file or an option; its message is one line that says where, what, and what was expected.
@@ -15,9 +17,10 @@ class UserError(Exception):
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
         # What the user gave is quoted in it, line breaks and megabytes included.
-        line = " ".join(message.split())
+        # A secret is hidden before it may be cut in two.
+        line = redact(" ".join(message.split())[: 2 * self.LONGEST])
         super().__init__(line if len(line) <= self.LONGEST else line[: self.LONGEST] + "...")
-        self.fix = fix
+        self.fix = fix and redact(fix)
 
     @property
     def lines(self) -> list[str]:

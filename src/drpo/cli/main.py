@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from drpo.cli.lab import lab
 from drpo.cli.objectives import objectives, weights
 from drpo.cli.train import train
 from drpo.errors import UserError
+from drpo.redact import redact
 
 app = typer.Typer(
     add_completion=False,
@@ -94,9 +96,11 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app()
-    except UserError as error:
-        if os.environ.get("DRPO_DEBUG") == "1":
-            raise
+    except Exception as error:
+        if not isinstance(error, UserError) or os.environ.get("DRPO_DEBUG") == "1":
+            # The message of a library's error may quote a request with its token.
+            typer.echo(redact(traceback.format_exc()), err=True)
+            sys.exit(1)
         for line in error.lines:
             typer.echo(f"error: {line}", err=True)
         sys.exit(2)

@@ -10,6 +10,7 @@ import typer
 
 from drpo.errors import UserError
 from drpo.evaluation.settings import ENGINE_NAMES, PRECISIONS, Settings
+from drpo.redact import find_secret
 from drpo.registry import unknown_name
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -56,6 +57,12 @@ def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings
         raise UserError(f"--engine: {unknown_name('engine', options['engine'], ENGINE_NAMES)}")
     if options["precision"] not in PRECISIONS:
         raise UserError(f"--precision: {unknown_name('precision', options['precision'], PRECISIONS)}")
+    told = _mapping(chat_template_kwargs)
+    if option := find_secret({**options, "chat-template-kwargs": told}):
+        raise UserError(
+            f"--{option.partition('.')[0]}: holds a secret, which would be written to the evaluation's folder; expected a "
+            "token in the environment (HF_TOKEN)"
+        )
     check_template(options["template"])
     from drpo.data.problems import BUILTIN_TASKS
     from drpo.rewards import load_reward
@@ -66,7 +73,7 @@ def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings
             raise UserError(
                 f"--data {source}: no such file; expected a .jsonl or .parquet file, or {', '.join(BUILTIN_TASKS)}"
             )
-    return Settings(chat_template_kwargs=_mapping(chat_template_kwargs), **options)
+    return Settings(chat_template_kwargs=told, **options)
 
 
 def check_template(template: str | None) -> None:

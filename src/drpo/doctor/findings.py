@@ -10,6 +10,8 @@ from typing import Literal, TextIO
 from rich.console import Console
 from rich.text import Text
 
+from drpo.redact import redact
+
 Verdict = Literal["ok", "warning", "stop"]
 
 _STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "stop": "bold red"}
@@ -39,11 +41,11 @@ class Finding:
 def show(findings: Sequence[Finding], file: TextIO, as_json: bool = False) -> int:
     """Print findings; returns the exit code, 1 if one of them is a stop."""
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2), file=file)
+        print(redact(json.dumps([asdict(finding) for finding in findings], indent=2)), file=file)
     else:
         console = Console(file=file, highlight=False, soft_wrap=True)
         for finding in findings:
-            console.print(Text(f"{finding.verdict:8}", _STYLES[finding.verdict]) + Text(finding.what))
+            console.print(Text(f"{finding.verdict:8}", _STYLES[finding.verdict]) + Text(redact(finding.what)))
             if finding.fix:
-                console.print(Text(f"{'':8}fix: {finding.fix}", "dim"))
+                console.print(Text(f"{'':8}fix: {redact(finding.fix)}", "dim"))
     return int(any(finding.verdict == "stop" for finding in findings))

@@ -20,7 +20,7 @@ from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
-from drpo.run.options import check_option
+from drpo.run.options import build_config
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
@@ -100,8 +100,10 @@ def make_trainer(
     except UserError:
         raise
     except Exception as error:  # each option fails in its own way, deep in a library
+        fields = [*(f"trainer.{name}" for name in recipe.trainer), *(["lora"] if recipe.lora else [])]
         raise UserError(
-            f"cannot set up training: {type(error).__name__}: {error} (DRPO_DEBUG=1 shows the traceback)"
+            f"cannot set up training with {', '.join(fields) or 'this model'}: {type(error).__name__}: {error} "
+            "(DRPO_DEBUG=1 shows the traceback)"
         ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -139,11 +141,7 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         # Without a GPU, Transformers lets bf16 pass only where the CPU is asked for.
         "use_cpu": not torch.accelerator.is_available(),
     }
-    options = {name: check_option(name, value) for name, value in recipe.trainer.items()}
-    try:
-        config = DRPOConfig(**settings, **(defaults | options))
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"trainer: {error}") from error
+    config = build_config(settings, defaults, recipe.trainer)
     assert config.generation_batch_size == recipe.prompts_per_rollout * recipe.num_generations
     return config
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_type_hints
+import reprlib
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import ConfigDict, Json, TypeAdapter, ValidationError
 
 from drpo.errors import UserError
 from drpo.registry import unknown_name
 from drpo.run.mistakes import expectation
+
+if TYPE_CHECKING:
+    from drpo.trainer.config import DRPOConfig
 
 _FIELDS = {
     "batch_size": "prompts_per_rollout",
@@ -47,18 +51,21 @@ REFUSED: dict[str, str] = {
 """Options of DRPOConfig that a recipe does without, and other frameworks' names for its fields: what is there instead."""
 
 
+_BELOW_ONE = {"adam_beta1", "adam_beta2", "label_smoothing_factor", "warmup_ratio"}
+
+
 def check_option(name: str, value: Any) -> Any:
     """An option of ``trainer`` as DRPOConfig has it: numbers in text are numbers, mappings in JSON are mappings.
 
     Raises:
-        UserError: an option that DRPOConfig does not have, or a value of another type than its own.
+        UserError: an option that DRPOConfig does not have, or a value that it cannot mean anything with.
     """
     # Importing TRL takes seconds, which a mistake elsewhere in the recipe need not wait for.
     from drpo.trainer.config import DRPOConfig
 
-    known = sorted(field.name for field in dataclasses.fields(DRPOConfig))
-    if name not in known:
-        nearest = unknown_name("option", name, known).split(" Known:")[0]
+    fields = {field.name: field for field in dataclasses.fields(DRPOConfig)}
+    if name not in fields:
+        nearest = unknown_name("option", name, sorted(fields)).split(" Known:")[0]
         raise UserError(f"trainer: {nearest} (the options are those of DRPOConfig)")
     expected: Any = get_type_hints(DRPOConfig)[name]
     if name == "fsdp":  # typed as text, for the sake of command lines
@@ -66,8 +73,84 @@ def check_option(name: str, value: Any) -> Any:
     elif name in DRPOConfig._VALID_DICT_FIELDS and name not in ("accelerator_config", "deepspeed", "fsdp_config"):
         # The text in their type is JSON; that of the other three may be a file's name.
         expected = dict[str, Any] | Json[dict[str, Any]] | None
+    adapter = TypeAdapter(expected, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        return TypeAdapter(expected, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        # What is not text has its type already: true is no number, and 0 is not false.
+        checked = adapter.validate_python(value, strict=not isinstance(value, str))
     except ValidationError as error:
         expectations = dict.fromkeys(expectation(mistake["msg"]) for mistake in error.errors())
-        raise UserError(f"trainer.{name}: got {value!r}; expected {' or '.join(expectations)}") from error
+        raise _refusal(name, value, " or ".join(expectations)) from error
+    choices = fields[name].metadata.get("choices")
+    if choices is not None and checked not in (*choices, fields[name].default):
+        raise _refusal(name, value, " or ".join(map(repr, choices)))
+    if isinstance(checked, (int, float)) and not isinstance(checked, bool):
+        _check_number(name, checked, fields[name].default)
+    return checked
+
+
+def _check_number(name: str, number: float, default: Any) -> None:
+    """Refuse what no option of this default means: a number below 0, or 0 where the default is a count from 1."""
+    is_count = isinstance(number, int) and isinstance(default, int) and default > 0
+    least = min(int(is_count), default) if isinstance(default, (int, float)) else 0
+    if number < least or (isinstance(number, int) and number >= 2**32):
+        raise _refusal(name, number, f"a number of at least {least}, below 2^32")
+    if name in _BELOW_ONE and number >= 1:
+        raise _refusal(name, number, "a number of at least 0, below 1")
+
+
+def _refusal(name: str, value: Any, expected: str) -> UserError:
+    return UserError(f"trainer.{name}: got {reprlib.repr(value)}; expected {expected}")
+
+
+def build_config(settings: dict[str, Any], defaults: dict[str, Any], chosen: dict[str, Any]) -> DRPOConfig:
+    """DRPOConfig with the options of a recipe.
+
+    Args:
+        settings: what follows from the rest of the recipe.
+        defaults: what else to set, unless it is chosen otherwise.
+        chosen: the options under ``trainer``.
+
+    Raises:
+        UserError: naming the option that cannot be.
+    """
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    from drpo.trainer.config import DRPOConfig
+
+    options = {name: check_option(name, value) for name, value in chosen.items()}
+
+    def build(options: dict[str, Any]) -> DRPOConfig:
+        config = DRPOConfig(**settings, **(defaults | options))
+        _check_schedule(config)
+        get_reporting_integration_callbacks(config.report_to)
+        return config
+
+    def is_refused(options: dict[str, Any]) -> bool:
+        try:
+            build(options)
+        except Exception:  # as below
+            return True
+        return False
+
+    try:
+        return build(options)
+    except Exception as error:  # each option fails in its own way, in a library
+        # The message need not say which option it is about: the first one that fails alone.
+        alone = next((name for name, value in options.items() if is_refused({name: value})), None)
+        message = str(error).removeprefix(f"{alone} ") or type(error).__name__
+        raise UserError(f"trainer{'.' + alone if alone else ''}: {message}") from error
+
+
+def _check_schedule(config: DRPOConfig) -> None:
+    """Make the learning rate's schedule once: Transformers does when training begins, in a run folder."""
+    import torch
+    from transformers import get_scheduler
+
+    arguments: Any = config.lr_scheduler_kwargs  # parsed from JSON by now, if it was text
+    get_scheduler(
+        config.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate),
+        num_warmup_steps=config.get_warmup_steps(config.max_steps),
+        num_training_steps=config.max_steps,
+        scheduler_specific_kwargs=arguments,
+    )

@@ -25,6 +25,7 @@ from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
 from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision
+from drpo.redact import find_secret
 from drpo.rewards import REWARD_TIMEOUT, REWARDS, Reward, Weighted, load_reward, make_reward
 from drpo.run.mistakes import first_mistake
 from drpo.run.options import REFUSED
@@ -32,14 +33,18 @@ from drpo.run.yaml import dump, parse
 
 BUILTIN_RECIPE = Path(str(files("drpo.run") / "arithmetic.yaml"))
 
+LARGEST = 100_000
+"""Bytes of a recipe. The longest here has 2,000; more is another file, which would be parsed for minutes."""
+
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Text = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+    )  # fmt: skip
 
 
 class TaskSpec(_Strict):
@@ -118,7 +123,7 @@ def _as_list(value: Any) -> Any:
 class RewardSpec(_Named):
     """A reward of :data:`drpo.rewards.REWARDS` or a function as ``module:function``, and its weight in the sum."""
 
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
 
     def make(self) -> Reward:
         return load_reward(self.name, **self.hyperparameters)
@@ -136,7 +141,7 @@ class LoRASpec(_Strict):
 
     r: Positive = 16
     alpha: Positive = 32
-    target_modules: Text | list[Text] = "all-linear"
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
 
 
 class Recipe(_Strict):
@@ -158,17 +163,17 @@ class Recipe(_Strict):
     """How many rollouts the run has."""
     prompts_per_rollout: Positive
     """Prompts sampled from in a rollout."""
-    num_generations: Annotated[int, Field(ge=2)]
+    num_generations: Annotated[int, Field(ge=2, le=10**9)]
     """Completions of each prompt: its group."""
     updates_per_rollout: Positive
     """Optimizer steps on each rollout, on disjoint parts of it."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e38)]
     """The optimizer's, constant unless `trainer.lr_scheduler_type` says otherwise."""
     max_completion_length: Positive
     """Longest completion, in tokens."""
     micro_batch_size: Positive | None = None
     """Samples of a forward pass and process; the whole update by default."""
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
     """Sampling temperature; log-probs are of the logits divided by it."""
     aggregation: Aggregation | None = None
     """How token losses become one number, by verl's names."""
@@ -232,6 +237,16 @@ class Recipe(_Strict):
             if name in REFUSED:
                 raise ValueError(f"has {name!r}; {REFUSED[name]}")
         return trainer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secret(cls, document: Any) -> Any:
+        if field := find_secret(document):
+            raise ValueError(
+                f"{field}: holds a secret, which would be written to the run folder; expected a token in the environment "
+                "(HF_TOKEN), a URL's password in ~/.netrc"
+            )
+        return document
 
     @model_validator(mode="after")
     def _is_anchored(self) -> Self:
@@ -300,7 +315,11 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     """
     where = str(path or "the built-in recipe")
     try:
-        text = (path or BUILTIN_RECIPE).read_text(encoding="utf-8")
+        with (path or BUILTIN_RECIPE).open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UserError(f"{where}: has more than {LARGEST:,} bytes; expected a recipe")
+        text = content.decode("utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
     except (OSError, ValueError) as error:

@@ -21,6 +21,12 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -48,6 +54,11 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
+_LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
+_KEY = re.compile(r"\s*(?:- )?(?P<name>[^\s:#{\[]{1,60})\s*:")
+"""At the beginning of a line."""
+
+
 def parse(text: str, where: str) -> Any:
     """What the text says.
 
@@ -59,13 +70,18 @@ def parse(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply; expected mappings of a few levels") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else "the file"
-        problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
-        raise UserError(f"{where}, {line}: {problem}", fix=f"valid YAML in {line}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: is not valid YAML ({type(error).__name__}: {str(error)[:100]})") from error
+        before = text[: mark.index if mark else getattr(error, "position", 0)]
+        line = len(_LINE_BREAK.findall(before))
+        key = _KEY.match(_LINE_BREAK.split(text)[line])
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "is not YAML"
+        if key and key["name"] not in problem:
+            problem += f" (in {key['name']})"
+        # The error itself is not told: it quotes the text around, which may hold a secret without the key that says so.
+        raise UserError(f"{where}, line {line + 1}: {problem}", fix=f"valid YAML in line {line + 1}") from None
 
 
 def dump(document: Any) -> str:

@@ -56,6 +56,7 @@ class CheckpointedTrainer(GRPOTrainer):
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
+    processing_class: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -176,6 +177,13 @@ class CheckpointedTrainer(GRPOTrainer):
         self._last_checkpoint = checkpoint
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save weights, configuration and tokenizer; Transformers saves its arguments too, pickled, with their secrets."""
+        folder, tokenizer = output_dir or self.args.output_dir, self.processing_class
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
 
     def _finish_checkpoint(self, checkpoint: Path) -> None:
         folder = checkpoint.parent

@@ -21,6 +21,7 @@ from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, overrides
 from drpo.integrations.verl.problems import write_rows
+from drpo.redact import find_secret
 from drpo.run.build import load_problems
 from drpo.run.folder import SAMPLES_KEPT, RunFolder
 from drpo.run.recipe import Recipe
@@ -66,6 +67,11 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = ()) -> Plan:
     Raises:
         UserError: something that verl would not do as the recipe says.
     """
+    for setting in more:
+        if find_secret([setting]):
+            raise UserError(
+                f"--verl {setting}: holds a secret, which would be written to the run folder; expected it in the environment"
+            )
     # verl's workers load it again, long after the folder is there.
     recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
