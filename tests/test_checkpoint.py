@@ -142,13 +142,14 @@ class TestResuming:
         # Updates 7 and 8 are made on samples in the checkpoint; the rollout of 9 to 12 is new.
         assert sampled == [16]
 
-    def test_goes_on_counting_skipped_updates(self, run: Path, problems: Dataset) -> None:
-        trainer = make(run, problems)
-        trainer._guard.skipped, trainer._guard._in_a_row = 7, 2
-        save_state(run / "state", trainer._rank_state())
-        fresh = make(run, problems)
-        fresh._set_rank_state(load_state(run / "state"))
-        assert fresh._guard.state() == {"skipped": 7, "in_a_row": 2, "first_cause": ""}
+    def test_goes_on_counting_skipped_updates(self, tmp_path: Path, problems: Dataset) -> None:
+        trainer = make(tmp_path, problems, max_steps=3)
+        trainer._guard.set_state({"skipped": 7, "in_a_row": 0, "first_cause": "update 1: the loss is nan"})
+        trainer.train()
+        resumed = make(tmp_path, problems, max_steps=4)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed._guard.skipped == 7
+        assert resumed.state.log_history[-2]["updates/skipped"] == 7
 
 
 def remove(path: Path) -> None:
@@ -261,7 +262,7 @@ class TestWriting:
             "drpo.trainer.checkpointed.save_state",
             "transformers.TrainerState.save_to_json",
             "os.fsync",
-            "drpo.trainer.checkpoint.write_json",
+            "pathlib.Path.write_text",
             "os.rename",
         ],
     )

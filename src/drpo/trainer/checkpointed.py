@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -36,6 +36,14 @@ OPTIMIZER = "optimizer.safetensors"
 """Optimizer, schedule and loss scale; under FSDP and DeepSpeed they are in those libraries' own files."""
 
 
+class Stateful(Protocol):
+    """What a checkpoint holds of an object, as :func:`~drpo.trainer.state_file.save_state` takes it."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
 class CheckpointedTrainer(GRPOTrainer):
     """GRPOTrainer whose checkpoints can be trusted.
 
@@ -48,6 +56,7 @@ class CheckpointedTrainer(GRPOTrainer):
     ``save_strategy="no"`` nothing is saved then either.
 
     Attributes:
+        stateful: by name, what else decides this rank's next update, beside weights, optimizer and rollout.
         run_fingerprint: what else, by name, has to be the same when a run is resumed.
     """
 
@@ -60,21 +69,12 @@ class CheckpointedTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.stateful: dict[str, Stateful] = {}
         self.run_fingerprint: dict[str, Any] = {}
         self._interruption = Interruption(self.accelerator)
         self._fingerprint: dict[str, Any] = {}
         self._is_saving = False
         self._last_checkpoint: Path | None = None
-
-    # What a subclass adds to a checkpoint.
-
-    def _rank_state(self) -> dict[str, Any]:
-        """What decides this rank's next update beside weights and optimizer, as :func:`~drpo.trainer.state_file.save_state` takes it."""
-        is_half_used = self._step % self.args.steps_per_generation != 0
-        return {"step": self._step, "rollout": self._buffered_inputs if is_half_used else None}
-
-    def _set_rank_state(self, state: dict[str, Any]) -> None:
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
 
     # Training.
 
@@ -241,7 +241,10 @@ class CheckpointedTrainer(GRPOTrainer):
             self.lr_scheduler.load_state_dict(state["scheduler"])
             if state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        self._set_rank_state(load_state(Path(checkpoint) / self._rank_file, self.accelerator.device)["state"])
+        state = load_state(Path(checkpoint) / self._rank_file, self.accelerator.device)
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        for name, stateful in self.stateful.items():
+            stateful.set_state(state["stateful"][name])
 
     def _save_scaler(self, output_dir: str) -> None:
         if self._has_own_optimizer_files:
@@ -253,7 +256,13 @@ class CheckpointedTrainer(GRPOTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        state = {"rng": rng_state(self.accelerator.device), "state": self._rank_state()}
+        is_half_used = self._step % self.args.steps_per_generation != 0
+        state = {
+            "rng": rng_state(self.accelerator.device),
+            "step": self._step,
+            "rollout": self._buffered_inputs if is_half_used else None,
+            "stateful": {name: stateful.state() for name, stateful in self.stateful.items()},
+        }
         save_state(Path(output_dir) / self._rank_file, state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import RepeatSampler
 
+from drpo.advantage import group_advantage
 from drpo.errors import RewardError
 from drpo.objectives import TopKObjective
 from drpo.rewards import LARGEST_REWARD
@@ -192,6 +193,25 @@ def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum over reward functions, [N] of [N, functions]; NaN where none of them gave a score."""
     unscored = per_function.isnan().all(dim=1)
     return (per_function * weights.to(per_function)).nansum(dim=1).masked_fill(unscored, torch.nan)
+
+
+def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of the completions of all ranks, [N] each, of [N, functions]; the advantages are logged in place of TRL's.
+
+    Raises:
+        RewardError: scores that cannot be trained on.
+    """
+    check_rewards(per_function, trainer.reward_func_names)
+    if trainer.model.training:
+        check_some_rewards(per_function, trainer.reward_func_names)
+    rewards = sum_rewards(per_function, trainer.reward_weights)
+    group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    advantages = group_advantage(rewards, group_size, trainer.args.advantage)
+    logged = trainer._logs["advantages"]
+    for _ in range(min(len(logged), len(advantages))):
+        logged.pop()
+    logged.extend(advantages.tolist())
+    return rewards, advantages
 
 
 @contextmanager

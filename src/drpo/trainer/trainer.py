@@ -12,7 +12,6 @@ from accelerate.utils import DistributedType, gather
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from drpo.advantage import group_advantage
 from drpo.aggregation import token_scale
 from drpo.errors import RewardError
 from drpo.metrics import TrustRegion
@@ -21,6 +20,7 @@ from drpo.precision import require_fp32_weights, train_in_fp8
 from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
+from drpo.tokens import TokenBatch
 from drpo.trainer.auditing import audited_policy
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
@@ -31,11 +31,9 @@ from drpo.trainer.micro_batches import MicroBatches
 from drpo.trainer.rollouts import (
     PromptSampler,
     check_log_probs,
-    check_rewards,
-    check_some_rewards,
     make_rollout_sampler,
     raising_together,
-    sum_rewards,
+    rewards_and_advantages,
 )
 from drpo.trainer.scoring import PaddedScorer, Scored, make_scorer
 from drpo.trainer.token_log import TokenLog
@@ -133,6 +131,7 @@ class DRPOTrainer(CheckpointedTrainer):
             pads_apart=isinstance(self._scorer, PaddedScorer),
         )
         self._guard = UpdateGuard(args)
+        self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     # The policy, what samples from it and what scores its tokens.
@@ -195,42 +194,17 @@ class DRPOTrainer(CheckpointedTrainer):
             output = super()._generate_and_score_completions(inputs)
         batch = cast(RolloutBatch, output)
         check_log_probs(batch)
-        batch["rewards"], batch["advantages"] = self._rewards_and_advantages(len(inputs))
+        rewards, advantages = rewards_and_advantages(self, self._rewards_per_func)
+        own = self.accelerator.process_index * len(inputs)
+        batch["rewards"], batch["advantages"] = (all_[own : own + len(inputs)] for all_ in (rewards, advantages))
         sampler.complete(batch, rollout)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
-            batch["old_per_token_logps"] = self._log_probs(batch)
+            batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
         if is_trained_on and self.args.split_distance and sampler.behavior.age:
             with sampler.behavior.weights_of_samples(self.policy):
-                batch["sampler_per_token_logps"] = self._log_probs(batch)
+                batch["sampler_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
         return output
-
-    def _rewards_and_advantages(self, own: int) -> tuple[Tensor, Tensor]:
-        """Both of this rank's ``own`` samples, [own] each, from the rewards just calculated; logged in place of TRL's."""
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        check_rewards(self._rewards_per_func, self.reward_func_names)
-        if self.model.training:
-            check_some_rewards(self._rewards_per_func, self.reward_func_names)
-        rewards = sum_rewards(self._rewards_per_func, self.reward_weights)
-        advantages = group_advantage(rewards, group_size, self.args.advantage)
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-        first = self.accelerator.process_index * own
-        return rewards[first : first + own], advantages[first : first + own]
-
-    @torch.no_grad()
-    def _log_probs(self, batch: RolloutBatch) -> Tensor:
-        """The trainer's log-probs of the sampled tokens, [B, C], as training computes them."""
-        self._micro_batches.begin_update([batch])
-        log_probs = torch.zeros_like(batch["sampling_per_token_logps"])
-        for rows, part in self._micro_batches.split(batch, loss_mask(batch).bool().any(dim=1)):
-            counted = loss_mask(part).bool()
-            sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
-            columns = log_probs[rows, : counted.shape[1]]
-            log_probs[rows, : counted.shape[1]] = columns.masked_scatter(counted, sampled.logp[sampled.mask])
-        return log_probs
 
     # An update.
 
@@ -294,6 +268,10 @@ class DRPOTrainer(CheckpointedTrainer):
         # Data parallelism averages gradients over ranks; the counts already span them.
         return loss * self.accelerator.num_processes
 
+    def _score_unweighted(self, batch: RolloutBatch) -> TokenBatch:
+        """The sampled tokens of a micro-batch, which no loss is made of."""
+        return self._score(self.model, batch, torch.zeros_like(batch["sampling_per_token_logps"])).sampled
+
     def _score(self, model: Any, batch: RolloutBatch, scale: Tensor) -> Scored:
         return self._scorer(model, batch, scale, self._micro_batches.longest)
 
@@ -353,18 +331,6 @@ class DRPOTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     # A checkpoint.
-
-    def _rank_state(self) -> dict[str, Any]:
-        return {
-            **super()._rank_state(),
-            "rollout_sampler": self._rollout_sampler.state(),
-            "guard": self._guard.state(),
-        }
-
-    def _set_rank_state(self, state: dict[str, Any]) -> None:
-        super()._set_rank_state(state)
-        self._rollout_sampler.set_state(state["rollout_sampler"])
-        self._guard.set_state(state["guard"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
