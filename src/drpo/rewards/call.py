@@ -105,7 +105,7 @@ class _Call:
     """A context in which a reward function is called: what is raised in it becomes a RewardError, but for Ctrl-C."""
 
     def __init__(self, name: str, completions: Sequence[Any]) -> None:
-        rank = f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = f" on rank {os.environ.get('RANK', '?')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         self._prefix = f"reward {name}{rank}"
         self._completions = completions
 
