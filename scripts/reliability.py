@@ -27,7 +27,7 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "R1": (
-        "SIGKILL at 45 random moments: 20 of a run with dropout, 5 each with LoRA, lag 4, FP8, INT8, two ranks",
+        "SIGKILL at 45 random moments: 20 of a run with dropout, 5 each with LoRA, lag 4, FP8, INT8, two ranks; SIGTERM at 5",
         "resumed, it ends with the same bytes: weights, optimizer, schedule, random numbers",
         ("tests/test_killed.py",),
     ),
@@ -95,11 +95,19 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("tests/test_bad_recipes.py", "tests/test_recipe.py"),
     ),
     "D2": ("malformed rows of data", "file and row, exit code 2", ("tests/test_bad_data.py", "tests/test_data.py")),
-    "S1": ("60 HTML payloads", "text, never markup", ("tests/test_report.py", "tests/test_inspect.py -k markup")),
+    "S1": (
+        "60 HTML payloads",
+        "text, never markup",
+        ("tests/test_report.py -k element", "tests/test_inspect.py -k markup"),
+    ),
     "S2": ("pickles in place of state", "never read", ("tests/test_checkpoint.py -k pickled",)),
-    "S3": ("paths that lead outside", "nothing is written there", ("tests/test_paths.py",)),
+    "S3": (
+        "paths that lead outside",
+        "nothing is written there",
+        ("tests/test_run.py -k path", "tests/test_run.py -k replaced", "tests/test_bad_data.py -k path"),
+    ),
     "S4": ("canary secrets", "in no byte written", ("tests/test_secrets.py",)),
-    "S5": ("no network", "no connection tried", ("tests/test_offline.py",)),
+    "S5": ("no network", "no connection tried", ("tests/test_train.py -k network", "tests/test_report.py -k network")),
     "X1": (
         "one of two ranks fails, has no tokens, other metrics",
         "all end within 30 s, naming the rank",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ TESTS = Path(__file__).parent
         (5, {"rollout_precision": "fp8"}),
         (5, {"rollout_precision": "int8"}),
         (5, {"ranks": 2, "per_device_train_batch_size": 2}),
+        (5, {"ranks": 2, "per_device_train_batch_size": 2, "signal": signal.SIGTERM}),
     ],
     ids=lambda value: "-".join(value) or "one process" if isinstance(value, dict) else f"{value} kills",
 )

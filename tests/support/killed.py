@@ -1,6 +1,6 @@
 """A run that is killed at random moments and resumed, by forked processes: imports and the model are paid for once.
 
-python killed.py FOLDER KILLS '{"rollout_lag": 4, ...}' prints a JSON row a kill, {"update": ..., "where": ..., "same": ...},
+python killed.py FOLDER KILLS '{"rollout_lag": 4, "ranks": 2, "signal": 15, ...}' prints a JSON row a kill, {"update": ..., "where": ..., "same": ...},
 and exits with 1 if a resumed run did not end with the bytes of the uninterrupted one.
 """
 
@@ -58,7 +58,7 @@ def make(folder: Path, settings: dict[str, Any]) -> DRPOTrainer:
 def start(folder: Path, settings: dict[str, Any]) -> list[int]:
     """The processes, one a rank, of a run that goes on from its newest checkpoint, or begins."""
     ranks = settings.get("ranks", 1)
-    more = {name: value for name, value in settings.items() if name != "ranks"}
+    more = {name: value for name, value in settings.items() if name not in ("ranks", "signal")}
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -75,6 +75,8 @@ def start(folder: Path, settings: dict[str, Any]) -> list[int]:
                     os.environ |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true"}
                 make(folder, more).train(resume_from_checkpoint=newest_checkpoint(folder) is not None)
                 code = 0
+            except SystemExit as stopped:
+                code = stopped.code
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -83,9 +85,10 @@ def start(folder: Path, settings: dict[str, Any]) -> list[int]:
     return pids
 
 
-def kill(pids: list[int], folder: Path, rng: random.Random, seconds: float) -> str:
-    """Kill a run at a random moment, every third time while a checkpoint is being written; says where."""
-    deadline = time.monotonic() + rng.uniform(0.05, 1.0) * seconds
+def kill(pids: list[int], folder: Path, rng: random.Random, seconds: float, number: int) -> str:
+    """End a run at a random moment, every third time while a checkpoint is being written; says where."""
+    # Before training begins SIGTERM ends a process as any other.
+    deadline = time.monotonic() + rng.uniform(0.5 if number == signal.SIGTERM else 0.05, 1.0) * seconds
     in_a_save = rng.random() < 1 / 3
     while time.monotonic() < deadline or (in_a_save and not (folder / ".unfinished").exists()):
         if os.waitpid(pids[0], os.WNOHANG)[0]:
@@ -95,6 +98,13 @@ def kill(pids: list[int], folder: Path, rng: random.Random, seconds: float) -> s
         time.sleep(0.0005)
     if in_a_save:
         time.sleep(rng.uniform(0, 0.01))
+    if number == signal.SIGTERM:
+        # To one rank: all of them end, 143 if training had begun by then.
+        os.kill(rng.choice(pids), number)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        if codes != [128 + number] * len(pids):
+            raise SystemExit(f"exit codes {codes} after SIGTERM; see {folder.with_suffix('.log')}")
+        return "signal"
     # A launcher kills the other ranks when one is gone.
     for pid in rng.sample(pids, len(pids)):
         os.kill(pid, signal.SIGKILL)
@@ -124,6 +134,7 @@ def main(root: Path, kills: int, settings: dict[str, Any]) -> int:
     seconds = run(whole, settings)
     expected = end_state(whole)
     rng = random.Random(0)
+    number = settings.get("signal", signal.SIGKILL)
     is_same = True
     killed = attempt = 0
     while killed < kills:
@@ -131,7 +142,7 @@ def main(root: Path, kills: int, settings: dict[str, Any]) -> int:
         attempt += 1
         # One run is killed twice, another once: kill, resume, kill, resume.
         for _ in range(rng.choice((1, 2))):
-            where = kill(start(folder, settings), folder, rng, seconds)
+            where = kill(start(folder, settings), folder, rng, seconds, number)
             if where == "end":
                 break
             killed += 1
