@@ -187,12 +187,17 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     with ParquetFile(path, page_checksum_verification=True) as file:
         batches = file.iter_batches(batch_size=16)
         rows = (batch.slice(index, 1) for batch in batches for index in range(batch.num_rows))
+        number = 0
         for number, row in enumerate(rows, 1):
             try:
                 record = row.to_pylist()[0]
             except Exception as error:  # text that is no UTF-8, a time that Python has no word for
                 record = ValueError(f"cannot be decoded ({error})")
             yield number, record
+        # A damaged footer may leave rows out without a word.
+        groups = (file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups))
+        if not number == sum(groups) == file.metadata.num_rows:
+            raise ValueError(f"{number:,} rows, where its footer says {file.metadata.num_rows:,}")
 
 
 def text_field(record: dict[str, Any], *names: str) -> str:

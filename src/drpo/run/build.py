@@ -16,7 +16,14 @@ from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.arithmetic import Split
 from drpo.data.files import MalformedRowsError, read_problems
-from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, refuse_longer_prompts
+from drpo.data.problems import (
+    BUILTIN_MODELS,
+    BUILTIN_TASKS,
+    Problem,
+    as_prompt,
+    builtin_problems,
+    refuse_longer_prompts,
+)
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward, checked_scores
