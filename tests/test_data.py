@@ -122,7 +122,7 @@ MALFORMED = [
     (b'{"question": "Q", "answer": NaN}', "answer is nan"), (b'{"question": "Q", "answer": Infinity}', "answer is inf"),
     (b'{"question": "\\ud800", "answer": "#### 1"}', "lone surrogate"), (b'{"question": "Q", "answer": "\\udfff #### 1"}', "lone surrogate"),
     (b'{"question": "\xff", "answer": "#### 1"}', "is not JSON in UTF-8"), (b'{"question": "Q", "answer": "#### 1"', "is not JSON"),
-    (b'{"question": "' + b"a" * 10_000_000 + b'", "answer": "#### 1"}', "has 10,000,000 characters"),
+    (b'{"question": "' + b"a" * 10_000_000 + b'", "answer": "#### 1"}', "has more than 4,000,000 bytes"),
     (b'{"question": "Q", "answer": "' + b"1" * 200_000 + b'"}', "has 200,000 characters"),
 ]  # fmt: skip
 

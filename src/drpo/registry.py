@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -12,7 +13,8 @@ T = TypeVar("T")
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """One line: the unknown name, the nearest known ones, all known ones."""
-    choices = list(known)
+    # The columns of a damaged file may be a million.
+    choices = list(islice(known, 1000))
     nearest = get_close_matches(name, choices, n=2, cutoff=0.75) or get_close_matches(name, choices, n=1)
     hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
     listed = f" Known: {', '.join(choices)}." if choices else " There are none."

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drpo.data.files import converted, decode_exactly, read_problems, records, write_with_report
+from drpo.data.files import converted, problem_records, read_problems, write_with_report
 from drpo.data.problems import Problem
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
@@ -55,7 +55,7 @@ def collect(name: str, path: Path | None = None, *, wrapper: bool = False, again
     if wrapper:
         source = replace(source, wrapper=None)
     others = {str(other): read_problems(other) for other in against}
-    published = records(path, decode_exactly) if path is not None else source.hub_records()
+    published = problem_records(path) if path is not None else source.hub_records()
     distinct: dict[tuple[str, str], Problem] = {}
     read = 0
     for problem in converted(path or source.hub, published, partial(source.convert, name)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drpo.data.arithmetic import MODEL_PATH, Split, sample_prompts
+from drpo.errors import UserError
 
 BUILTIN_TASKS = ("arithmetic",)
 BUILTIN_MODELS: dict[str, Path] = {"arithmetic": MODEL_PATH}
@@ -42,6 +45,28 @@ def tokenize_prompt(problem: Problem, tokenizer: Any, **chat_template_kwargs: An
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **chat_template_kwargs)[
         "input_ids"
     ]
+
+
+def refuse_longer_prompts(problems: Sequence[Problem], tokenizer: Any, positions: int | None, field: str) -> None:
+    """Refuse a prompt that leaves a model no position for its first token; training would take hours on it, and quietly.
+
+    Args:
+        positions: of the model; None for any number.
+        field: where the problems are from, for messages.
+
+    Raises:
+        UserError: naming the first such problem.
+    """
+    for number, problem in enumerate(problems, 1):
+        # A token is a byte at least: most prompts need no tokens to be short enough, whatever a chat template adds.
+        if positions is None or 2 * len(problem.prompt.encode()) < positions:
+            continue
+        tokens = len(tokenize_prompt(problem, tokenizer))
+        if tokens >= positions:
+            raise UserError(
+                f"{field}: the prompt of problem {number}, {reprlib.repr(problem.prompt)}, has {tokens:,} tokens; expected "
+                f"fewer than the {positions:,} positions of the model"
+            )
 
 
 def builtin_problems(split: Split, size: int, seed: int) -> list[Problem]:

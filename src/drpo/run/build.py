@@ -16,7 +16,14 @@ from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.arithmetic import Split
 from drpo.data.files import MalformedRowsError, read_problems
-from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems
+from drpo.data.problems import (
+    BUILTIN_MODELS,
+    BUILTIN_TASKS,
+    Problem,
+    as_prompt,
+    builtin_problems,
+    refuse_longer_prompts,
+)
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
@@ -83,6 +90,8 @@ def make_trainer(
     config = make_config(recipe, scratch, processes)
     source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
     model, tokenizer = load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    refuse_longer_prompts(problems, tokenizer, positions, "task.train")
     try:
         trainer = DRPOTrainer(
             model=model,
