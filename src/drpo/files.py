@@ -82,6 +82,24 @@ def locked(path: Path, otherwise: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def replacing(path: Path, option: str) -> Iterator[Path]:
+    """A name beside ``path``, of the same ending, for a file that takes its place at the end: a link is not followed.
+
+    Raises:
+        UserError: it cannot be written; ``option`` is where the path was given.
+    """
+    try:
+        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
 def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file this library wrote; none if there is no file. A last line cut short by a crash is dropped.
 

@@ -73,7 +73,7 @@ def inspect(
             raise UserError(f"--column {column}: {field} is {chosen[field]} already; expected one column for a field")
         chosen[field] = name
 
-    from drpo.files import write_json
+    from drpo.files import replacing, write_json
     from drpo.inspect.analyze import analyse
     from drpo.inspect.page import render
     from drpo.inspect.read import read_rollouts
@@ -82,10 +82,8 @@ def inspect(
     found = analyse(rollouts.name, read_rollouts(rollouts, chosen, cast(Advantage, advantage)), objectives, share)
     write_page(render(found), page)
     if json is not None:
-        try:
-            write_json(json, found.to_json())
-        except OSError as error:
-            raise UserError(f"--json {json}: cannot be written ({error.strerror})") from error
+        with replacing(json, "--json") as partial:
+            write_json(partial, found.to_json())
     delta = found.delta[share]
     reached = "no δ is reached by" if delta is None else f"δ = {delta:.3g} is reached by"
     typer.echo(
@@ -100,10 +98,13 @@ def inspect(
 
 def _why_not_writable(path: Path) -> str | None:
     """Known before either file is written, so that both are or none is."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    if path.is_dir():
-        return "it is a folder"
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return "permission denied"
+    try:
+        if not path.parent.is_dir():
+            return f"there is no folder {path.parent}"
+        if path.is_dir():
+            return "it is a folder"
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            return "permission denied"
+    except (OSError, ValueError) as error:  # a name that the system does not take
+        return getattr(error, "strerror", None) or str(error)
     return None

@@ -72,6 +72,7 @@ def exact(
     from rich.console import Console
     from rich.table import Table
 
+    from drpo.files import replacing
     from drpo.lab.exact import MU_EDGES, study
 
     buckets = [f"μ≤{edge:g}" for edge in (*MU_EDGES, 1.0)]
@@ -84,7 +85,7 @@ def exact(
         table.add_row(mismatch, arm, *(f"{value:.3f}" for value in values))
     Console().print(table)
     if output is not None:
-        with output.open("w", newline="", encoding="utf-8") as file:
+        with replacing(output, "--output") as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(

@@ -85,8 +85,6 @@ def report(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2, or a traceback with DRPO_DEBUG=1."""
-    # TRL reports each trainer it builds; a run of this library talks to nobody but the model hub.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # torchao, which Transformers imports where it is installed, tells of every extension that is for other hardware.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -90,15 +90,12 @@ def weights(
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(PICTURES)}")
     chosen = chosen_objectives(names, overrides or [])
 
+    from drpo.files import replacing
     from drpo.report.weights import draw_weights
 
     figure = draw_weights(chosen)
-    try:
-        figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({getattr(error, 'strerror', None) or error})"
-        ) from error
+    with replacing(output, "--output") as partial:
+        figure.savefig(partial, dpi=150)
     typer.echo(str(output))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -107,7 +108,7 @@ def write(collected: Collected, folder: Path, *, overwrite: bool = False) -> Pat
         UserError: files that are there already, a folder that cannot be written to.
     """
     path = folder / f"{collected.report['data']}.jsonl"
-    if not overwrite and path.exists():
+    if not overwrite and os.path.exists(path):  # False for a name that the system does not take
         raise UserError(f"{path}: already exists; choose another folder with --out, or give --overwrite")
     write_with_report(path, collected.problems, collected.report)
     return path

@@ -95,8 +95,8 @@ def write_with_report(path: Path, problems: Iterable[Problem], report: dict[str,
         replace_jsonl(path, map(asdict, problems))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         write_json(path.with_suffix(".json"), {**report, "sha256": digest, "versions": versions()})
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def converted(path: Path | str, rows: Iterable[Row], convert: Callable[[dict[str, Any], int], T]) -> Iterator[T]:

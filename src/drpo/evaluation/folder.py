@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class EvaluationFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from writing here, of which one at a time may; the lock lies beside the folder."""
         where = f"--out {self.path}"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{where}: cannot be written ({error.strerror})") from error
-        beside = self.path.with_name(self.path.name + ".lock")
-        with locked(beside, f"{where}: another process is writing this evaluation"):
+        with ExitStack() as held:
+            try:
+                path = self.path.absolute()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                beside = path.with_name(path.name + ".lock")
+                held.enter_context(locked(beside, f"{where}: another process is writing this evaluation"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{where}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
             yield
 
     def open(

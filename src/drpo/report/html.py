@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from drpo.errors import UserError
+from drpo.files import replacing
 
 _DRAW = """
 for (const holder of document.querySelectorAll(".figure")) {
@@ -59,10 +60,8 @@ def write_page(page: str, target: Path) -> None:
     """Write a page where the user wants it."""
     if target.suffix != ".html":
         raise UserError(f"--output {target}: expected a name that ends in .html")
-    try:
-        target.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--output {target}: cannot be written ({error.strerror})") from error
+    with replacing(target, "--output") as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _digest(script: str) -> str:

@@ -134,6 +134,9 @@ class DRPOTrainer(CheckpointedTrainer):
         self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
+    def _send_telemetry(self) -> None:
+        """TRL reports each trainer it builds; a run of this library talks to nobody but the model hub."""
+
     # The policy, what samples from it and what scores its tokens.
 
     @property

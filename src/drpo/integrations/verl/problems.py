@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from drpo.data.problems import Problem
-from drpo.files import replace_jsonl
+from drpo.files import replace_jsonl, replacing
 
 
 def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
@@ -21,6 +21,7 @@ def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
         }
         for index, problem in enumerate(problems)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_jsonl(path, rows)
+    with replacing(path, "--out") as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_jsonl(partial, rows)
     return len(rows)
