@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +417,15 @@ class Signals(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as in a shell's foreground: where these tests run in its background, it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("heard")
 class TestSignals:
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_end_training_with_a_checkpoint_from_which_it_goes_on_exactly(
@@ -435,6 +444,11 @@ class TestSignals:
         with pytest.raises(TrainingInterruptedError):
             make(tmp_path, problems, save_strategy="no", callbacks=[Signals(signal.SIGTERM, 2)]).train()
         assert checkpoints_in(tmp_path) == []
+
+    def test_that_are_ignored_stay_so(self, tmp_path: Path, problems: Dataset) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        make(tmp_path, problems, max_steps=4, callbacks=[Signals(signal.SIGINT, 2)]).train()
+        assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
     def test_that_come_twice_end_training_at_once(self, tmp_path: Path, problems: Dataset) -> None:
         twice = [Signals(signal.SIGINT, 2), Signals(signal.SIGINT, 2)]

@@ -34,6 +34,8 @@ class Interruption:
             yield
             return
         handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
+        # What is ignored stays so, as SIGINT does in a shell's background.
+        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
         def keep(number: int, _frame: Any) -> None:
             self._number = number
@@ -43,7 +45,7 @@ class Interruption:
                 signal.Signals(number).name,
             )
 
-        for number in SIGNALS:
+        for number in handlers:
             signal.signal(number, keep)
         try:
             yield
