@@ -17,6 +17,7 @@ NAMES = (
     "grader",
     "topk_variance",
     "verl_loss",
+    "checkpoint",
     "engine_gap",
     "off_policy",
     "mistakes",

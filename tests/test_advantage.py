@@ -163,3 +163,27 @@ def test_rewards_that_are_not_whole_groups_are_refused(shape: tuple[int, ...], g
 def test_an_unknown_mode_is_refused_with_the_nearest_match() -> None:
     with pytest.raises(ValueError, match=r"unknown advantage 'mean_std'; did you mean 'mean-std'\?.*leave-one-out"):
         group_advantage(torch.zeros(4), 2, "mean_std")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    # Of rewards 1, -1, 1, 0: the mean is 1/4, the sum of squares 2.75.
+    [
+        ("mean", [0.75, -1.25, 0.75, -0.25]),
+        ("mean-std", [(x - 0.25) / math.sqrt(2.75 / 3) for x in (1, -1, 1, 0)]),
+        ("leave-one-out", [1.0, -5 / 3, 1.0, -1 / 3]),
+    ],
+)
+@pytest.mark.parametrize("unit", [1e-30, 1e30, 1e38])
+def test_rewards_of_any_magnitude_have_the_advantages_worked_by_hand(
+    mode: Advantage, expected: list[float], unit: float
+) -> None:
+    rewards = torch.tensor([1.0, -1.0, 1.0, 0.0]) * unit
+    by_hand = torch.tensor(expected) * (1 if mode == "mean-std" else unit)
+    torch.testing.assert_close(group_advantage(rewards, 4, mode), by_hand, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["mean", "leave-one-out"])
+def test_advantages_that_no_float_can_hold_are_refused(mode: Advantage) -> None:
+    with pytest.raises(ValueError, match=r"advantages of rewards up to 3e\+38 exceed torch.float32"):
+        group_advantage(torch.tensor([3e38, -3e38, 3e38, 0.0]), 4, mode)

@@ -256,12 +256,3 @@ def test_a_resumed_run_is_not_audited_on_samples_of_older_weights(
     assert not any(name.startswith("audit/") for row in logged for name in row)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
-
-
-def test_a_checkpoint_without_past_weights_is_not_resumed_with_a_lag(tmp_path: Path, problems: Dataset) -> None:
-    given = {"updates_per_rollout": 1, "save_strategy": "steps", "save_steps": 1}
-    make_trainer(tmp_path, problems, max_steps=1, **given).train()
-    with pytest.raises(FileNotFoundError, match="holds no weights of past rollouts, which rollout_lag needs"):
-        make_trainer(tmp_path, problems, max_steps=2, rollout_lag=1, **given).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
-        )

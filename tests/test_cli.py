@@ -273,7 +273,7 @@ def test_what_a_run_needs_is_checked_before_anything_is_written(here, refusal, o
         (["run", "--output", "page.pdf"], "--output page.pdf: expected a name that ends in .html"),
         (["run", "--output", "missing/page.html"], "--output missing/page.html: cannot be written"),
         (["run", "--output", "folder.html"], "--output folder.html: cannot be written"),
-        (["damaged"], "damaged: cannot be read"),
+        (["damaged"], "damaged/metrics.jsonl, line 1: is damaged"),
         (["n" * 300], "n"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

@@ -19,11 +19,6 @@ def test_derives_the_rollout_from_one_knob(tmp_path: Path) -> None:
     assert (args.steps_per_generation, args.generation_batch_size, args.num_iterations) == (8, 64, 1)
 
 
-def test_takes_only_checkpoints_between_rollouts_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert config(tmp_path, updates_per_rollout=4, save_strategy="steps", save_steps=6).save_steps == 8
-    assert "save_steps=6 is rounded up to 8" in caplog.text
-
-
 @pytest.mark.parametrize("settings", [{"top_k": -1}, {"min_p": 0.0}, {"generation_kwargs": {"use_cache": True}}])
 def test_takes_what_changes_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
     config(tmp_path, **settings)
@@ -70,8 +65,6 @@ def test_takes_what_changes_nothing(tmp_path: Path, settings: dict[str, Any]) ->
             "anchor: got 'old' with DRPOTopK",
         ),
         ({"objective": "ppo", "correction": ""}, "unknown correction ''"),
-        ({"max_steps": 6}, "max_steps=6 ends within a rollout of updates_per_rollout=4"),
-        ({"save_strategy": "best"}, "save_strategy='best'"),
         ({"generation_kwargs": {"do_sample": False}}, "generation_kwargs has 'do_sample'"),
         ({"generation_kwargs": {"top_k": 20}}, "generation_kwargs has 'top_k'"),
     ],

@@ -147,7 +147,7 @@ WITHOUT_WEIGHTS = [
       for name, test in (("anything", "True"), ("digits", "any(map(str.isdigit, c))"), ("boxes", "'boxed' in c"))
       for of, answers in (("numbers", SIXTEEN), ("words too", WORDS), ("one number", SAME))),
     fault("reward for a digit", both(reward("likes_ones", "float('1' in c)"), SIXTEEN), "reward=likes_ones:score", what="grader: score gives 1 to", fix="a reward that reads them"),
-    *(fault(f"reward of {value}", reward(f"of_{n}", f"float('{value}')"), f"reward=of_{n}:score", what=f"grader: score gives {value} to") for n, value in enumerate(("nan", "inf"))),
+    *(fault(f"reward of {value}", reward(f"of_{n}", f"float('{value}')"), f"reward=of_{n}:score", what=f"reward score: returned {value} for completion 0, ") for n, value in enumerate(("nan", "inf"))),
     fault("reward that exits", reward("exits", "exit(3)"), "reward=exits:score", what="SystemExit: 3"),
     fault("half a point", reward("half", "0.5 * (c == a)"), "reward=half:score", verdict="warning", what="grader: score gives 0.5 at most", fix="1 for a right answer"),
     *(fault(f"right answers that weigh {weight}", None, f"reward=[{{name: exact_answer, weight: {weight}}}, {{name: format, weight: 0.5}}]",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from drpo.doctor import Finding
 from drpo.doctor.verl import examine_file
@@ -19,6 +23,23 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
 SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "paper")
 OBJECTIVES = sorted(path.stem for path in (RECIPES / "objective").glob("*.yaml"))
 LOSS = "actor_rollout_ref.actor.policy_loss"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parse_each_file_once() -> Iterator[None]:
+    """A configuration of verl's is some thirty files, and most of the time that composing takes goes into parsing them."""
+    load = OmegaConf.load
+    parsed: dict[str, Any] = {}
+
+    def load_once(file: Any) -> Any:
+        name = str(getattr(file, "name", file))
+        if name not in parsed:
+            parsed[name] = load(file)
+        return copy.deepcopy(parsed[name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", load_once)
+        yield
 
 
 def found(setting: str, *overrides: str) -> list[Finding]:
@@ -206,8 +227,6 @@ def test_what_cannot_be_examined_is_said_in_one_line(
 
 
 def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> None:
-    from omegaconf import OmegaConf
-
     path = tmp_path / "config.yaml"
     OmegaConf.save(compose_file(RECIPES / "qwen3-4b-base.yaml"), path)
     assert not [finding for finding in examine_file(path, workers=False) if finding.verdict == "stop"]

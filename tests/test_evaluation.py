@@ -363,17 +363,17 @@ class TestEvaluation:
     @pytest.mark.parametrize(
         ("function", "message"),
         [
-            ("raises", "raised ZeroDivisionError: division by zero"),
-            ("exits", "raised SystemExit: 3"),
-            ("short", "returned 1 scores for 6 completions"),
-            ("nan", "returned nan for "),
-            ("words", "returned 'yes' for "),
-            ("number", "returned a float for 6 completions"),
+            ("raises", "ZeroDivisionError: division by zero"),
+            ("exits", "SystemExit: 3"),
+            ("short", "returned 1 scores; expected a list of 6"),
+            ("nan", "returned nan for completion 0, "),
+            ("words", "returned 'yes' for completion 0, "),
+            ("number", "returned a float; expected a list of 6"),
         ],
     )
     def test_stops_at_a_reward_that_gives_no_scores(self, tmp_path, rewards, function, message):
         settings = replace(ARITHMETIC, samples=2, problems=3, reward=f"{rewards}:{function}")
-        with pytest.raises(UserError, match=f"--reward {rewards}:{function}: {message}"):
+        with pytest.raises(UserError, match=f"reward {function}: {message}"):
             run(tmp_path / "out", settings)
 
     def test_is_written_by_one_process(self, tmp_path):

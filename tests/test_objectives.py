@@ -95,8 +95,8 @@ def test_the_gradient_is_minus_advantage_times_ratio_times_weight(name: str, spr
 def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> None:
     """Where an objective stops a gradient, what it stops is held fixed."""
     objective = objective_of(name, tight)
-    for seed in range(4):
-        given = random_tensors(seed, shape=(3, 5))
+    for seed in range(5):
+        given = random_tensors(seed, shape=(4, 6))
         topk: TopK = given.pop("topk")
         logp, mask = given.pop("logp").detach(), given.pop("mask")
 
@@ -112,7 +112,7 @@ def test_the_loss_passes_gradcheck_away_from_kinks(name: str, tight: bool) -> No
         # A weight that jumps within a step of 1e-4 has a kink there; what it jumps by elsewhere is the curve.
         calm = (weight(1e-4) - weight(-1e-4)).abs() < 0.05 * weight(0).abs().clamp(min=1)
         mask = mask & calm
-        assert mask.sum() > 3
+        assert mask.sum() > 8
         stops = FrozenStops()
 
         def loss(

@@ -48,7 +48,7 @@ def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path) 
     finished = launch(rollouts.__file__, str(tmp_path), json.dumps(split_settings))
     assert finished.returncode == 0, finished.stderr[-3000:]
     # The audits span both ranks, so there really were two.
-    dropped = re.findall(r"Audited 683 tokens, dropped (\S+)", finished.stdout)
+    dropped = re.findall(r"Audited 683 tokens, dropped ([\d.]+)", finished.stdout)
     assert [share == "0.000" for share in dropped[::2]] == [True, True, False]
     for name, settings in SETTINGS.items():
         plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None}
@@ -63,7 +63,7 @@ def test_two_ranks_call_together_and_share_a_head_s_gradient() -> None:
     """Where they do not call a collective equally often, they wait for ever."""
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ranks.__file__],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -244,6 +244,7 @@ audit_threshold: 0.01
 train_precision: bf16
 rollout_precision: int8
 rollout_lag: 3
+reward_timeout: 60.0
 lora: {r: 4, alpha: 8, target_modules: [q_proj, v_proj]}
 evaluate_every: 2
 checkpoint_every: 5

@@ -388,9 +388,16 @@ def classes(page: Page) -> Counter[str]:
     return Counter(name for value in page.attributes("class") for name in value.split())
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, opened) -> dict[int, tuple[Page, list[str]]]:
+    """By the number of their runs, pages of harmless text."""
+    folder = tmp_path_factory.mktemp("drawn")
+    return {count: opened(*(make_run(folder / f"{count}" / f"run {n}") for n in range(count))) for count in (1, 3)}
+
+
 @pytest.mark.parametrize("runs", [1, 3])
-def test_a_browser_draws_the_five_figures_and_the_samples(tmp_path, opened, runs):
-    page, console = opened(*(make_run(tmp_path / f"run {n}") for n in range(runs)))
+def test_a_browser_draws_the_five_figures_and_the_samples(drawn, runs):
+    page, console = drawn[runs]
     assert console == []
     assert classes(page)["js-plotly-plot"] == 5
     assert classes(page)["main-svg"] >= 5
@@ -408,14 +415,15 @@ def test_a_browser_draws_the_figures_of_a_young_run(tmp_path, opened, change, fi
     assert classes(page)["js-plotly-plot"] == figures
 
 
-@pytest.mark.parametrize("name", ["<b>bold<b>", "a<br>b", "&lt;i&gt;", "x<sub>2<sub>"])
-def test_a_legend_shows_the_name_of_a_run_as_it_is(tmp_path, opened, name):
-    page, _ = opened(make_run(tmp_path / name), make_run(tmp_path / "other"))
-    assert f"{name}: training reward" in page.contents["text"]
+def test_a_legend_shows_the_name_of_a_run_as_it_is(tmp_path, opened):
+    names = ["<b>bold<b>", "a<br>b", "&lt;i&gt;", "x<sub>2<sub>"]
+    page, _ = opened(*(make_run(tmp_path / name) for name in names))
+    for name in names:
+        assert f"{name}: training reward" in page.contents["text"]
 
 
-def test_a_browser_makes_no_element_of_hostile_text_and_runs_none_of_it(tmp_path, opened):
-    expected, _ = opened(make_run(tmp_path / "benign" / "one"), make_run(tmp_path / "benign" / "two"))
+def test_a_browser_makes_no_element_of_hostile_text_and_runs_none_of_it(tmp_path, opened, drawn):
+    expected, _ = drawn[3]
     folders = [make_run(tmp_path / "hostile" / as_name(payload), payload) for payload in PAYLOADS]
     page, console = opened(*folders)
     assert console == []

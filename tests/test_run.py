@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +24,8 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def add_checkpoint(folder: RunFolder, name: str, complete: bool = True) -> Path:
-    path = folder.checkpoints / name
-    path.mkdir(parents=True)
-    (path / ("trainer_state.json" if complete else "model.safetensors")).write_text("{}")
-    return path
+def add_checkpoint(folder: RunFolder, name: str) -> None:
+    (folder.checkpoints / name).mkdir(parents=True)
 
 
 def contents(path: Path) -> dict[str, bytes | None]:
@@ -208,26 +208,57 @@ def test_creating_does_not_replace_a_run_that_began_meanwhile(run):
     assert contents(run.path) == before
 
 
+def test_overwriting_that_is_killed_anywhere_can_be_repeated(run, monkeypatch):
+    add_checkpoint(run, "checkpoint-4")
+    append_jsonl(run.metrics, {"update": 1})
+    calls = ["shutil.rmtree", "pathlib.Path.unlink", "os.replace"]
+    killed_after = 0
+    while True:
+        left = killed_after
+
+        def counted(call: Any) -> Any:
+            def act(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                return call(*arguments, **options)
+
+            return act
+
+        with monkeypatch.context() as patched:
+            for call in calls:
+                patched.setattr(
+                    call, counted(operator.attrgetter(call.partition(".")[2])(sys.modules[call.partition(".")[0]]))
+                )
+            try:
+                run.create(load_recipe(None, ["seed=3"]), overwrite=True)
+            except KeyboardInterrupt:
+                killed_after += 1
+            else:
+                break
+        run.check_free(overwrite=True)
+    assert killed_after > 3
+    assert load_recipe(run.recipe).seed == 3
+
+
+@pytest.mark.parametrize("line", ['{"update": 2, "rol\n', "\0\n", "\xff\n"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"update": 1})
+    with path.open("ab") as file:
+        file.write(line.encode("latin-1"))
+    append_jsonl(path, {"update": 3})
+    with pytest.raises(UserError, match=r"rows.jsonl, line 2: is damaged"):
+        read_jsonl(path)
+
+
 def test_one_process_at_a_time_writes_a_run(run):
     refused = pytest.raises(UserError, match="another process is writing this run")
     with run.locked(), refused, RunFolder(run.path).locked():
         pass
     with RunFolder(run.path).locked():
         pass
-
-
-def test_the_last_checkpoint_is_the_one_after_most_updates_that_is_complete(run):
-    for name in ("checkpoint-8", "checkpoint-100", "checkpoint-20"):
-        add_checkpoint(run, name)
-    add_checkpoint(run, "checkpoint-200", complete=False)
-    assert run.last_checkpoint == run.checkpoints / "checkpoint-100"
-
-
-@pytest.mark.parametrize("name", ["checkpoint-best", "checkpoint-8 copy", "checkpoint-", "tmp-checkpoint-900"])
-def test_a_folder_that_is_no_checkpoint_is_not_taken_for_one(run, name):
-    add_checkpoint(run, "checkpoint-8")
-    add_checkpoint(run, name)
-    assert run.last_checkpoint == run.checkpoints / "checkpoint-8"
 
 
 def test_a_run_with_a_checkpoint_and_no_summary_can_be_resumed(run):
@@ -248,12 +279,12 @@ def complete(folder: RunFolder) -> None:
             lambda run: add_checkpoint(run, "global_step_4"),
             "has checkpoints of verl's trainer, .*global_step_4 among them, which resumes them itself",
         ),
-        (lambda run: add_checkpoint(run, "checkpoint-8", complete=False), "holds no checkpoint to resume from"),
+        (lambda run: add_checkpoint(run, "checkpoint-best"), "holds no checkpoint to resume from"),
         (complete, "this run is complete; there is nothing to resume"),
         (lambda run: run.info.unlink(), "holds no run to resume"),
         (lambda run: run.recipe.unlink(), "holds no run to resume"),
     ],
-    ids=["no checkpoint", "of verl", "half a checkpoint", "complete", "no run.json", "no recipe.yaml"],
+    ids=["no checkpoint", "of verl", "a folder of another name", "complete", "no run.json", "no recipe.yaml"],
 )
 def test_what_cannot_be_resumed_says_why(run, change, expected):
     change(run)

@@ -42,6 +42,10 @@ def holding(value: float) -> Tensor:
         ({"advantage": torch.ones(2, 1)}, r"advantage has shape \(2, 1\); expected \(2, 3\) or \(2,\)"),
         ({"logp": torch.zeros(2, 3, dtype=torch.long)}, "logp has dtype torch.int64; expected a floating-point dtype"),
         (
+            {"logp": torch.zeros(2, 3, dtype=torch.float16, requires_grad=True)},
+            "logp has dtype torch.float16, .* the gradient of a rare token exceeds; expected logp.float",
+        ),
+        (
             {"behavior_logp": torch.zeros(2, 3, dtype=torch.int32)},
             "behavior_logp has dtype torch.int32; expected a floating-point dtype",
         ),

@@ -115,6 +115,77 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, drpo: Any) -> No
     assert summaries[0]["audit"] == summaries[1]["audit"]
 
 
+TERMINATES = """
+import os, signal
+
+calls = 0
+
+def terminates(completions, answer, **_):
+    global calls
+    calls += 1
+    if calls == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(text == right) for text, right in zip(completions, answer)]
+"""
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
+    tmp_path: Path, drpo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ends.py").write_text(TERMINATES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = sets(**{**SMALL, "task.heldout": "null"}, reward="ends:terminates")
+    monkeypatch.setattr(sys, "argv", ["drpo", "train", "--output", str(tmp_path / "run"), *settings])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 143
+    assert f"interrupted; to go on: drpo train --resume --output {tmp_path / 'run'}" in capsys.readouterr().err
+    # The signal came in the second rollout, before its first update.
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-5").is_dir()
+    drpo("train", "--resume", "--output", tmp_path / "run")
+    drpo("train", "--output", tmp_path / "whole", *settings)
+    resumed, whole = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def _edit_recipe(run: Path, data: Path) -> None:
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("learning_rate: 0.002", "learning_rate: 0.003"))
+
+
+def _edit_data(run: Path, data: Path) -> None:
+    data.write_text(data.read_text().replace('"answer": "', '"answer": "1'))
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"), [(_edit_recipe, "learning_rate is 0.003"), (_edit_data, "heldout problems is 'SHA-256")]
+)
+def test_a_run_of_another_recipe_or_data_is_not_resumed(
+    tmp_path: Path,
+    drpo: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    edit: Any,
+    named: str,
+) -> None:
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"{number}+1=", "answer": f"{number + 1}"} for number in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"task.train": data, "task.heldout": data, "task.prompt": "prompt", "task.answer": "answer"}
+    drpo("train", "--output", run, *sets(**{**SMALL, "rollouts": 2, "learning_rate": 0.002}, **files))
+    (run / "summary.json").unlink()
+    edit(run, data)
+    before = (run / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["drpo", "train", "--resume", "--output", str(run)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "error: --resume: " in printed
+    assert named in printed
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_with_a_lag_is_resumed_and_keeps_its_audit(tmp_path: Path, drpo: Any) -> None:
     run = tmp_path / "run"
     drpo("train", "--output", run, *sets(**SMALL, rollout_lag=2, learning_rate=0.001))
@@ -164,7 +235,7 @@ def test_a_reward_that_fails_is_one_line_and_leaves_no_folder(
     with pytest.raises(SystemExit) as end:
         cli.main()
     printed = capsys.readouterr()
-    assert end.value.code == 2, printed.err
+    assert end.value.code == 1, printed.err
     (line,) = [line for line in printed.err.splitlines() if "error" in line]
     assert line.startswith(f"error: {message}")
     assert "Traceback" not in printed.err

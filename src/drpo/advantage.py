@@ -26,7 +26,7 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
             (RLOO's).
 
     Raises:
-        ValueError: an unknown mode, an infinite reward, or an N that is not whole groups.
+        ValueError: an unknown mode, an infinite reward or advantage, or an N that is not whole groups.
     """
     if mode not in get_args(Advantage):
         raise ValueError(unknown_name("advantage", mode, get_args(Advantage)))
@@ -42,15 +42,24 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
     scored = ~groups.isnan()
     size = scored.sum(dim=1, keepdim=True)
-    advantage = groups - groups.nanmean(dim=1, keepdim=True)
     lowest = torch.where(scored, groups, torch.inf).amin(dim=1, keepdim=True)
     highest = torch.where(scored, groups, -torch.inf).amax(dim=1, keepdim=True)
+    largest = torch.maximum(highest.abs(), lowest.abs())
+    # Squares and sums of rewards beyond 1e19 overflow fp32. A power of two is divided by and multiplied with exactly.
+    unit = largest.log2().floor().clamp(-126, 127).exp2()
+    advantage = groups / unit
+    advantage = advantage - advantage.nanmean(dim=1, keepdim=True)
     # A reward is a sum of parts, rounded on the way: in fp32 0.6 + 0.3 exceeds 0.9, and mean-std makes ±1 of the difference.
-    rounding = 4 * torch.finfo(rewards.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
+    rounding = 4 * torch.finfo(rewards.dtype).eps * largest
     advantage = torch.where(scored & (highest - lowest > rounding), advantage, 0.0)
     if mode == "mean-std":
         std = (advantage.square().sum(dim=1, keepdim=True) / (size - 1).clamp(min=1)).sqrt()
-        advantage = torch.where(std > 0, advantage / std, 0.0)
-    elif mode == "leave-one-out":
+        return torch.where(std > 0, advantage / std, 0.0).flatten()
+    if mode == "leave-one-out":
         advantage = advantage * size / (size - 1).clamp(min=1)
+    advantage = advantage * unit
+    if advantage.isinf().any():
+        raise ValueError(
+            f"advantages of rewards up to {largest.max().item():g} exceed {groups.dtype}; make rewards smaller"
+        )
     return advantage.flatten()

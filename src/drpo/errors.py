@@ -30,3 +30,15 @@ class UserError(Exception):
 
 class TrainingStoppedError(RuntimeError):
     """Training ended by itself, since going on would train on something wrong. The message says what, in a line or a list."""
+
+
+class TrainingInterruptedError(SystemExit):
+    """A signal ended training; the exit code is 128 and the signal's number. What can be resumed was saved and said."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.exit_code = 128 + number
+
+
+class RewardError(UserError, TrainingStoppedError):
+    """A reward function failed: it raised, took too long, or returned something else than scores. The message names it."""

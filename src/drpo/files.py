@@ -101,10 +101,21 @@ def replacing(path: Path, option: str) -> Iterator[Path]:
 
 
 def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file this library wrote; none if there is no file. A last line cut short by a crash is dropped."""
-    if path.is_file():
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            yield from (json.loads(line) for line in lines if line.endswith("\n"))
+    """The rows of a file this library wrote; none if there is no file. A last line cut short by a crash is dropped.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}: is damaged ({error}); expected a row of JSON") from error
+                yield row
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -113,12 +124,33 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a file anew. It appears whole or stays as it was, and ``rows`` may come from itself."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
-    os.replace(partial, path)
+    """Write a file anew, as :func:`replace_text`; ``rows`` may come from the file itself."""
+    _replace(path, map(_line, rows))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_clean(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write one value, as :func:`replace_text`."""
+    replace_text(path, json.dumps(_clean(value), indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, which appears whole or stays as it was, whatever ends the process."""
+    _replace(path, [text])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -95,6 +95,11 @@ class TokenBatch:
         for name, tensor in log_probs.items():
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
+        if logp.requires_grad and logp.dtype == torch.float16:
+            raise ValueError(
+                "logp has dtype torch.float16, whose largest number, 65504, the gradient of a rare token exceeds; expected "
+                "logp.float(), or log-probs in bfloat16, float32 or float64"
+            )
 
         dtype = torch.float32
         for tensor in log_probs.values():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.fused_head import ScoredTokens, add_policy_loss
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.micro_batches import MicroBatches
+from drpo.trainer.state_file import load_state, save_state
 from support.rollouts import load_model
 
 SEQUENCES, LENGTH = 4, 8
@@ -81,6 +82,7 @@ def evaluates_fewer_problems_than_ranks() -> bool:
         processing_class=tokenizer,
         chat_template_kwargs={},
         state=None,
+        args=SimpleNamespace(reward_timeout=None),
         _generate_single_turn=generate,
     )
     (problem, *_), three = builtin_problems("heldout", 1, 0), builtin_problems("heldout", 3, 0)
@@ -109,12 +111,10 @@ def makes_equally_many_forward_passes() -> bool:
 
 def loads_to_its_device() -> bool:
     """Whether a rank can load what a checkpoint holds to where its trainer computes."""
-    file = io.BytesIO()
-    torch.save(torch.arange(3), file)
-    file.seek(0)
     with tempfile.TemporaryDirectory() as folder:
-        device = DRPOConfig(folder, use_cpu=True, bf16=False).device
-    return torch.load(file, map_location=device, weights_only=True).sum() == 3
+        file = Path(folder) / "state"
+        save_state(file, torch.arange(3))
+        return load_state(file, DRPOConfig(folder, use_cpu=True, bf16=False).device).sum() == 3
 
 
 CHECKS = {

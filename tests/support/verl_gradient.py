@@ -1,6 +1,6 @@
-"""The update of rollouts.py through verl's FSDP2 engine on the CPU; saves the gradient.
+"""The update of rollouts.py through verl's FSDP2 engine on the CPU; saves the gradient by size of micro-batch.
 
-python verl_gradient.py OUTPUT.safetensors LOSS_MODE MICRO_BATCH_SIZE, in the environment of verl_cpu.settings.
+python verl_gradient.py FOLDER LOSS_MODE MICRO_BATCH_SIZE... writes FOLDER/MICRO_BATCH_SIZE.safetensors of each, in the environment of verl_cpu.settings.
 """
 
 from __future__ import annotations
@@ -72,11 +72,18 @@ def engine_of(model: HFModelConfig) -> BaseEngine:
     return engine
 
 
-def main(target: Path, mode: str, micro_batch_size: int) -> None:
+def main(folder: Path, mode: str, micro_batch_sizes: list[int]) -> None:
     torch.distributed.init_process_group("gloo")
     override = {"attn_implementation": "eager"}
     model = HFModelConfig(path=MODEL, override_config=override, enable_gradient_checkpointing=False)
     engine = engine_of(model)
+    for micro_batch_size in micro_batch_sizes:
+        gradient = gradient_of(engine, model, mode, micro_batch_size)
+        save_file(gradient, folder / f"{micro_batch_size}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def gradient_of(engine: BaseEngine, model: HFModelConfig, mode: str, micro_batch_size: int) -> dict[str, torch.Tensor]:
     bypass = RolloutCorrectionConfig(rollout_is=None, bypass_mode=True)
     actor = ActorConfig(
         strategy="fsdp2",
@@ -98,14 +105,12 @@ def main(target: Path, mode: str, micro_batch_size: int) -> None:
     with engine.train_mode():
         engine.optimizer_zero_grad()
         engine.forward_backward_batch(data, partial(ppo_loss, config=actor))
-        gradient = {
+        return {
             name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).detach().contiguous().clone()
             for name, p in engine.module.named_parameters()
             if p.grad is not None
         }
-    save_file(gradient, target)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3:]])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drpo.cli.options import RecipeArgument
-from drpo.errors import TrainingStoppedError, UserError
+from drpo.errors import TrainingInterruptedError, TrainingStoppedError, UserError
 
 if TYPE_CHECKING:
     from drpo.run.folder import RunFolder
@@ -85,10 +85,10 @@ def train(
             summary = _train_in_verl(chosen, folder, verl or [], overwrite)
         else:
             summary = _train(chosen, folder, resume, overwrite)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, TrainingInterruptedError) as error:
         again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
         typer.echo(f"interrupted{again}", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else error.exit_code) from error
     if summary:
         from drpo.report import write_report
 
@@ -102,6 +102,8 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> 
     try:
         return train(recipe, folder, resume=resume, overwrite=overwrite)
     except TrainingStoppedError as error:
+        if os.environ.get("DRPO_DEBUG") == "1":
+            raise
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

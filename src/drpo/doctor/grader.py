@@ -8,7 +8,7 @@ from typing import Any
 
 from drpo.data.problems import Problem, as_prompt
 from drpo.doctor.findings import Finding
-from drpo.rewards import Reward, scores_of
+from drpo.rewards import REWARD_TIMEOUT, Reward, checked_scores, scores_of
 
 _GRADED = 50
 """Problems whose reference answers are graded."""
@@ -91,8 +91,9 @@ def _best_scores(reward: Reward, answers: Sequence[str], problems: Sequence[Prob
     prompts = [as_prompt(problem, tokenizer) for problem in problems]
     references = [problem.answer for problem in problems]
     scores = []
+    checked = checked_scores(reward, REWARD_TIMEOUT)
     for spelling in _SPELLINGS:
         texts = [spelling.format(answer=answer) for answer in answers]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        scores.append([float(score or 0) for score in scores_of(reward, prompts, texts, ids, references)])
+        scores.append([float(score or 0) for score in scores_of(checked, prompts, texts, ids, references)])
     return [max(row) for row in zip(*scores, strict=True)]

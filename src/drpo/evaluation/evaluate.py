@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,13 +13,12 @@ from typing import Any
 
 from drpo.data.files import read_problems
 from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, Problem, as_prompt, builtin_problems, tokenize_prompt
-from drpo.errors import UserError
-from drpo.evaluation.engines import ENGINES, Completion, Engine
+from drpo.evaluation.engines import ENGINES, Engine
 from drpo.evaluation.folder import EvaluationFolder
 from drpo.evaluation.settings import Settings
 from drpo.evaluation.summary import summarise
 from drpo.files import append_jsonl, versions, write_json
-from drpo.rewards import MathGrader, Reward, load_reward, scores_of
+from drpo.rewards import MathGrader, Reward, checked_scores, load_reward, scores_of
 from drpo.rewards.answers import canonical
 from drpo.rewards.exact import gsm8k_answer, last_item
 from drpo.run.folder import RunFolder
@@ -110,33 +107,6 @@ def _seed(settings: Settings, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def _scores(
-    name: str, reward: Reward, prompts: list[Any], completions: Sequence[Completion], answers: list[str]
-) -> Sequence[float | None]:
-    """Call a reward function, which may be the user's, and check what it returns.
-
-    Raises:
-        UserError: it fails, or gives something else than a number or None for each completion.
-    """
-    texts = [completion.text for completion in completions]
-    try:
-        scores = scores_of(reward, prompts, texts, [completion.ids for completion in completions], answers)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--reward {name}: raised {type(error).__name__}: {error}") from error
-    if not isinstance(scores, list) or len(scores) != len(texts):
-        returned = f"{len(scores)} scores" if isinstance(scores, list) else f"a {type(scores).__name__}"
-        raise UserError(
-            f"--reward {name}: returned {returned} for {len(texts)} completions; expected a list of as many"
-        )
-    for text, score in zip(texts, scores, strict=True):
-        is_number = isinstance(score, (int, float)) and math.isfinite(score)
-        if score is not None and not is_number:
-            raise UserError(
-                f"--reward {name}: returned {score!r} for {reprlib.repr(text)}; expected a finite number or None"
-            )
-    return scores
-
-
 def _sample_batch(
     settings: Settings,
     engine: Engine,
@@ -157,7 +127,8 @@ def _sample_batch(
         statuses = [grade.status for grade in reward.grade(texts, answers)]
     else:
         prompts = [as_prompt(problem, engine.tokenizer) for problem in batch]
-        scores = _scores(settings.reward, reward, prompts, completions, answers)
+        ids = [completion.ids for completion in completions]
+        scores = scores_of(checked_scores(reward), prompts, texts, ids, answers)
         statuses = [
             "correct" if (score or 0) >= 1 else "no_answer" if score is None or vote is None else "wrong"
             for score, vote in zip(scores, stated, strict=True)

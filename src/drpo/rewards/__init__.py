@@ -11,14 +11,15 @@ from typing import Any, cast, get_type_hints
 
 from drpo.errors import UserError
 from drpo.registry import unknown_name
-from drpo.rewards.call import checked_scores, scores_of
+from drpo.rewards.call import LARGEST_REWARD, REWARD_TIMEOUT, checked_scores, scores_of, text_of
 from drpo.rewards.exact import exact_answer, gsm8k, integer
 from drpo.rewards.math import MathGrader
 from drpo.rewards.shaping import Format, Overlong, Weighted
-from drpo.rewards.text import text_of
 
 __all__ = [
+    "LARGEST_REWARD",
     "REWARDS",
+    "REWARD_TIMEOUT",
     "Format",
     "MathGrader",
     "Overlong",

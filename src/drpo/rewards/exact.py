@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from drpo.rewards.answers import final_answer, number
-from drpo.rewards.text import text_of
+from drpo.rewards.call import text_of
 
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from drpo.rewards.answers import assigned, final_answer, is_percentage, is_relation, is_same_literal, number, readable
+from drpo.rewards.call import text_of
 from drpo.rewards.sandbox import Sandbox
-from drpo.rewards.text import text_of
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,10 @@ START_LIMIT = 60.0
 """Seconds that a child may take to import what it needs; a second on an idle machine."""
 
 
+GRACE = 1.0
+"""Seconds beyond a request's limit after which a child that has not ended it by itself is killed."""
+
+
 class Child:
     """One grading process and the socket to it.
 
@@ -30,81 +35,66 @@ class Child:
     exec, never by a bare fork: the threads and CUDA state of a training process stay out of it.
     """
 
-    def __init__(self, time_limit: float, memory_mb: int) -> None:
+    def __init__(self, memory_mb: int) -> None:
         self._channel, theirs = socket.socketpair()
-        self._ready = False
-        self._received = b""
+        self._replies = self._channel.makefile("rb")
+        self._is_ready = False
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        command = [sys.executable, "-P", str(_SCRIPT), str(time_limit), str(memory_mb)]
         with theirs:
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-P", str(_SCRIPT), str(memory_mb)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
+                process_group=0,
             )
 
     @property
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def wait_until_ready(self) -> None:
-        """Return once the child has graded a known answer right.
+    def wait_until_ready(self) -> bool:
+        """Whether the child has graded a known answer right; False where it died, as if somebody had killed it.
 
         Raises:
             RuntimeError: it did not, so no verdict of it would mean anything.
-            EOFError: it died, as if somebody had killed it.
         """
-        if self._ready:
-            return
-        try:
-            status, detail, _ = self._receive(time.monotonic() + START_LIMIT)
-        except TimeoutError as error:
-            raise RuntimeError(f"a grading process did not start within {START_LIMIT:.0f} s") from error
-        if status != "ready":
-            raise RuntimeError(f"a grading process cannot grade: {detail or 'it does not know that 42 is 42'}")
-        self._ready = True
+        if not self._is_ready:
+            status, detail, _ = self._exchange(b"", START_LIMIT)
+            self._is_ready = status == "ready"
+            if status == "timeout":
+                raise RuntimeError(f"a grading process did not start within {START_LIMIT:.0f} s")
+            if status == "broken":
+                self.kill()
+                raise RuntimeError(f"a grading process cannot grade: {detail or 'it does not know that 42 is 42'}")
+        return self._is_ready
 
-    def ask(self, request: Sequence[Any], seconds: float) -> list[Any]:
-        """The answer to a request, within so many seconds.
+    def ask(self, request: Sequence[Any], seconds: float) -> tuple[str, str, bool]:
+        """Status and detail of a request, ``timeout`` and ``died`` among the statuses, and whether it left much memory behind."""
+        # ASCII: a lone surrogate in a completion has no bytes of its own.
+        return self._exchange(json.dumps([*request, seconds]).encode("ascii") + b"\n", seconds + GRACE)
 
-        Raises:
-            TimeoutError: none in time.
-            EOFError: the child died.
-        """
-        deadline = time.monotonic() + seconds
+    def _exchange(self, line: bytes, seconds: float) -> tuple[str, str, bool]:
         self._channel.settimeout(seconds)
+        status = "died"
         try:
-            # ASCII: a lone surrogate in a completion has no bytes of its own.
-            self._channel.sendall(json.dumps(request).encode("ascii") + b"\n")
+            self._channel.sendall(line)
+            if reply := self._replies.readline():
+                return tuple(json.loads(reply))
         except TimeoutError:
-            raise
-        except OSError as error:
-            raise EOFError from error
-        return self._receive(deadline)
-
-    def _receive(self, deadline: float) -> list[Any]:
-        while b"\n" not in self._received:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            self._channel.settimeout(remaining)
-            try:
-                chunk = self._channel.recv(4096)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise EOFError from error
-            if not chunk:
-                raise EOFError
-            self._received += chunk
-        line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+            status = "timeout"
+        except (OSError, ValueError):  # ValueError: another thread closed the socket
+            pass
+        self.kill()
+        return status, "", False
 
     def kill(self) -> None:
+        """End the child and what it has forked."""
         self._channel.close()
-        self.process.kill()
+        # In a process forked from its owner the child is nobody's to wait for, and poll takes it for ended.
+        if self.is_alive:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -156,58 +146,40 @@ class Sandbox:
         try:
             remaining = self._time_limit
             for _ in range(2):
-                child = self._child(slot)
+                child = self._living_child(slot)
                 started = time.monotonic()
-                try:
-                    status, detail, retire = child.ask(request, remaining)
-                except TimeoutError:
-                    self._replace(slot, "timeout")
+                status, detail, retire = child.ask(request, remaining)
+                if retire or status in ("timeout", "died"):
+                    self._count("memory" if retire else status)
+                if not child.is_alive:
+                    self._children[slot] = None
+                remaining -= time.monotonic() - started
+                if status == "timeout" or (status == "died" and remaining <= 0):
                     return "timeout", f"no verdict within {self._time_limit:g} s"
-                except EOFError:
-                    self._replace(slot, "died")
-                    remaining -= time.monotonic() - started
-                    if remaining <= 0:
-                        return "timeout", f"no verdict within {self._time_limit:g} s"
-                else:
-                    if retire:
-                        self._replace(slot, "memory")
+                if status != "died":
                     return status, detail
             return "error", "its grading process died twice"
         finally:
             self._free.put(slot)
 
-    def _child(self, slot: int) -> Child:
+    def _living_child(self, slot: int) -> Child:
         """The living, ready child of a slot."""
         for _ in range(5):
-            child = self._children[slot] or self._start(slot)
-            if not child.is_alive:
-                child = self._replace(slot, "died")
-            try:
-                child.wait_until_ready()
-            except EOFError:
-                self._replace(slot, "died")
-                continue
-            except RuntimeError:
-                child.kill()
-                raise
-            return child
+            child = self._children[slot] or Child(self._memory_mb)
+            self._children[slot] = child
+            if child.is_alive and child.wait_until_ready():
+                return child
+            self._count("died")
+            child.kill()
+            self._children[slot] = None
         raise RuntimeError("grading processes die as they start: out of memory, or somebody kills them")
 
-    def _replace(self, slot: int, reason: str) -> Child:
+    def _count(self, reason: str) -> None:
         with self._lock:
             self.restarts[reason] += 1
-        child = self._children[slot]
-        if child is not None:
-            child.kill()
-        return self._start(slot)
-
-    def _start(self, slot: int) -> Child:
-        child = self._children[slot] = Child(self._time_limit, self._memory_mb)
-        return child
 
 
 def _kill_all(children: list[Child | None]) -> None:
-    # In a process forked from their owner this lets go of them: Popen signals nothing that is not its child.
     for child in children:
         if child is not None:
             child.kill()

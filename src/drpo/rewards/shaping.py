@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from drpo.rewards.call import awaited
-from drpo.rewards.text import text_of
+from drpo.rewards.call import awaited, checked_scores, text_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,8 @@ class Format:
 
     Args:
         pattern: in Python's syntax; ``.`` is any character but a line break unless it says ``(?s)``. It runs in the
-            training process: nested repetitions, as in ``(a+)+``, can take for ever on some completions.
+            training process: nested repetitions, as in ``(a+)+``, can take for ever on some completions, which ``reward_timeout``
+            ends.
 
     Raises:
         ValueError: a pattern that is none.
@@ -86,7 +86,7 @@ class Weighted:
         return self.parts[0][0]
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        scores = [awaited(reward(completions=completions, **columns)) for reward, _ in self.parts]
+        scores = [awaited(checked_scores(reward)(completions=completions, **columns)) for reward, _ in self.parts]
         weights = [weight for _, weight in self.parts]
         return [_weighted_sum(row, weights) for row in zip(*scores, strict=True)]
 

@@ -1,21 +1,25 @@
 """The grading child: reads requests, one JSON line each, from the socket at its standard input, and answers each.
 
-It runs as a script of its own, so that it imports neither torch nor this library, and is to be killed without regret.
-A request is ``[reference, completion, strict]``, an answer ``[status, detail, retire]``; the first line it sends says
-whether it can grade at all. ``retire`` asks to be replaced: a grade left more memory behind than a fresh child needs.
+It runs as a script of its own, so that it imports neither torch nor this library. What it forks grades, and is to be
+killed without regret: it takes milliseconds to fork another, and a second to import math-verify.
+A request is ``[reference, completion, strict, seconds]``, an answer ``[status, detail, retire]``; the first line it
+sends says whether it can grade at all. ``retire`` says that a grade left more memory behind than a fresh process needs.
 
-python -P worker.py SECONDS MEGABYTES
+python -P worker.py MEGABYTES
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import resource
 import signal
 import socket
 import sys
 from functools import lru_cache
+from io import BufferedRWPair
 from typing import Any
 
 # Half of the address space a child is given by default; from there on a fresh one is the safer one.
@@ -75,7 +79,52 @@ def resident_bytes() -> int:
         return 0
 
 
-def main(seconds: float, megabytes: int) -> None:
+def line(status: str, detail: str = "", retire: bool = False) -> bytes:
+    return json.dumps([status, detail, retire]).encode() + b"\n"
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer requests until one has left much memory behind."""
+    for request in channel.makefile("rb"):
+        *arguments, seconds = json.loads(request)
+        # The signal keeps its default action, by which the kernel ends one long multiplication too.
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        status, detail = answer(arguments)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        retire = resident_bytes() > RETIRE_ABOVE_BYTES
+        channel.sendall(line(status, detail, retire))
+        if retire:
+            return
+
+
+def fork_grader() -> tuple[int, BufferedRWPair]:
+    """A process that serves, and the file to talk to it."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        with ours:
+            return pid, ours.makefile("rwb")
+    try:
+        ours.close()
+        # With this process alone at its socket, the library sees at once when it dies.
+        os.close(0)
+        serve(theirs)
+    finally:
+        os._exit(0)
+
+
+def ask(grader: BufferedRWPair, request: bytes) -> bytes:
+    """The answer to a request; empty where the grader died."""
+    try:
+        grader.write(request)
+        grader.flush()
+        return grader.readline()
+    except OSError:
+        return b""
+
+
+def main(megabytes: int) -> None:
     channel = socket.socket(fileno=0)
     resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -85,16 +134,19 @@ def main(seconds: float, megabytes: int) -> None:
     status, detail = answer(["42", "\\boxed{42}", False])
     # Nothing it is given to read should leave a trace on the disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    channel.sendall(json.dumps(["ready" if status == "correct" else "broken", detail, False]).encode() + b"\n")
-    for line in channel.makefile("rb"):
-        # The parent kills a child that overruns; should the parent be gone, the kernel does, inside one long
-        # multiplication too: the signal keeps its default action.
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
-        status, detail = answer(json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        retire = resident_bytes() > RETIRE_ABOVE_BYTES
-        channel.sendall(json.dumps([status, detail, retire]).encode() + b"\n")
+    # What a collection in a fork does not look at stays shared.
+    gc.freeze()
+    channel.sendall(line("ready" if status == "correct" else "broken", detail))
+    pid, grader = fork_grader()
+    for request in channel.makefile("rb"):
+        reply = ask(grader, request)
+        if not reply or json.loads(reply)[2]:
+            _, ended = os.waitpid(pid, 0)
+            overran = os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGALRM
+            reply = reply or line("timeout" if overran else "died")
+            pid, grader = fork_grader()
+        channel.sendall(reply)
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

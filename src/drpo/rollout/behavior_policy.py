@@ -96,16 +96,6 @@ class BehaviorPolicy:
             save_file(weights, checkpoint / FOLDER / f"{index:04d}.safetensors")
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            FileNotFoundError: it holds no past weights.
-        """
-        if not self.lag:
-            return
-        files = sorted((checkpoint / FOLDER).glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"{checkpoint / FOLDER}: holds no weights of past rollouts, which rollout_lag needs"
-            )
-        self._past = deque(map(load_file, files))
+        """Go on from a checkpoint."""
+        if self.lag:
+            self._past = deque(map(load_file, sorted((checkpoint / FOLDER).glob("*.safetensors"))))

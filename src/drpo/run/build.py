@@ -26,7 +26,7 @@ from drpo.data.problems import (
 )
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
-from drpo.rewards import Reward, checked_scores
+from drpo.rewards import Reward
 from drpo.run.options import build_config
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
@@ -95,7 +95,7 @@ def make_trainer(
     try:
         trainer = DRPOTrainer(
             model=model,
-            reward_funcs=checked_scores(reward),
+            reward_funcs=reward,
             args=config,
             train_dataset=Dataset.from_list(
                 [{"prompt": as_prompt(p, tokenizer), "answer": p.answer} for p in problems]
@@ -129,6 +129,7 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         )
     settings: dict[str, Any] = {
         **recipe.model_dump(include=_SAME_IN_CONFIG, exclude_none=True),
+        "reward_timeout": recipe.reward_timeout,
         "output_dir": output_dir,
         "objective": recipe.objective.name,
         "objective_kwargs": recipe.objective.hyperparameters,

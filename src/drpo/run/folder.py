@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, versions, write_json
+from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, replace_text, versions, write_json
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
+from drpo.trainer.checkpoint import checkpoints_in
 
 SAMPLES_KEPT = 50
 """Completions written to the run folder at each evaluation."""
@@ -84,19 +85,13 @@ class RunFolder:
             raise UserError(f"--output {self}: holds no run to resume")
         if self.summary.is_file():
             raise UserError(f"--output {self}: this run is complete; there is nothing to resume")
-        if (verl := sorted(self.checkpoints.glob("global_step_*"))) and self.last_checkpoint is None:
-            raise UserError(
-                f"--output {self}: has checkpoints of verl's trainer, {verl[-1]} among them, which resumes them itself"
-            )
-        if self.last_checkpoint is None:
+        if not checkpoints_in(self.checkpoints):
+            if verl := sorted(self.checkpoints.glob("global_step_*")):
+                raise UserError(
+                    f"--output {self}: has checkpoints of verl's trainer, {verl[-1]} among them, which resumes them itself"
+                )
             raise UserError(f"--output {self}: holds no checkpoint to resume from; start again with --overwrite")
         return load_recipe(self.recipe)
-
-    @property
-    def last_checkpoint(self) -> Path | None:
-        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
-        numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
-        return max(numbered, key=update_of, default=None)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -110,24 +105,26 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run and not overwrite:
             raise UserError(f"--output {self}: another process has begun a run there")
+        # What makes the folder a run's stays until it is replaced, so that --overwrite can be repeated after a kill.
         self._clear()
-        self.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
+        replace_text(self.recipe, dump_recipe(recipe))
 
     def discard(self) -> None:
         """Remove a run that ended before its first update, and the folder if nothing else is in it."""
         if not self.metrics.is_file():
             self._clear()
+            for file in (self.recipe, self.info):
+                file.unlink(missing_ok=True)
             if all(child.name == "run.lock" for child in self.path.iterdir()):
                 shutil.rmtree(self.path)
 
     def _clear(self) -> None:
-        written = (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report)
-        for file in (*written, self.recipe, self.info):
-            file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.model, self.evaluated):
             if folder.exists():
                 shutil.rmtree(folder)
+        for file in (self.metrics, self.rollouts, self.evaluations, self.samples, self.summary, self.report):
+            file.unlink(missing_ok=True)
 
     def write_summary(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What became of a run, from the rows that it wrote, before an interruption too; written and returned.
@@ -159,8 +156,3 @@ class RunFolder:
         """Drop what was logged after an update, to continue from its checkpoint."""
         for path in filter(Path.is_file, (self.metrics, self.rollouts, self.evaluations, self.samples)):
             replace_jsonl(path, (row for row in iterate_jsonl(path) if row["update"] <= update))
-
-
-def update_of(checkpoint: Path) -> int:
-    """The number of updates made before a checkpoint was taken."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -26,7 +26,7 @@ from drpo.errors import UserError
 from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision
 from drpo.redact import find_secret
-from drpo.rewards import REWARDS, Reward, Weighted, load_reward, make_reward
+from drpo.rewards import REWARD_TIMEOUT, REWARDS, Reward, Weighted, load_reward, make_reward
 from drpo.run.mistakes import first_mistake
 from drpo.run.options import REFUSED
 from drpo.run.yaml import dump, parse
@@ -193,6 +193,8 @@ class Recipe(_Strict):
     """The precision that samples; the training precision by default."""
     rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Rollouts between the weights that sample and those that train."""
+    reward_timeout: Annotated[float, Field(gt=0, le=10**9)] | None = REWARD_TIMEOUT
+    """Seconds that a call of the reward may take; training stops at one that takes longer. No limit if null."""
     lora: LoRASpec | None = None
     """Low-rank adapters (`r`, `alpha`, `target_modules`) instead of all weights."""
     evaluate_every: Positive = 10

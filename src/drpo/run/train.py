@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries
-from drpo.run.folder import SAMPLES_KEPT, RunFolder, update_of
+from drpo.run.folder import SAMPLES_KEPT, RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
+from drpo.trainer.checkpoint import CheckpointError, update_of
+from drpo.trainer.fingerprint import digest_of_rows
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.token_log import TokenLog
 from drpo.trainer.trainer import DRPOTrainer
@@ -54,9 +56,14 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(recipe, reward, problems, scratch, state.num_processes, rollout_func)
     trainer.args.output_dir = str(folder.checkpoints)
+    trainer.run_fingerprint = {f"recipe.{name}": value for name, value in recipe.model_dump(mode="json").items()}
+    trainer.run_fingerprint["heldout problems"] = digest_of_rows(map(asdict, heldout))
 
     with folder.locked() if state.is_main_process else nullcontext():
-        checkpoint = folder.last_checkpoint if resume else None
+        try:
+            checkpoint = Path(trainer.find_checkpoint(True)) if resume else None
+        except CheckpointError as error:
+            raise UserError(f"--resume: {error}") from error
         if state.is_main_process and checkpoint is None:
             folder.create(recipe, overwrite)
         elif state.is_main_process and checkpoint is not None:

@@ -16,6 +16,7 @@ from drpo.aggregation import Aggregation, aggregate
 from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
 from drpo.registry import unknown_name
+from drpo.rewards import REWARD_TIMEOUT
 from drpo.rollout.sampling import FILTERS, NEUTRAL
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,11 @@ class DRPOConfig(GRPOConfig):
             generation and an objective anchored on the sampler, and computes all logits.
         max_skipped_updates: an update whose gradient is not finite is skipped, on all ranks; after so many in a row
             training stops (:class:`drpo.trainer.guard.UpdateGuard`).
+        checkpoint_checksums: flush a checkpoint to disk and note its files' SHA-256, which are compared when a run goes on
+            from it. False saves as fast as Transformers does; then sizes alone are compared: a flipped bit, or
+            what a machine that crashed had not written yet, goes unnoticed.
+        reward_timeout: seconds that a call of a reward function may take; training stops at one that takes longer
+            (:class:`drpo.errors.RewardError`). None for no limit.
         split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
             (:class:`drpo.trainer.mismatch.Split`), at the price of a forward pass more a rollout, two where
             samples are of older weights.
@@ -168,6 +174,8 @@ class DRPOConfig(GRPOConfig):
     replay_support: bool = False
     split_distance: bool = False
     max_skipped_updates: int = 5
+    checkpoint_checksums: bool = True
+    reward_timeout: float | None = REWARD_TIMEOUT
     # A loss that is not finite is logged as it is.
     logging_nan_inf_filter: bool = False
     # Of GRPOConfig, with the only values that have no effect here.
@@ -191,7 +199,7 @@ class DRPOConfig(GRPOConfig):
         _check_whole_number("max_skipped_updates", self.max_skipped_updates, at_least=1)
         if self.tokens_per_micro_batch is not None:
             _check_whole_number("tokens_per_micro_batch", self.tokens_per_micro_batch, at_least=1)
-        for name in ("temperature", "audit_threshold"):
+        for name in ("temperature", "audit_threshold", "reward_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number > 0")
@@ -214,7 +222,6 @@ class DRPOConfig(GRPOConfig):
                     f"the full distribution; expected only {', '.join(sorted(GENERATION_KWARGS))}"
                 )
         self._refuse_contradictions(steps, size)
-        self._align_checkpoints()
         # Refused here rather than after the model was loaded.
         objective = self.make_objective()
         if self.replay_support and (isinstance(objective, TopKObjective) or (self.anchor or objective.anchor) == "old"):
@@ -224,12 +231,6 @@ class DRPOConfig(GRPOConfig):
             )
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
         group_advantage(torch.zeros(1), 1, self.advantage)
-
-    @property
-    def device(self) -> torch.device:
-        """As Transformers has it, but for the index of a CPU, which ``torch.load`` does not know when a run is resumed."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
 
     def _choose_precision(self) -> None:
         for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
@@ -283,26 +284,6 @@ class DRPOConfig(GRPOConfig):
                 f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
                 f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
             )
-
-    def _align_checkpoints(self) -> None:
-        # A checkpoint holds no half-used rollout: only between rollouts does a resumed run continue exactly.
-        if self.save_strategy == "best":
-            raise ValueError("save_strategy='best' may save within a rollout; expected 'steps', 'epoch' or 'no'")
-        if self.max_steps > 0 and self.max_steps % self.updates_per_rollout:
-            raise ValueError(
-                f"max_steps={self.max_steps} ends within a rollout of updates_per_rollout={self.updates_per_rollout}; "
-                f"expected a multiple of {self.updates_per_rollout}"
-            )
-        if self.save_strategy == "steps" and self.save_steps % self.updates_per_rollout:
-            if self.save_steps < 1:
-                raise ValueError(
-                    f"save_steps={self.save_steps}; expected a number of steps, a multiple of updates_per_rollout"
-                )
-            rounded = math.ceil(self.save_steps / self.updates_per_rollout) * self.updates_per_rollout
-            logger.warning(
-                "save_steps=%g is rounded up to %d: checkpoints are taken between rollouts.", self.save_steps, rounded
-            )
-            self.save_steps = rounded
 
 
 def _check_whole_number(name: str, value: Any, *, at_least: int) -> None:

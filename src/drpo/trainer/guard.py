@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from safetensors.torch import save_file
@@ -36,6 +37,14 @@ class UpdateGuard:
         self._in_a_row = 0
         self._first_cause = ""
         self._parts: list[tuple[RolloutBatch, Tensor]] = []
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "first_cause": self._first_cause}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.skipped, self._in_a_row, self._first_cause = state["skipped"], state["in_a_row"], state["first_cause"]
 
     def add(self, batch: RolloutBatch, scored: Scored) -> None:
         """Keep a micro-batch of the update, to look at if its gradient is not finite."""

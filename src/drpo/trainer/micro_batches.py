@@ -6,13 +6,14 @@ under any. Both stay in the denominators of the loss, which are counted before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drpo.aggregation import Counts
+from drpo.tokens import TokenBatch
 from drpo.trainer.batch import RolloutBatch, lengths, loss_mask, select, widths
 
 
@@ -66,6 +67,23 @@ class MicroBatches:
         idle = select(batch, shortest)
         idle["tool_mask"] = torch.zeros_like(idle["completion_mask"])
         return [(shortest, idle)] * (passes - len(groups)) + [(rows, select(batch, rows)) for rows in groups]
+
+    @torch.no_grad()
+    def log_probs(self, batch: RolloutBatch, score: Callable[[RolloutBatch], TokenBatch]) -> Tensor:
+        """The log-probs of the sampled tokens, [B, C], 0 where none counts. All ranks call it together.
+
+        Args:
+            batch: of this rank.
+            score: gives the tokens of a micro-batch as training computes them.
+        """
+        self.begin_update([batch])
+        log_probs = torch.zeros_like(batch["sampling_per_token_logps"])
+        for rows, part in self.split(batch, loss_mask(batch).bool().any(dim=1)):
+            counted = loss_mask(part).bool()
+            sampled = score(part)
+            columns = log_probs[rows, : counted.shape[1]]
+            log_probs[rows, : counted.shape[1]] = columns.masked_scatter(counted, sampled.logp[sampled.mask])
+        return log_probs
 
     def split_to_train(self, batch: RolloutBatch, keep: Tensor) -> list[RolloutBatch]:
         """The same without rows; what is left out counts as work that was saved (:meth:`take_work`)."""

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import RepeatSampler
 
-from drpo.errors import TrainingStoppedError
+from drpo.advantage import group_advantage
+from drpo.errors import RewardError
 from drpo.objectives import TopKObjective
+from drpo.rewards import LARGEST_REWARD
 from drpo.rollout.behavior_policy import BehaviorPolicy
 from drpo.rollout.recorder import LogProbRecorder, record_log_probs
 from drpo.trainer.batch import RolloutBatch, loss_mask
@@ -112,6 +115,14 @@ class RolloutSampler:
         if rollout.is_trained_on:
             batch["age"] = torch.full_like(batch["advantages"], self.behavior.age, dtype=torch.long)
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, beside the past weights of ``behavior``."""
+        return {"age": self.behavior.age, "kept_mass": self.kept_mass}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.behavior.age, self.kept_mass = state["age"], state["kept_mass"]
+
 
 def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:
     """What samples the rollouts of a trainer: its policy, or a copy that is older or in another precision.
@@ -184,19 +195,62 @@ def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
     return (per_function * weights.to(per_function)).nansum(dim=1).masked_fill(unscored, torch.nan)
 
 
-LARGEST_REWARD = 1e9
-"""In magnitude. Beyond it fp32 no longer tells rewards apart that differ by less than 64."""
+def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of the completions of all ranks, [N] each, of [N, functions]; the advantages are logged in place of TRL's.
+
+    Raises:
+        RewardError: scores that cannot be trained on.
+    """
+    check_rewards(per_function, trainer.reward_func_names)
+    if trainer.model.training:
+        check_some_rewards(per_function, trainer.reward_func_names)
+    rewards = sum_rewards(per_function, trainer.reward_weights)
+    group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    advantages = group_advantage(rewards, group_size, trainer.args.advantage)
+    logged = trainer._logs["advantages"]
+    for _ in range(min(len(logged), len(advantages))):
+        logged.pop()
+    logged.extend(advantages.tolist())
+    return rewards, advantages
+
+
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """Raise on every rank the RewardError of one within this context: a rank that waits for one that has failed waits for ever."""
+    failure: RewardError | None = None
+    try:
+        yield
+    except RewardError as error:
+        failure = error
+    failures = [message for message in gather_object([str(failure or "")]) if message]
+    if failures:
+        raise failure or RewardError(failures[0])
 
 
 def check_rewards(per_function: Tensor, names: Sequence[str]) -> None:
-    """Check that no reward function gave a number that cannot be trained on, [N, functions].
+    """Check that no score is too large to train on, [N, functions], one of a reward model's neither.
 
     Raises:
-        TrainingStoppedError: one did, which the message names.
+        RewardError: one is; the message names the function and the row.
     """
-    largest = per_function.nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf).abs().amax(dim=0).tolist()
-    for name, value in zip(names, largest, strict=True):
-        if value > LARGEST_REWARD:
-            raise TrainingStoppedError(
-                f"reward {name}: a score of magnitude {value:g}; expected at most {LARGEST_REWARD:g}, or None"
+    for column, name in enumerate(names):
+        magnitudes = per_function[:, column].nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf).abs()
+        if magnitudes.max() > LARGEST_REWARD:
+            row = int(magnitudes.argmax())
+            raise RewardError(
+                f"reward {name}: a score of magnitude {magnitudes[row].item():g} for completion {row} of the rollout; "
+                f"expected at most {LARGEST_REWARD:g}, or None"
             )
+
+
+def check_some_rewards(per_function: Tensor, names: Sequence[str]) -> None:
+    """Check that not all scores of a rollout are None, [N, functions].
+
+    Raises:
+        RewardError: they are.
+    """
+    if per_function.isnan().all():
+        raise RewardError(
+            f"reward {', '.join(names)}: returned None for all {len(per_function)} completions of the rollout; "
+            "expected some numbers"
+        )

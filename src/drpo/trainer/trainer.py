@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import DistributedType
-from torch import Tensor
+from accelerate.utils import DistributedType, gather
+from torch import Tensor, nn
 from torch.utils.data import Sampler
-from trl.trainer.grpo_trainer import GRPOTrainer
 
-from drpo.advantage import group_advantage
 from drpo.aggregation import token_scale
+from drpo.errors import RewardError
 from drpo.metrics import TrustRegion
 from drpo.objectives import Anchor
 from drpo.precision import require_fp32_weights, train_in_fp8
-from drpo.rollout.audit import Audit, AuditedPolicy
+from drpo.rewards import checked_scores
+from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
+from drpo.tokens import TokenBatch
+from drpo.trainer.auditing import audited_policy
 from drpo.trainer.batch import RolloutBatch, loss_mask
+from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.guard import UpdateGuard
 from drpo.trainer.measurements import Measurements, Mode
@@ -28,15 +31,15 @@ from drpo.trainer.micro_batches import MicroBatches
 from drpo.trainer.rollouts import (
     PromptSampler,
     check_log_probs,
-    check_rewards,
     make_rollout_sampler,
-    sum_rewards,
+    raising_together,
+    rewards_and_advantages,
 )
 from drpo.trainer.scoring import PaddedScorer, Scored, make_scorer
 from drpo.trainer.token_log import TokenLog
 
 
-class DRPOTrainer(GRPOTrainer):
+class DRPOTrainer(CheckpointedTrainer):
     """GRPOTrainer with the objective of its :class:`DRPOConfig`.
 
     The sampler's own log-probs are recorded as the tokens are drawn, also when Transformers generates, by the policy
@@ -74,8 +77,6 @@ class DRPOTrainer(GRPOTrainer):
     }
 
     args: DRPOConfig
-    model: Any
-    accelerator: Any
     num_generations: int
     num_generations_eval: int
     _buffered_inputs: list[RolloutBatch]
@@ -94,6 +95,10 @@ class DRPOTrainer(GRPOTrainer):
                 f"processing_class is a {type(self.processing_class).__name__}, of a vision-language model; DRPOTrainer "
                 "trains on text alone: pass its tokenizer as processing_class"
             )
+        self.reward_funcs = [
+            reward if isinstance(reward, nn.Module) else checked_scores(reward, args.reward_timeout)
+            for reward in self.reward_funcs
+        ]
         if self.rollout_func is not None:
             self.rollout_func = checked(self.rollout_func)
         generation_kwargs: Any = args.generation_kwargs or {}
@@ -126,6 +131,7 @@ class DRPOTrainer(GRPOTrainer):
             pads_apart=isinstance(self._scorer, PaddedScorer),
         )
         self._guard = UpdateGuard(args)
+        self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     def _send_telemetry(self) -> None:
@@ -170,9 +176,19 @@ class DRPOTrainer(GRPOTrainer):
         """TRL scores every rollout for π_old here; :meth:`_generate_and_score_completions` does where it is needed."""
         return None, None, None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        with raising_together():
+            try:
+                self._rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)
+            except RewardError:
+                # The other ranks wait at the end of TRL's method, to gather what each of them has.
+                gather(torch.full((len(inputs), len(self.reward_funcs)), torch.nan, device=self.accelerator.device))
+                raise
         return self._rewards_per_func
+
+    def _log_metric(self, name: str, value: float) -> None:
+        # What is no number fails in the reward that logs it.
+        super()._log_metric(str(name), float(value))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         is_trained_on = self.model.training
@@ -181,40 +197,17 @@ class DRPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         batch = cast(RolloutBatch, output)
         check_log_probs(batch)
-        batch["rewards"], batch["advantages"] = self._rewards_and_advantages(len(inputs))
+        rewards, advantages = rewards_and_advantages(self, self._rewards_per_func)
+        own = self.accelerator.process_index * len(inputs)
+        batch["rewards"], batch["advantages"] = (all_[own : own + len(inputs)] for all_ in (rewards, advantages))
         sampler.complete(batch, rollout)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
-            batch["old_per_token_logps"] = self._log_probs(batch)
+            batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
         if is_trained_on and self.args.split_distance and sampler.behavior.age:
             with sampler.behavior.weights_of_samples(self.policy):
-                batch["sampler_per_token_logps"] = self._log_probs(batch)
+                batch["sampler_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
         return output
-
-    def _rewards_and_advantages(self, own: int) -> tuple[Tensor, Tensor]:
-        """Both of this rank's ``own`` samples, [own] each, from the rewards just calculated; logged in place of TRL's."""
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        check_rewards(self._rewards_per_func, self.reward_func_names)
-        rewards = sum_rewards(self._rewards_per_func, self.reward_weights)
-        advantages = group_advantage(rewards, group_size, self.args.advantage)
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-        first = self.accelerator.process_index * own
-        return rewards[first : first + own], advantages[first : first + own]
-
-    @torch.no_grad()
-    def _log_probs(self, batch: RolloutBatch) -> Tensor:
-        """The trainer's log-probs of the sampled tokens, [B, C], as training computes them."""
-        self._micro_batches.begin_update([batch])
-        log_probs = torch.zeros_like(batch["sampling_per_token_logps"])
-        for rows, part in self._micro_batches.split(batch, loss_mask(batch).bool().any(dim=1)):
-            counted = loss_mask(part).bool()
-            sampled = self._score(self.model, part, torch.zeros_like(part["sampling_per_token_logps"])).sampled
-            columns = log_probs[rows, : counted.shape[1]]
-            log_probs[rows, : counted.shape[1]] = columns.masked_scatter(counted, sampled.logp[sampled.mask])
-        return log_probs
 
     # An update.
 
@@ -278,6 +271,10 @@ class DRPOTrainer(GRPOTrainer):
         # Data parallelism averages gradients over ranks; the counts already span them.
         return loss * self.accelerator.num_processes
 
+    def _score_unweighted(self, batch: RolloutBatch) -> TokenBatch:
+        """The sampled tokens of a micro-batch, which no loss is made of."""
+        return self._score(self.model, batch, torch.zeros_like(batch["sampling_per_token_logps"])).sampled
+
     def _score(self, model: Any, batch: RolloutBatch, scale: Tensor) -> Scored:
         return self._scorer(model, batch, scale, self._micro_batches.longest)
 
@@ -312,34 +309,13 @@ class DRPOTrainer(GRPOTrainer):
         mean, maximum, tokens = self._measurements.differences.take(self.accelerator.gather)
         if not tokens:
             return
-        sampling = self._sampling_settings()
-        policy = AuditedPolicy(
-            model=self.policy,
-            temperature=self.temperature,
-            precision=self.precision,
-            rollout_precision=self.args.rollout_precision or self.precision,
-            sampling=sampling,
-            replays_support=self.args.replay_support,
-            is_exact=sampling is not None and not self.use_vllm,
-        )
+        policy = audited_policy(self)
         self.audit = policy.audit(mean, maximum, tokens, self.args.audit_threshold)
         if self.accelerator.is_main_process:
             print(self.audit)
         self._metrics["train"]["audit/logp_difference_mean"].append(mean)
         self._metrics["train"]["audit/logp_difference_max"].append(maximum)
         self.audit.check(policy.likely_causes())
-
-    def _sampling_settings(self) -> dict[str, Any] | None:
-        """What the rollout engine samples with; None where a rollout_func decides."""
-        if self.rollout_func is not None:
-            return None
-        if self.use_vllm:
-            overrides: Any = self.args.generation_kwargs or {}
-            return {"temperature": self.temperature, **overrides}
-        own: dict[str, Any] = self.generation_config.to_dict()
-        # What TRL leaves open, Transformers takes from the model's generation_config.json.
-        inherited = self.policy.generation_config.to_dict()
-        return inherited | {name: value for name, value in own.items() if value is not None}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         gather = self.accelerator.gather
@@ -358,13 +334,6 @@ class DRPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     # A checkpoint.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save weights, configuration and tokenizer; Transformers saves its arguments too, pickled, with their secrets."""
-        folder, tokenizer = output_dir or self.args.output_dir, cast(Any, self.processing_class)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

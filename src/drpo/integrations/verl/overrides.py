@@ -31,6 +31,7 @@ _TRAINER = {
 _REFUSED = {
     "audit_threshold": "verl has no audit before the first update",
     "record_rollouts": "verl has no log of trained tokens",
+    "reward_timeout": "verl calls rewards in workers of its own",
     "rollout_lag": "verl's trainer decides how old its sampler's weights are",
     "rollout_precision": "verl's sampler has a dtype of its own, --verl actor_rollout_ref.rollout.dtype",
 }
@@ -66,7 +67,8 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
     if recipe.train_precision == "fp8":
         raise UserError("train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16")
     for name, why in _REFUSED.items():
-        if getattr(recipe, name):
+        value = getattr(recipe, name)
+        if value and value != Recipe.model_fields[name].default:
             raise UserError(f"{name}: {why}; leave it out")
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     estimator, by_std = _ADVANTAGES[recipe.advantage or default["advantage"]]
