@@ -104,10 +104,10 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "S3": (
         "paths that lead outside",
         "nothing is written there",
-        ("tests/test_run.py -k path", "tests/test_run.py -k replaced"),
+        ("tests/test_paths.py", "tests/test_run.py -k path", "tests/test_run.py -k replaced"),
     ),
     "S4": ("canary secrets", "in no byte written", ("tests/test_secrets.py",)),
-    "S5": ("no network", "no connection tried", ("tests/test_train.py -k network", "tests/test_report.py -k network")),
+    "S5": ("no network", "no connection tried", ("tests/test_offline.py", "tests/test_report.py -k network")),
     "X1": (
         "one of two ranks fails, has no tokens, other metrics",
         "all end within 30 s, naming the rank",
