@@ -20,8 +20,7 @@ from drpo.files import replace_jsonl, versions, write_json
 from drpo.registry import unknown_name
 
 LONGEST_TEXT = 100_000
-"""Characters of a prompt or an answer; more is a mistake in the file. They are some 30,000 tokens, and the longest
-problem of the data sets here has 4,000."""
+"""Characters of a prompt or an answer, some 25,000 tokens of English; more is a mistake in the file."""
 
 LONGEST_LINE = 16_000_000
 """Bytes of a line of JSON: a sequence of 128,000 tokens with five numbers for each. In memory it may be thirty times as large."""
@@ -186,18 +185,22 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     # Pages have checksums where their writer was told to make them. Few rows at a time: any of them may be large.
     with ParquetFile(path, page_checksum_verification=True) as file:
         batches = file.iter_batches(batch_size=16)
-        rows = (batch.slice(index, 1) for batch in batches for index in range(batch.num_rows))
         number = 0
-        for number, row in enumerate(rows, 1):
-            try:
-                record = row.to_pylist()[0]
-            except Exception as error:  # text that is no UTF-8, a time that Python has no word for
-                record = ValueError(f"cannot be decoded ({error})")
+        for number, record in enumerate((record for batch in batches for record in _decoded(batch)), 1):
             yield number, record
         # A damaged footer may leave rows out without a word.
         groups = (file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups))
         if not number == sum(groups) == file.metadata.num_rows:
             raise ValueError(f"{number:,} rows, where its footer says {file.metadata.num_rows:,}")
+
+
+def _decoded(batch: Any) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except Exception as error:  # text that is no UTF-8, a time that Python has no word for
+        if batch.num_rows == 1:
+            return [ValueError(f"cannot be decoded ({error})")]
+        return [record for index in range(batch.num_rows) for record in _decoded(batch.slice(index, 1))]
 
 
 def text_field(record: dict[str, Any], *names: str) -> str:
