@@ -1,5 +1,8 @@
 import os
+import signal
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 # No test talks to a model hub; TRL's notices about its experimental options are not ours to show.
@@ -12,3 +15,11 @@ if not torch.cuda.is_available():
 # After what libraries read when they are imported.
 from support.model_folder import here  # noqa: F401
 from support.rollouts import problems  # noqa: F401
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as in a shell's foreground: where these tests run in its background, it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)

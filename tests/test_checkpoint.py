@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -415,14 +415,6 @@ class Signals(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step + 1 == self.update:
             os.kill(os.getpid(), self.number)
-
-
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """SIGINT as in a shell's foreground: where these tests run in its background, it is ignored."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.usefixtures("heard")

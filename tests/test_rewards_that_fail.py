@@ -320,6 +320,7 @@ class TestATimeLimit:
         assert checked_scores(own)(completions=TEXTS) == [1.0] * 3
         time.sleep(0.1)
 
+    @pytest.mark.usefixtures("heard")
     def test_leaves_ctrl_c_to_the_person(self) -> None:
         def own(completions: list[str], **_: Any) -> None:
             signal.raise_signal(signal.SIGINT)
