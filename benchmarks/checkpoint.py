@@ -92,7 +92,7 @@ def run(command: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
 
         ours: Any = trainers["drpo"]
         work = {kind: lambda kind=kind: save(kind) for kind in trainers}
-        work["drpo, resume"] = lambda: ours.find_checkpoint(str(checkpoints["drpo"]))
+        work["drpo, resume"] = lambda: ours._find_checkpoint(str(checkpoints["drpo"]))
         times = measure.seconds(work, rounds)
         sizes = {kind: sum(file.stat().st_size for file in path.rglob("*")) for kind, path in checkpoints.items()}
         sizes["drpo, resume"] = sizes["drpo"]

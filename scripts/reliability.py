@@ -110,7 +110,7 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "S5": (
         "no network",
         "no connection tried",
-        ("tests/test_offline.py", "tests/test_train.py -k network", "tests/test_report.py -k network"),
+        ("tests/test_offline.py", "tests/test_report.py -k network"),
     ),
     "X1": (
         "one of two ranks fails, has no tokens, other metrics",

@@ -144,7 +144,7 @@ class TestResuming:
 
     def test_goes_on_counting_skipped_updates(self, tmp_path: Path, problems: Dataset) -> None:
         trainer = make(tmp_path, problems, max_steps=3)
-        trainer._guard.set_state({"skipped": 7, "in_a_row": 0, "first_cause": "update 1: the loss is nan"})
+        trainer._guard.load_state_dict({"skipped": 7, "in_a_row": 0, "first_cause": "update 1: the loss is nan"})
         trainer.train()
         resumed = make(tmp_path, problems, max_steps=4)
         resumed.train(resume_from_checkpoint=True)

@@ -206,6 +206,14 @@ class TestOffPolicy:
         assert f"the first two by {first:.2f} nats on average and the later ones by {later:.2f}" in self.PAGE
 
 
+def test_what_a_checkpoint_costs_is_as_measured() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    measured = {row["what"]: row for row in rows("checkpoint.csv")}
+    assert f"in {float(measured['drpo']['times_trl']):.1f} times its time" in page
+    assert f"takes {float(measured['drpo, no checksums']['times_trl']):.2f} times TRL's" in page
+    assert {f"{float(row['bytes_of_trl']):.2f}" for row in measured.values()} == {"1.00"}
+
+
 class TestFindings:
     PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 

@@ -182,6 +182,7 @@ class TestRuns:
         assert [row["status"] for row in rows] == ["finished", "finished"]
         assert {row["arm"] for row in rows} == {"pg", "drpo(0.2)"}
         assert all(len(row["reward"]) == 2 and len(row["accuracy"]) == 3 for row in rows)
+        assert not any(str(lab.path) in row["recipe"] for row in rows)
         assert lab.missing(runs) == []
         lab.run(runs, jobs=1)
         assert lab.rows() == rows

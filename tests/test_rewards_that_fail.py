@@ -127,7 +127,6 @@ STOP: dict[str, tuple[Any, str]] = {
     "CancelledError": (asyncio.CancelledError(), "CancelledError, in its call"),
     "sys.exit(0)": (SystemExit(0), "SystemExit: 0, in its call for completions 0 to 2"),
     "sys.exit()": (SystemExit(), "SystemExit, in its call for completions 0 to 2"),
-    "KeyboardInterrupt": (KeyboardInterrupt(), "KeyboardInterrupt, in its call for completions 0 to 2"),
     "GeneratorExit": (GeneratorExit(), "GeneratorExit, in its call for completions 0 to 2"),
     "a BaseException": (Stop("here"), "Stop: here, in its call for completions 0 to 2"),
     "a UserError": (UserError("no judge there"), "no judge there, in its call for completions 0 to 2"),

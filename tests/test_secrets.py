@@ -186,6 +186,7 @@ def test_a_trainer_in_python_writes_no_secret(tmp_path: Path, problems: Dataset,
         problems,
         hub_token=f"hub-{CANARY}",
         vllm_server_base_url=f"http://user:{CANARY}@host",
+        chat_template_kwargs={"api_key": f"key-{CANARY}"},
         save_strategy="steps",
         save_steps=2,
     )

@@ -37,7 +37,6 @@ class TrainingInterruptedError(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.exit_code = 128 + number
 
 
 class RewardError(UserError, TrainingStoppedError):

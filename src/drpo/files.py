@@ -90,14 +90,22 @@ def replacing(path: Path, option: str) -> Iterator[Path]:
         UserError: it cannot be written; ``option`` is where the path was given.
     """
     try:
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        try:
+        with _beside(path) as partial:
             yield partial
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+        flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -139,12 +147,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with _beside(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
 
 
 def flush(path: Path) -> None:

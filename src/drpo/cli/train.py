@@ -88,7 +88,9 @@ def train(
     except (KeyboardInterrupt, TrainingInterruptedError) as error:
         again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
         typer.echo(f"interrupted{again}", err=True)
-        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else error.exit_code) from error
+        if isinstance(error, TrainingInterruptedError):
+            raise
+        raise typer.Exit(130) from error
     if summary:
         from drpo.report import write_report
 

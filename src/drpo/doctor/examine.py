@@ -58,7 +58,7 @@ class _Examination:
             return make()
         except UserError as error:
             self.findings.append(Finding.of_error(error))
-        except (Exception, SystemExit) as error:  # what a reward of the user's or a library raises
+        except Exception as error:  # what a library raises
             self.findings.append(Finding.of_error(error, f"{type(error).__name__}: "))
         return None
 

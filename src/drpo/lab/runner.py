@@ -182,7 +182,8 @@ def _train(run: Run, folder: Path) -> dict[str, Any]:
         **{name: _by_rollout(updates, name) for name in _OF_ROLLOUTS},
         "weight_histogram": [sum(counts) for counts in zip(*(row["weight_histogram"] for row in updates), strict=True)],
         "seconds": summary["train_seconds"],
-        "recipe": dump_recipe(recipe),
+        # Without the place of the folder on this machine, which the row may leave.
+        "recipe": dump_recipe(recipe).replace(f"{folder}/", ""),
     }
 
 

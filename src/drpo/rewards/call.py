@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 import reprlib
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -113,15 +112,15 @@ class _Call:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
-        if error is None or isinstance(error, RewardError) or _is_from_the_keyboard(error):
+        if error is None or isinstance(error, (RewardError, KeyboardInterrupt)):
             return
         line = self.failure(_describe(error))
         end_at_exit(line)
         raise RewardError(line) from error
 
-    def failure(self, what: str) -> str:
+    def failure(self, problem: str) -> str:
         """A line on what went wrong where no row is known."""
-        return f"{self._prefix}: {what}, in its call for completions 0 to {len(self._completions) - 1}"
+        return f"{self._prefix}: {problem}, in its call for completions 0 to {len(self._completions) - 1}"
 
     def checked(self, scores: Any) -> list[float | None]:
         """The scores as numbers.
@@ -205,11 +204,3 @@ def _describe(error: BaseException) -> str:
         text = ""
     own = isinstance(error, (TimeLimitReached, UserError))
     return text if own else f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _is_from_the_keyboard(error: BaseException) -> bool:
-    """Whether it is Ctrl-C, which comes between any two instructions, where a function that raises the same has a `raise`."""
-    if not isinstance(error, KeyboardInterrupt):
-        return False
-    frames = traceback.extract_tb(error.__traceback__)
-    return not (frames[-1].line or "").startswith("raise")

@@ -6,7 +6,6 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -22,7 +21,7 @@ from drpo.run.build import load_problems, make_trainer, quiet_libraries
 from drpo.run.folder import SAMPLES_KEPT, RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
-from drpo.trainer.checkpoint import CheckpointError, update_of
+from drpo.trainer.checkpoint import CheckpointError
 from drpo.trainer.fingerprint import digest_of_rows
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.token_log import TokenLog
@@ -60,19 +59,15 @@ def train(
     trainer.run_fingerprint["heldout problems"] = digest_of_rows(map(asdict, heldout))
 
     with folder.locked() if state.is_main_process else nullcontext():
-        try:
-            checkpoint = Path(trainer.find_checkpoint(True)) if resume else None
-        except CheckpointError as error:
-            raise UserError(f"--resume: {error}") from error
-        if state.is_main_process and checkpoint is None:
+        if state.is_main_process and not resume:
             folder.create(recipe, overwrite)
-        elif state.is_main_process and checkpoint is not None:
-            folder.rewind(update_of(checkpoint))
         state.wait_for_everyone()
         try:
-            summary = _run(trainer, recipe, folder, heldout, reward, checkpoint)
+            summary = _run(trainer, recipe, folder, heldout, reward, resume)
+        except CheckpointError as error:
+            raise UserError(f"--resume: {error}") from error
         except UserError:
-            if state.is_main_process and checkpoint is None:
+            if state.is_main_process and not resume:
                 folder.discard()
             raise
     # A process that exits while gloo's threads still serve another one aborts now and then.
@@ -87,7 +82,7 @@ def _run(
     folder: RunFolder,
     heldout: list[Problem],
     reward: Reward,
-    checkpoint: Path | None,
+    resume: bool,
 ) -> dict[str, Any]:
     is_main = trainer.accelerator.is_main_process
     progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
@@ -95,9 +90,9 @@ def _run(
     trainer.token_log = TokenLog(trainer.processing_class) if recipe.record_rollouts else None
     trainer.add_callback(writer)
     with progress:
-        if checkpoint is None:
+        if not resume:
             writer.evaluate(update=0)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=resume)
     if recipe.lora is None:
         trainer.save_model(str(folder.model))
     if not is_main:
@@ -122,6 +117,8 @@ class RunWriter(TrainerCallback):
     started: float = field(init=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.rewind(state.global_step)
         before = [row["seconds"] for row in read_jsonl(self.folder.metrics)[-1:]]
         self.started = time.perf_counter() - sum(before)
         self.progress.begin(done=state.global_step)

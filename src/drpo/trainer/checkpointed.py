@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import SaveStrategy
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -36,14 +37,6 @@ OPTIMIZER = "optimizer.safetensors"
 """Optimizer, schedule and loss scale; under FSDP and DeepSpeed they are in those libraries' own files."""
 
 
-class Stateful(Protocol):
-    """What a checkpoint holds of an object, as :func:`~drpo.trainer.state_file.save_state` takes it."""
-
-    def state(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
 class CheckpointedTrainer(GRPOTrainer):
     """GRPOTrainer whose checkpoints can be trusted.
 
@@ -56,7 +49,8 @@ class CheckpointedTrainer(GRPOTrainer):
     ``save_strategy="no"`` nothing is saved then either.
 
     Attributes:
-        stateful: by name, what else decides this rank's next update, beside weights, optimizer and rollout.
+        stateful: by name, what else decides this rank's next update, beside weights, optimizer and rollout; its state
+            is what :func:`~drpo.trainer.state_file.save_state` takes.
         run_fingerprint: what else, by name, has to be the same when a run is resumed.
     """
 
@@ -89,16 +83,13 @@ class CheckpointedTrainer(GRPOTrainer):
             TrainingStoppedError: going on would train on something wrong, or nothing can be saved.
             TrainingInterruptedError: a signal ended training; it is a SystemExit.
         """
-        checkpoint = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._last_checkpoint = None if checkpoint is None else Path(checkpoint)
         with self._interruption.awaited():
             return super().train(checkpoint, *args, **kwargs)
 
-    def find_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        """The checkpoint to go on from, read and compared by the first rank. All ranks call it together.
-
-        Raises:
-            CheckpointError: as :meth:`train`.
-        """
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
+        """The checkpoint to go on from, read and compared by the first rank. All ranks call it together."""
         answer: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
@@ -194,8 +185,8 @@ class CheckpointedTrainer(GRPOTrainer):
         finish(checkpoint, self._make_fingerprint(), self.args.checkpoint_checksums)
         if self.args.save_total_limit:
             best = self.state.best_model_checkpoint
-            kept = {checkpoint} if best is None else {checkpoint, Path(best)}
-            delete_oldest(folder, keep=self.args.save_total_limit, but=kept)
+            protected = {checkpoint} if best is None else {checkpoint, Path(best)}
+            delete_oldest(folder, keep=self.args.save_total_limit, but=protected)
 
     def _last_saved(self) -> str:
         return "none was taken before" if self._last_checkpoint is None else f"the last one is {self._last_checkpoint}"
@@ -206,7 +197,7 @@ class CheckpointedTrainer(GRPOTrainer):
     def _make_fingerprint(self) -> dict[str, Any]:
         if not self._fingerprint:
             self._fingerprint = fingerprint(self)
-        return self._fingerprint | self.run_fingerprint
+        return self._fingerprint
 
     # What is in a checkpoint beside the weights. FSDP and DeepSpeed write optimizers in formats of their own.
 
@@ -244,7 +235,7 @@ class CheckpointedTrainer(GRPOTrainer):
         state = load_state(Path(checkpoint) / self._rank_file, self.accelerator.device)
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         for name, stateful in self.stateful.items():
-            stateful.set_state(state["stateful"][name])
+            stateful.load_state_dict(state["stateful"][name])
 
     def _save_scaler(self, output_dir: str) -> None:
         if self._has_own_optimizer_files:
@@ -261,7 +252,7 @@ class CheckpointedTrainer(GRPOTrainer):
             "rng": rng_state(self.accelerator.device),
             "step": self._step,
             "rollout": self._buffered_inputs if is_half_used else None,
-            "stateful": {name: stateful.state() for name, stateful in self.stateful.items()},
+            "stateful": {name: stateful.state_dict() for name, stateful in self.stateful.items()},
         }
         save_state(Path(output_dir) / self._rank_file, state)
 

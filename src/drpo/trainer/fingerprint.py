@@ -11,47 +11,28 @@ import torch
 from datasets import Dataset
 
 from drpo.files import versions
+from drpo.redact import redact
 
 if TYPE_CHECKING:
     from drpo.trainer.checkpointed import CheckpointedTrainer
 
 FREE_OPTIONS = (
     # What is written and shown, and where.
-    *("output_dir", "run_name", "project", "trackio_", "report_to", "log_", "logging_", "disable_tqdm"),
-    *("save_", "push_to_hub", "hub_", "include_", "num_completions_to_print", "resume_from_checkpoint"),
+    "output_dir", "run_name", "project", "trackio_", "report_to", "log_", "logging_", "disable_tqdm", "save_",
+    "push_to_hub", "hub_", "include_", "num_completions_to_print", "resume_from_checkpoint",
     # Evaluation.
-    *(
-        "do_",
-        "eval_",
-        "per_device_eval_batch_size",
-        "num_generations_eval",
-        "prediction_loss_only",
-        "batch_eval_metrics",
-    ),
-    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    "do_", "eval_", "per_device_eval_batch_size", "num_generations_eval", "prediction_loss_only", "batch_eval_metrics",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     # How long.
-    *("max_steps", "num_train_epochs"),
+    "max_steps", "num_train_epochs",
+    # How the model is found; what it is, is compared by itself.
+    "model_init_kwargs",
     # Memory, speed and checks, which change an update by rounding at most.
-    *(
-        "gradient_checkpointing",
-        "use_cache",
-        "dataloader_",
-        "torch_compile",
-        "torch_empty_cache_steps",
-        "ddp_",
-        "local_rank",
-    ),
-    *(
-        "tokens_per_micro_batch",
-        "fused_loss",
-        "drop_zero_advantage",
-        "skip_memory_metrics",
-        "debug",
-        "enable_jit_checkpoint",
-    ),
-    *("vllm_gpu_memory_utilization", "vllm_server_", "vllm_group_port", "vllm_enable_sleep_mode"),
-    *("audit_threshold", "max_skipped_updates", "split_distance", "checkpoint_checksums", "reward_timeout"),
-)
+    "gradient_checkpointing", "use_cache", "dataloader_", "torch_compile", "torch_empty_cache_steps", "ddp_", "local_rank",
+    "tokens_per_micro_batch", "fused_loss", "drop_zero_advantage", "skip_memory_metrics", "debug", "enable_jit_checkpoint",
+    "vllm_gpu_memory_utilization", "vllm_server_", "vllm_group_port", "vllm_enable_sleep_mode",
+    "audit_threshold", "max_skipped_updates", "split_distance", "checkpoint_checksums", "reward_timeout",
+)  # fmt: skip
 """Beginnings of the names of options that may change when a run is resumed."""
 
 _FREE_IN_CONFIG = {"_name_or_path", "transformers_version", "use_cache", "output_router_logits"}
@@ -72,8 +53,10 @@ def fingerprint(trainer: CheckpointedTrainer) -> dict[str, Any]:
         "model.parameters": _digest_of_parameters(policy),
         **{f"model.{name}": value for name, value in policy.config.to_dict().items() if name not in _FREE_IN_CONFIG},
         **{f"versions.{name}": value for name, value in versions().items()},
+        **trainer.run_fingerprint,
     }
-    return json.loads(json.dumps(values, default=str))
+    # It is written into every checkpoint.
+    return json.loads(redact(json.dumps(values, default=str)))
 
 
 def digest_of_rows(rows: Iterable[Any]) -> str:

@@ -38,13 +38,14 @@ class UpdateGuard:
         self._first_cause = ""
         self._parts: list[tuple[RolloutBatch, Tensor]] = []
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "first_cause": self._first_cause}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.skipped, self._in_a_row, self._first_cause = state["skipped"], state["in_a_row"], state["first_cause"]
+        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self._first_cause = state_dict["first_cause"]
 
     def add(self, batch: RolloutBatch, scored: Scored) -> None:
         """Keep a micro-batch of the update, to look at if its gradient is not finite."""

@@ -34,8 +34,8 @@ class Interruption:
             yield
             return
         handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
-        # What is ignored stays so, as SIGINT does in a shell's background.
-        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+        # What is ignored stays so, as SIGINT does in a shell's background, and what another language handles (None).
+        handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
         def keep(number: int, _frame: Any) -> None:
             self._number = number

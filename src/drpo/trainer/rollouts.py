@@ -115,13 +115,13 @@ class RolloutSampler:
         if rollout.is_trained_on:
             batch["age"] = torch.full_like(batch["advantages"], self.behavior.age, dtype=torch.long)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the past weights of ``behavior``."""
         return {"age": self.behavior.age, "kept_mass": self.kept_mass}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.behavior.age, self.kept_mass = state["age"], state["kept_mass"]
+        self.behavior.age, self.kept_mass = state_dict["age"], state_dict["kept_mass"]
 
 
 def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:

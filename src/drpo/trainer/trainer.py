@@ -199,7 +199,7 @@ class DRPOTrainer(CheckpointedTrainer):
         check_log_probs(batch)
         rewards, advantages = rewards_and_advantages(self, self._rewards_per_func)
         own = self.accelerator.process_index * len(inputs)
-        batch["rewards"], batch["advantages"] = (all_[own : own + len(inputs)] for all_ in (rewards, advantages))
+        batch["rewards"], batch["advantages"] = (values[own : own + len(inputs)] for values in (rewards, advantages))
         sampler.complete(batch, rollout)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
