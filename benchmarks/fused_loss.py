@@ -9,16 +9,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
-from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
 from benchmarks import measure, tables
 from drpo import PackedTokens, make_objective
@@ -45,8 +44,10 @@ class Shape:
     dtype: torch.dtype
 
 
-def shapes() -> list[Shape]:
+def shapes(*, small: bool = False) -> list[Shape]:
     """One that all are compared at first, then growth in tokens and in vocabulary; on a GPU the head of Qwen3-4B."""
+    if small:
+        return [Shape(256, 64, 4096, torch.float32)]
     if torch.cuda.is_available():
         return [Shape(tokens, 2560, 151_936, torch.bfloat16) for tokens in (8192, 16_384, 32_768, 65_536)]
     base = Shape(1024, 512, 32_768, torch.float32)
@@ -109,16 +110,19 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         arguments = (hidden, weight, None, tokens.token_ids, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ("entropy",))
         given.backward(given.loss_of(ChunkedLogProbFunction.apply(*arguments)[0]))
 
-    liger_loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=torch.cuda.is_available(), use_ref_model=False, loss_type="grpo"
-    )
-
     def in_sequences(tensor: Tensor) -> Tensor:
         return tensor.view(-1, SEQUENCE, *tensor.shape[1:])
 
+    @lru_cache(maxsize=1)
+    def liger_loss() -> Any:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        on_gpu = torch.cuda.is_available()
+        return LigerFusedLinearGRPOLoss(beta=0.0, compiled=on_gpu, use_ref_model=False, loss_type="grpo")
+
     def liger() -> None:
         ids, behavior_logp, advantage = map(in_sequences, (tokens.token_ids, tokens.behavior_logp, tokens.advantage))
-        loss, _ = liger_loss(
+        loss, _ = liger_loss()(
             in_sequences(hidden),
             weight,
             ids,
@@ -135,6 +139,8 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
         given.backward(given.loss_of(-cut(hidden, weight, tokens.token_ids, reduction="none", impl=impl)))
 
     def verl() -> None:
+        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
         logp, _ = linear_cross_entropy(hidden, weight, tokens.token_ids, 1.0, "none")
         given.backward(given.loss_of(logp))
 
@@ -149,9 +155,10 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
     }
 
 
-def run(command: str, rounds: int = 7) -> list[dict[str, Any]]:
+def run(command: str, *, small: bool = False) -> list[dict[str, Any]]:
     provenance = tables.provenance(command, PACKAGES)
-    timed = [(shape, _timed(shape, rounds)) for shape in track(shapes(), description="fused loss: time")]
+    rounds = 1 if small else 7
+    timed = [(shape, _timed(shape, rounds)) for shape in track(shapes(small=small), description="fused loss: time")]
     for shape, rows in track(timed, description="fused loss: memory"):
         given = Tensors.of(shape)
         peers = _peers(given)
@@ -168,6 +175,7 @@ def _timed(shape: Shape, rounds: int) -> list[dict[str, Any]]:
             function()
             peers[name] = function
         except Exception as error:  # a peer that does not run here is a row that says so
+            torch.cuda.empty_cache()
             why_not[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
     times = measure.seconds(peers, rounds)
     floor = times[FLOOR]

@@ -64,11 +64,15 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
 
 
-def _timed(function: Work) -> float:
+def synchronize() -> None:
+    """Wait for the GPU if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _timed(function: Work) -> float:
+    synchronize()
     began = time.perf_counter()
     function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - began

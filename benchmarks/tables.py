@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,32 @@ import torch
 RESULTS = Path("docs/results")
 IMAGES = Path("docs/images")
 
+COMMIT = "DRPO_BENCHMARK_COMMIT"
+"""The environment variable with the commit of a tree that came without its history."""
+
 
 def provenance(command: str, packages: Sequence[str] = ("torch",)) -> dict[str, str]:
     """Columns that say where a row comes from."""
-    changed = _git("status", "--porcelain", "src", "benchmarks", "tests", "constraints.txt")
     return {
         "command": command,
-        "commit": _git("describe", "--always") + ("-dirty" if changed else ""),
+        "commit": os.environ.get(COMMIT) or commit(),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": " ".join(f"{package}={version(package)}" for package in packages),
+        "versions": " ".join(f"{package}={_version(package)}" for package in packages),
     }
+
+
+def commit() -> str:
+    """Of the checkout, and whether it has changed since."""
+    changed = _git("status", "--porcelain", "src", "benchmarks", "tests", "constraints.txt")
+    return _git("describe", "--always") + ("-dirty" if changed else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _git(*arguments: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,12 +19,19 @@ from drpo.kernels import fused_policy_loss
 from drpo.kernels.logits import LogitTransform
 from drpo.kernels.reference import reference_policy_loss
 from drpo.kernels.softmax import _differentiate_blocks
-from support.fused import LEAVES, called, case, differentiated, relative_error
+from support.fused import DEVICE, LEAVES, called, case, differentiated, relative_error
+
+
+@pytest.fixture(autouse=True)
+def on_the_device() -> Iterator[None]:
+    """Tensors are made on the GPU if there is one."""
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
 def chunks_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(drpo.kernels.lm_head.CHUNK_BYTES, "cpu", 10 * 101 * 8)
+    monkeypatch.setitem(drpo.kernels.lm_head.CHUNK_BYTES, DEVICE, 10 * 101 * 8)
 
 
 @EVERY
@@ -193,7 +201,7 @@ def test_a_ratio_beyond_fp16_leaves_finite_gradients(dtype: torch.dtype) -> None
 
 def test_under_autocast_gradients_come_in_the_dtype_of_their_tensors() -> None:
     given = {**case(0), "objective": make_objective("drpo")}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         fused = differentiated(fused_policy_loss, given, torch.float32)
     low = differentiated(fused_policy_loss, given, torch.bfloat16)
     assert fused["logp"].dtype == torch.float32
@@ -237,8 +245,9 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in change.items()}
     with pytest.raises(ValueError, match=message):
-        called(fused_policy_loss, {**case(0), "objective": make_objective("drpo"), **change})
+        called(fused_policy_loss, {**case(0), "objective": make_objective("drpo"), **there})
 
 
 def test_an_objective_is_an_objective() -> None:
@@ -306,7 +315,7 @@ def test_the_triton_kernel_takes_strided_ids_and_logits_of_minus_infinity() -> N
     pytest.importorskip("triton")
     from drpo.kernels.softmax_triton import differentiate_rows
 
-    logits = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 9000, generator=torch.Generator(DEVICE).manual_seed(0))
     # All of the kernel's first block.
     logits[:, :4096] = -torch.inf
     token_ids = torch.tensor([[5000, 0], [6000, 1], [7000, 2]])[:, 0]
@@ -326,7 +335,7 @@ def test_the_triton_kernel_agrees_with_pytorch(dtype: torch.dtype, vocabulary: i
     pytest.importorskip("triton")
     from drpo.kernels.softmax_triton import differentiate_rows
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits = 3 * torch.randn(3, vocabulary, generator=generator).to(dtype)
     token_ids = torch.randint(vocabulary, (3,), generator=generator)
     transform = LogitTransform(softcap=softcap, temperature=0.7, scale=1.3)

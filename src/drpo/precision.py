@@ -50,7 +50,7 @@ def train_in_fp8(model: nn.Module) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     recipe: Any = Float8LinearConfig.from_recipe_name("rowwise")
-    config = dataclasses.replace(recipe, emulate=not _has_fp8())
+    config = dataclasses.replace(recipe, emulate=not has_fp8())
     convert_to_float8_training(model, config=config, module_filter_fn=_is_converted)
 
 
@@ -89,5 +89,6 @@ def _is_converted(module: nn.Module, name: str) -> bool:
     )
 
 
-def _has_fp8() -> bool:
+def has_fp8() -> bool:
+    """Whether this machine's GPU multiplies FP8 numbers itself."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)

@@ -10,23 +10,25 @@ from torch import Tensor
 
 from drpo.kernels import FusedLoss, PackedTokens
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 HEAD = {"temperature": 0.7, "logit_scale": 1.3}
 
 
 def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, top_k: int = 5) -> dict[str, Any]:
-    """Arguments of the fused loss in fp64, a third of the advantages 0; sequences of seven tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    """Arguments of the fused loss in fp64, on the GPU if there is one, a third of the advantages 0; sequences of seven tokens."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=DEVICE)
 
     hidden, weight, bias = normal(tokens, width), normal(vocabulary, width) * width**-0.5, 0.1 * normal(vocabulary)
-    token_ids = torch.randint(vocabulary, (tokens,), generator=generator)
+    token_ids = torch.randint(vocabulary, (tokens,), generator=generator, device=DEVICE)
     logits = (hidden @ weight.t() + bias) * HEAD["logit_scale"] / HEAD["temperature"]
     behavior = (logits + 0.3 * normal(tokens, vocabulary)).log_softmax(dim=1)
     behavior_logp = behavior.gather(1, token_ids.unsqueeze(1)).squeeze(1)
     likeliest = behavior.topk(min(top_k, vocabulary), dim=1)
-    advantage = normal(tokens) * (torch.rand(tokens, generator=generator) > 1 / 3)
+    advantage = normal(tokens) * (torch.rand(tokens, generator=generator, device=DEVICE) > 1 / 3)
     return {
         "hidden": hidden,
         "lm_head_weight": weight,
@@ -35,8 +37,8 @@ def case(seed: int, tokens: int = 37, width: int = 16, vocabulary: int = 101, to
         "behavior_logp": behavior_logp,
         "old_logp": (behavior_logp + 0.3 * normal(tokens)).clamp(max=0),
         "advantage": advantage,
-        "scale": torch.rand(tokens, generator=generator, dtype=torch.float64) / max(tokens, 1),
-        "sequence_ids": torch.arange(tokens) // 7,
+        "scale": torch.rand(tokens, generator=generator, dtype=torch.float64, device=DEVICE) / max(tokens, 1),
+        "sequence_ids": torch.arange(tokens, device=DEVICE) // 7,
         "top_k_ids": likeliest.indices,
         "top_k_behavior_logp": likeliest.values,
         **HEAD,
