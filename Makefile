@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: demo test test-long check bench format clean
+.PHONY: demo test test-long check bench gpu format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ check: $(VENV)/installed
 bench: $(VENV)/installed $(VLLM)/installed  ## all benchmarks, into docs/results and docs/images; long, and only fair on an idle machine
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks all
+
+gpu:  ## kernel tests and measurements on this machine's GPU, with the packages of its own Python; eight minutes
+	$(PYTHON) scripts/gpu.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

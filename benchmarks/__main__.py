@@ -18,6 +18,7 @@ NAMES = (
     "topk_variance",
     "verl_loss",
     "checkpoint",
+    "low_precision",
     "engine_gap",
     "off_policy",
     "mistakes",

@@ -26,8 +26,8 @@ from drpo.kernels.lm_head import workspace
 from drpo.kernels.reference import reference_policy_loss
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl")
-SEQUENCE = 128
-"""Tokens of a sequence, for the peer that wants sequences."""
+SEQUENCE = 1024 if torch.cuda.is_available() else 128
+"""Tokens of a sequence, for the peer that wants sequences, and takes one at a time."""
 
 FLOOR = "three products"
 
@@ -44,7 +44,7 @@ class Shape:
     dtype: torch.dtype
 
 
-def shapes(*, small: bool = False) -> list[Shape]:
+def cases(*, small: bool = False) -> list[Shape]:
     """One that all are compared at first, then growth in tokens and in vocabulary; on a GPU the head of Qwen3-4B."""
     if small:
         return [Shape(256, 64, 4096, torch.float32)]
@@ -155,10 +155,14 @@ def _peers(given: Tensors) -> dict[str, Callable[[], object]]:
     }
 
 
-def run(command: str, *, small: bool = False) -> list[dict[str, Any]]:
+def run(command: str) -> list[dict[str, Any]]:
+    return compare(cases(), 7, command)
+
+
+def compare(shapes: list[Shape], rounds: int, command: str) -> list[dict[str, Any]]:
+    """A row for each shape and peer."""
     provenance = tables.provenance(command, PACKAGES)
-    rounds = 1 if small else 7
-    timed = [(shape, _timed(shape, rounds)) for shape in track(shapes(small=small), description="fused loss: time")]
+    timed = [(shape, _timed(shape, rounds)) for shape in track(shapes, description="fused loss: time")]
     for shape, rows in track(timed, description="fused loss: memory"):
         given = Tensors.of(shape)
         peers = _peers(given)

@@ -14,20 +14,31 @@ import torch
 from rich.progress import track
 
 from benchmarks import measure, tables
-from benchmarks.training_phase import on_cpu, on_gpu
+from benchmarks.training_phase import Size, on_cpu, on_gpu
 from drpo.precision import RolloutPrecision, has_fp8, make_rollout_model, quantized
 
 PACKAGES = ("torch", "torchao", "transformers")
 
 
+def run(command: str) -> list[dict[str, Any]]:
+    return compare(cases(), 5, command)
+
+
+def cases(*, small: bool = False) -> list[Size]:
+    return [on_gpu() if torch.cuda.is_available() and not small else on_cpu()]
+
+
 @torch.no_grad()
-def run(command: str, *, small: bool = False) -> list[dict[str, Any]]:
+def compare(sizes: list[Size], rounds: int, command: str) -> list[dict[str, Any]]:
+    """A row for each size and precision."""
     provenance = tables.provenance(command, PACKAGES)
-    on_device = torch.cuda.is_available() and not small
-    size, device = (on_gpu(), "cuda") if on_device else (on_cpu(), "cpu")
-    sequences, length = (32, 1024) if on_device else (8, 64)
+    return [{**row, **provenance} for size in sizes for row in _measured(size, rounds)]
+
+
+def _measured(size: Size, rounds: int) -> list[dict[str, Any]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = size.model().to(device).eval()
-    ids = torch.randint(10, size.vocabulary, (sequences, length), device=device)
+    ids = torch.randint(10, size.vocabulary, (4 * size.batch, size.longest), device=device)
 
     def log_probs(model: Any) -> torch.Tensor:
         # A few sequences at a time: logits of a large vocabulary take gigabytes.
@@ -37,13 +48,16 @@ def run(command: str, *, small: bool = False) -> list[dict[str, Any]]:
             chunks.append(torch.log_softmax(logits, dim=-1).gather(2, rows[:, 1:, None]).squeeze(2))
         return torch.cat(chunks)
 
+    def forward(model: Any) -> Callable[[], object]:
+        return lambda: model.model(input_ids=ids).last_hidden_state
+
     exact = log_probs(policy)
     gaps, passes = {}, {}
     for precision in track(get_args(RolloutPrecision), description="low precision"):
         model = quantized(make_rollout_model(policy, precision), precision)
         gaps[precision] = (log_probs(model) - exact).abs().flatten()
-        passes[precision] = _forward(model, ids)
-    times = measure.seconds(passes, rounds=1 if small else 5)
+        passes[precision] = forward(model)
+    times = measure.seconds(passes, rounds)
     return [
         {
             "rollout": precision,
@@ -52,11 +66,6 @@ def run(command: str, *, small: bool = False) -> list[dict[str, Any]]:
             "log_ratio_p99": f"{gap.quantile(0.99).item():.3g}",
             "time_over_bf16": f"{measure.ratio(times[precision], times['bf16']):.2f}",
             "seconds": f"{statistics.median(times[precision]):.4f}",
-            **provenance,
         }
         for precision, gap in gaps.items()
     ]
-
-
-def _forward(model: Any, ids: torch.Tensor) -> Callable[[], object]:
-    return torch.no_grad()(lambda: model.model(input_ids=ids).last_hidden_state)

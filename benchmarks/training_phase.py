@@ -131,7 +131,7 @@ def on_smollm2(folder: str) -> list[Setting]:
     return [Setting(size, 0.0, "skewed") for size in sizes]
 
 
-def settings(*, small: bool = False) -> list[Setting]:
+def cases(*, small: bool = False) -> list[Setting]:
     if small:
         return [Setting(dataclasses.replace(on_cpu(), groups=4, batch=4, longest=32), 0.5, "skewed")]
     if not torch.cuda.is_available():
@@ -202,8 +202,8 @@ def seconds(kind: str, setting: Setting) -> list[float]:
     return clock.seconds[2 * UPDATES - 1 :: UPDATES]
 
 
-def run(command: str, *, small: bool = False) -> list[dict[str, Any]]:
-    return compare(settings(small=small), 1 if small else 3, command)
+def run(command: str) -> list[dict[str, Any]]:
+    return compare(cases(), 3, command)
 
 
 def compare(settings: list[Setting], rounds: int, command: str) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
@@ -28,8 +27,10 @@ PARTS = {"kernels": 120, "fused_loss": 150, "low_precision": 60, "training_phase
 SMALL_SECONDS = 120
 """The same, of any part with ``--small``."""
 
+ROUNDS = 3
+
 SHOWN = 60
-"""Lines of the output of a part that failed."""
+"""Lines of the output of a part that failed; all of it is beside the tables."""
 
 PROVENANCE = ("command", "commit", "date", "machine", "versions", "rounds")
 
@@ -79,34 +80,38 @@ def _run(name: str, options: argparse.Namespace) -> str:
     else:
         command = [sys.executable, __file__, *sys.argv[1:], "--here", name]
     seconds = SMALL_SECONDS if options.small else PARTS[name]
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / f"{name}.log"
+    with log.open("w") as output:
         streams = {"stdout": output, "stderr": subprocess.STDOUT}
         try:
             code = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=seconds, check=False, **streams
             ).returncode
         except subprocess.TimeoutExpired:
-            code = None
-        if code:
-            output.seek(0)
-            print(*output.readlines()[-SHOWN:], sep="", flush=True)
-    if code is None:
-        return f"stopped after {seconds} s, all that it may take,"
+            return f"stopped after {seconds} s, all that it may take,"
+    if code:
+        print(*log.read_text(errors="replace").splitlines()[-SHOWN:], sep="\n")
+    else:
+        log.unlink()
     return "passed" if not code else f"failed with exit code {code}"
 
 
 def _measure(name: str, options: argparse.Namespace) -> None:
-    from benchmarks import tables
+    """Write the table of a part, anew after each of its cases: what a time limit stops is kept so far."""
+    from benchmarks import tables, training_phase
 
     command = f"python scripts/gpu.py {name}" + (" --small" if options.small else "")
+    module = training_phase if name == "smollm2" else import_module(f"benchmarks.{name}")
     if name == "smollm2":
-        from benchmarks.training_phase import compare, on_smollm2
-
         command += f" --smollm2 {Path(options.smollm2).name}"
-        rows = compare(on_smollm2(options.smollm2), rounds=1 if options.small else 3, command=command)
+        cases = training_phase.on_smollm2(options.smollm2)[: 1 if options.small else None]
     else:
-        rows = import_module(f"benchmarks.{name}").run(command, small=options.small)
-    tables.write(options.output / f"{name}.csv", rows)
+        cases = module.cases(small=options.small)
+    rows = []
+    for case in cases:
+        rows += module.compare([case], 1 if options.small else ROUNDS, command)
+        tables.write(options.output / f"{name}.csv", rows)
 
 
 def _show(table: Path) -> None:

@@ -178,6 +178,26 @@ class TestPerformance:
             trl, ours = reached[seed, "TRL"], reached[seed, "drpo"]
             assert f"| {seed} | {trl} | {ours} | {float(trl) / float(ours):.2f} |" in self.PAGE
 
+    def test_a_gpu_is_as_measured(self) -> None:
+        times: dict[str, dict[str, str]] = {}
+        memory: dict[str, dict[str, str]] = {}
+        for row in rows("gpu/fused_loss.csv"):
+            ratio = row["time_over_products"]
+            times.setdefault(row["tokens"], {})[row["peer"]] = f"{float(ratio):.2f}" if ratio else "out of memory"
+            memory.setdefault(row["tokens"], {})[row["peer"]] = f"{float(row['extra_mib'] or 0):.0f}"
+        for tokens, ratios in times.items():
+            columns = [ratios[peer] for peer in ("drpo", "TRL", "cut-cross-entropy", "PyTorch")]
+            columns += [memory[tokens][peer] for peer in ("drpo", "TRL")]
+            assert f"| {int(tokens):,} | {' | '.join(columns)} |" in self.PAGE
+        phases = {(row["without_advantage"], row["trainer"]): row for row in rows("gpu/training_phase.csv")}
+        for (share, trainer), row in phases.items():
+            if trainer == "drpo":
+                columns = [phases[share, "TRL"]["seconds"], row["seconds"], row["times_faster_than_trl"]]
+                assert f"| {float(share):.0%} | {' | '.join(columns)} |" in self.PAGE
+        for row in rows("gpu/low_precision.csv"):
+            columns = [row[name] for name in ("rollout", "log_ratio_mean", "log_ratio_p99", "time_over_bf16")]
+            assert f"| {' | '.join(columns)} |" in self.PAGE
+
 
 class TestOffPolicy:
     PAGE = (ROOT / "docs" / "off-policy.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drpo.kernels.logits import LogitTransform
 
-CHUNK_BYTES = {"cpu": 40 * 2**20, "cuda": 768 * 2**20}
+CHUNK_BYTES = {"cpu": 40 * 2**20, "cuda": 1536 * 2**20}
 """Logits and their gradient in memory at once, by device type. More makes the products more efficient."""
 
 CACHE_LINE = 64
@@ -124,6 +124,8 @@ def _to_front(rows: Tensor, keep: Tensor) -> Tensor:
     """Move the rows to keep to the front, in place and only as many as there are gaps; the index each of them had."""
     order = torch.arange(len(rows), device=rows.device)
     count = int(keep.sum())
+    if count == len(rows):
+        return order
     gaps = (~keep[:count]).nonzero().squeeze(1)
     movers = count + keep[count:].nonzero().squeeze(1)
     rows[gaps] = rows[movers]
@@ -143,6 +145,9 @@ def _add_outer(total: Tensor | None, gradient: Tensor, states: Tensor, scale: Te
     scaled = states * scale
     if gradient.dtype.itemsize >= 4:
         return torch.mm(gradient.t(), scaled) if total is None else total.addmm_(gradient.t(), scaled)
+    if gradient.is_cuda and gradient.dtype == torch.bfloat16 and total is not None:
+        # The total is larger than all else here: added to within the product, it is read and written once.
+        return torch.addmm(total, gradient.t(), scaled.to(gradient.dtype), out_dtype=torch.float32, out=total)
     # What may exceed fp16's range stays outside: the largest scale, and as |gradient| ≤ 1, the largest sum there can be.
     outside = torch.maximum(scale.abs().amax(), scaled.abs().sum(dim=0).amax() / 2**15)
     added = _multiply(gradient.t(), (scaled / outside).to(gradient.dtype)).float()

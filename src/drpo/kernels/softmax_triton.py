@@ -62,6 +62,8 @@ def _differentiate(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # Under torch.compile numbers of Python come as fp64.
+    slope, inner, outer = tl.cast(slope, tl.float32), tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
     gradient_row = gradient_ptr + row * gradient_stride
