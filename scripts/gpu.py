@@ -24,7 +24,7 @@ RESULTS = ROOT / "docs" / "results" / "gpu"
 PARTS = {"kernels": 120, "fused_loss": 150, "low_precision": 60, "training_phase": 150, "smollm2": 60}
 """In their order, and the seconds that each may take on a GPU."""
 
-SMALL_SECONDS = 120
+SMALL_SECONDS = 300
 """The same, of any part with ``--small``."""
 
 ROUNDS = 3

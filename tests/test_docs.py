@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import statistics
@@ -21,11 +22,15 @@ import test_fuzz
 import test_objectives
 from drpo import OBJECTIVES, DRPOConfig
 from drpo.cli.catalogue import describe_fields
-from drpo.lab.grid import CORE, LEARNING_RATES
-from drpo.lab.statistics import area_under, has_collapsed
+from drpo.lab.grid import CORE
+from drpo.lab.statistics import has_collapsed, probability_of_improvement
 from drpo.run.recipe import Recipe, TaskSpec
 
 ROOT = Path(__file__).parents[1]
+
+sys.path.append(str(ROOT / "scripts"))
+import findings  # noqa: E402
+
 PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 SEEN = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
@@ -255,34 +260,27 @@ class TestFindings:
         assert f"{rare['pg']:.0%}".replace("%", " %") + " comes from tokens with μ ≤ 0.01" in self.PAGE
         assert min(rare.values()) > 0.36
 
-    def test_the_runs_of_three_seeds_are_as_measured(self) -> None:
-        runs = [json.loads(line) for line in (ROOT / "docs" / "results" / "lab_runs.jsonl").read_text().splitlines()]
+    def test_its_tables_are_made_from_the_results(self) -> None:
+        assert findings.with_tables(self.PAGE, findings.read_cells()) == self.PAGE
 
-        def accuracies(arm: str, rate: float) -> list[list[float]]:
-            chosen = [run for run in runs if (run["arm"], run["learning_rate"], run["updates"]) == (arm, rate, 16)]
-            return [run["accuracy"] for run in chosen if run["seed"] < 3]
-
-        areas = {
-            (arm, rate): [area_under(accuracy) for accuracy in accuracies(arm, rate)]
-            for arm in CORE
-            for rate in LEARNING_RATES[1:4]
-        }
-        for arm in CORE:
-            cells = []
-            for rate in LEARNING_RATES[1:4]:
-                area = areas[arm, rate]
-                assert len(area) == 3
-                collapsed = sum(map(has_collapsed, accuracies(arm, rate)))
-                cells.append(f"{sum(area) / 3:.2f} [{min(area):.2f}, {max(area):.2f}] {collapsed}")
-            assert f"| {arm} | {' | '.join(cells)} |" in self.PAGE
-        safe = [run["accuracy"][-1] for run in runs if run["learning_rate"] == LEARNING_RATES[0]]
+    def test_what_the_runs_show_is_in_the_results(self) -> None:
+        cells = findings.read_cells()
+        safe = [row["accuracy"][-1] for (_, rate, _), rows in cells.items() for row in rows if rate == 5e-5]
         assert 0.94 <= min(safe) <= max(safe) <= 0.985
-        without, tight = ("pg", "spo", "drpo(12.5)"), "drpo(0.05)"
-        regions = [arm for arm in CORE if arm not in without]
-        assert min(min(areas[arm, 2e-4]) for arm in regions) >= 0.255
-        assert max(max(areas[arm, 2e-4]) for arm in without) <= 0.205
-        assert sum(not has_collapsed(run) for arm in regions for run in accuracies(arm, 2e-4)) == 1
-        assert max(areas[tight, 1e-4]) < min(min(areas[arm, 1e-4]) for arm in regions if arm != tight)
+        regions = [arm for arm in CORE if arm not in findings.WITHOUT_REGION]
+        assert min(min(findings.areas(cells, arm, 2e-4)) for arm in regions) >= 0.255
+        assert max(max(findings.areas(cells, arm, 2e-4)) for arm in findings.WITHOUT_REGION) <= 0.205
+        broken = [has_collapsed(row["accuracy"]) for arm in regions for row in cells[arm, 2e-4, findings.UPDATES]]
+        assert broken.count(False) == 1
+        for arm, rate in itertools.product(("drpo(0.2)", "dppo_tv(0.15)"), (1.4e-4, 2e-4)):
+            ours, ppo = (findings.areas(cells, name, rate) for name in (arm, "ppo"))
+            better = probability_of_improvement(ppo, ours)
+            assert better.low <= 0.5 <= better.high
+        collapsed = {arm: [has_collapsed(row["accuracy"]) for row in cells[arm, 1.4e-4, 16]] for arm in CORE}
+        assert all(any(collapsed[arm]) for arm in findings.WITHOUT_REGION)
+        assert not any(any(collapsed[arm]) for arm in ("ppo", "dppo_tv(0.15)", "drpo(0.2)"))
+        tight = findings.areas(cells, "drpo(0.05)", 1e-4)
+        assert max(tight) < min(min(findings.areas(cells, arm, 1e-4)) for arm in regions if arm != "drpo(0.05)")
 
 
 @pytest.mark.parametrize(

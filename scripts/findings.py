@@ -1,0 +1,134 @@
+"""The tables and pictures of docs/findings.md, from the committed results of the lab.
+
+    python scripts/findings.py         # writes the tables into the page, and docs/images/lab*.png
+
+To go on with the grid: copy docs/results/lab_runs.jsonl to FOLDER/runs.jsonl, `drpo lab run --preset ... --output FOLDER`,
+copy it back, and run this.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from drpo.files import iterate_jsonl
+from drpo.lab.grid import CORE, LEARNING_RATES
+from drpo.lab.statistics import area_under, estimate, has_collapsed, probability_of_improvement
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "lab_runs.jsonl"
+PAGE = ROOT / "docs" / "findings.md"
+IMAGES = ROOT / "docs" / "images"
+
+COMPARED = LEARNING_RATES[1:4]
+UPDATES = 16
+WITHOUT_REGION = ("pg", "spo", "drpo(12.5)")
+"""Arms whose gradient weight never reaches zero at these settings."""
+
+Row = dict[str, Any]
+Cells = dict[tuple[str, float, int], list[Row]]
+
+
+def read_cells(path: Path = RESULTS) -> Cells:
+    """The finished runs of the setting ``fp32`` without lag, by arm, learning rate and updates a rollout."""
+    cells: Cells = defaultdict(list)
+    for row in iterate_jsonl(path):
+        if (row["setting"], row["lag"], row["status"]) == ("fp32", 0, "finished"):
+            cells[row["arm"], row["learning_rate"], row["updates"]].append(row)
+    return cells
+
+
+def areas(cells: Cells, arm: str, rate: float, updates: int = UPDATES) -> list[float]:
+    """The mean accuracy over each run of a cell."""
+    return [area_under(row["accuracy"]) for row in cells[arm, rate, updates]]
+
+
+def training_table(cells: Cells) -> str:
+    """Mean accuracy over the run and collapsed runs, by arm and learning rate."""
+    lines = [_header("arm", [f"{rate:g}" for rate in COMPARED])]
+    for arm in CORE:
+        columns = []
+        for rate in COMPARED:
+            rows, mean = cells[arm, rate, UPDATES], estimate(areas(cells, arm, rate))
+            collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
+            columns.append(f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}")
+        lines.append(f"| {arm} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def improvement_table(cells: Cells) -> str:
+    """The probability that a run of an arm has a higher mean accuracy than one of pg, and of ppo."""
+    lines = [_header("arm", [f"{rate:g}, over {arm}" for arm in ("pg", "ppo") for rate in COMPARED])]
+    for arm in CORE[1:]:
+        columns = []
+        for baseline in ("pg", "ppo"):
+            for rate in COMPARED:
+                better = probability_of_improvement(areas(cells, baseline, rate), areas(cells, arm, rate))
+                columns.append("" if arm == baseline else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]")
+        lines.append(f"| {arm} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _header(first: str, others: Sequence[str]) -> str:
+    names = [first, *others]
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
+TABLES: dict[str, Callable[[Cells], str]] = {"training": training_table, "improvement": improvement_table}
+
+
+def with_tables(page: str, cells: Cells) -> str:
+    """The page with each table between its markers made anew.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        start, stop = page.index(begin) + len(begin), page.index(end)
+        page = page[:start] + make(cells) + page[stop:]
+    return page
+
+
+def curves(cells: Cells) -> Figure:
+    """Held-out accuracy over rollouts at each learning rate: arms with a trust region, and those without."""
+    figure = Figure(figsize=(11, 3.3), layout="constrained")
+    panels = figure.subplots(1, len(COMPARED), sharey=True)
+    colors = {
+        **dict(zip((arm for arm in CORE if arm not in WITHOUT_REGION), ("C2", "C0", "C9", "C4"), strict=True)),
+        **dict(zip(WITHOUT_REGION, ("C3", "C1", "C8"), strict=True)),
+    }
+    for panel, rate in zip(panels, COMPARED, strict=True):
+        for arm in CORE:
+            rows = cells[arm, rate, UPDATES]
+            at, points = rows[0]["at_rollout"], zip(*(row["accuracy"] for row in rows), strict=True)
+            values, low, high = zip(*map(estimate, points), strict=True)
+            dashes = "--" if arm in WITHOUT_REGION else "-"
+            panel.plot(at, values, dashes, color=colors[arm], label=arm)
+            panel.fill_between(at, low, high, color=colors[arm], alpha=0.12, linewidth=0)
+        panel.set_title(f"learning rate {rate:g}")
+        panel.set_xlabel("rollout")
+        panel.set_ylim(0, 1)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Cells], Figure]] = {"lab.png": curves}
+
+
+def main() -> None:
+    cells = read_cells()
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), cells), encoding="utf-8")
+    for name, picture in PICTURES.items():
+        picture(cells).savefig(IMAGES / name, dpi=150)
+    print(PAGE, *(IMAGES / name for name in PICTURES), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
