@@ -26,6 +26,7 @@ class Setting:
         task: of :data:`drpo.lab.tasks.TASKS`.
         train_precision: as in a recipe.
         rollout_precision: as in a recipe; None samples as training computes.
+        prompts: of a rollout, each with 8 completions.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Setting:
     task: str = "arithmetic"
     train_precision: str = "fp32"
     rollout_precision: str | None = None
+    prompts: int = 32
 
     @property
     def base(self) -> str:
@@ -57,6 +59,7 @@ SETTINGS = {
         ),
         Setting("moe-fp8", "paper setting 4: the same with FP8 rollout and training", "moe", train_precision="fp8"),
         Setting("sorting", "fp32 on longer solutions", task="sorting"),
+        Setting("smollm2", "a real model of 135 million parameters in FP32", "smollm2", task="addition", prompts=16),
     )
 }
 
@@ -104,9 +107,8 @@ ARMS = {
 CORE = ("pg", "ppo", "spo", "dppo_tv(0.15)", "drpo(0.05)", "drpo(0.2)", "drpo(12.5)")
 LEARNING_RATES = (5e-5, 1e-4, 1.4e-4, 2e-4, 3e-4)
 UPDATES = (4, 16, 32)
-
-SAMPLES = 256
-"""Of a rollout: 32 prompts of 8 completions."""
+REAL_RATES = (1e-5, 3e-5)
+"""Of the real model, whose weights are larger in number and smaller."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Run:
             "reward": "exact_answer",
             "objective": {"name": arm.objective, **arm.hyperparameters},
             "rollouts": self.rollouts,
-            "prompts_per_rollout": SAMPLES // 8,
+            "prompts_per_rollout": setting.prompts,
             "num_generations": 8,
             "updates_per_rollout": self.updates,
             "learning_rate": self.learning_rate,
@@ -198,6 +200,9 @@ PRESETS: dict[str, Callable[[], list[Run]]] = {
     "map": lambda: grid(("fp32",), CORE, LEARNING_RATES, UPDATES),
     "map-low-precision": lambda: grid(("moe-fp8-rollout",), CORE, LEARNING_RATES, UPDATES),
     "settings": lambda: grid(PAPER_SETTINGS, CORE, LEARNING_RATES[1:4], seeds=range(5)),
+    "real": lambda: grid(
+        ("smollm2",), ("pg", "ppo", "dppo_tv(0.15)", "drpo(0.2)", "drpo(12.5)"), REAL_RATES, updates=(8,), rollouts=24
+    ),
     "arms": lambda: grid(("fp32",), OTHER_ARMS, LEARNING_RATES[1:4]),
     "delta": lambda: grid(
         ("fp32",), [f"{kind}({delta:g})" for kind in ("dppo_tv", "drpo") for delta in DELTAS], (1.4e-4,), seeds=range(5)

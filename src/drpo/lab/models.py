@@ -1,4 +1,4 @@
-"""Base models of the lab: the built-in one with a long-tailed vocabulary, taught a task whose steps it gets wrong now and then."""
+"""Base models of the lab: the built-in one with a long-tailed vocabulary, taught a task whose steps it gets wrong now and then; and a real one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from drpo.data.arithmetic import MODEL_PATH, split_of
 from drpo.files import write_json
-from drpo.lab.tasks import FILLERS, Task
+from drpo.lab.tasks import FILLERS, Task, TaughtTask
+from drpo.pretrained import load_pretrained
 from drpo.rewards import exact_answer
 from drpo.rollout.recorder import record_log_probs
 
-Architecture = Literal["dense", "moe"]
+Taught = Literal["dense", "moe"]
+Architecture = Literal[Taught, "smollm2"]
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LINE_FEED = "Ċ"
+"""How byte-level vocabularies spell the token that ends a line."""
 
 EXPERTS, EXPERTS_PER_TOKEN = 8, 2
 
+MADE = "made.json"
+"""Written last: what a base model is, and what it can do."""
+
 
 def make_base_model(
-    folder: Path, task: Task, architecture: Architecture, *, steps: int, error_rate: float, seed: int = 0
+    folder: Path, task: TaughtTask, architecture: Taught, *, steps: int, error_rate: float, seed: int = 0
 ) -> None:
     """Train a base model and write it with its tokenizer.
 
@@ -56,11 +65,33 @@ def make_base_model(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+    taught = {"architecture": architecture, "steps": steps, "error_rate": error_rate, "seed": seed}
+    _write(folder, model, tokenizer, task, taught)
+
+
+def copy_smollm2(folder: Path, task: Task, source: str) -> None:
+    """Write a copy of a real model whose completions end with their line.
+
+    Args:
+        folder: where it goes.
+        task: on which its accuracy is measured.
+        source: a folder, or a name on the hub.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    expected = f"a folder with a copy of {SMOLLM2}, as scripts/smollm2.py makes"
+    model, tokenizer = load_pretrained(source, torch.float32, field="setting smollm2", expected=expected)
+    tokenizer.eos_token = LINE_FEED
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    _write(folder, model, tokenizer, task, {"architecture": "smollm2"})
+
+
+def _write(folder: Path, model: Any, tokenizer: Any, task: Task, made: dict[str, Any]) -> None:
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    taught = {"task": task.name, "architecture": architecture, "steps": steps, "error_rate": error_rate, "seed": seed}
     measured = measure(model, tokenizer, task)
-    write_json(folder / "taught.json", {**taught, "parameters": model.num_parameters(), **measured})
+    write_json(folder / MADE, {"task": task.name, **made, "parameters": model.num_parameters(), **measured})
 
 
 def measure(model: Any, tokenizer: Any, task: Task, problems: int = 500) -> dict[str, float]:
@@ -107,7 +138,7 @@ def _mixture_of_experts(dense: Any) -> Any:
     return model
 
 
-def _batch(task: Task, tokenizer: Any, rng: random.Random, size: int, error_rate: float) -> tuple[Tensor, Tensor]:
+def _batch(task: TaughtTask, tokenizer: Any, rng: random.Random, size: int, error_rate: float) -> tuple[Tensor, Tensor]:
     """Token ids [B, T] of training problems with their solutions, and the same with −100 outside of solutions."""
     prompts, solutions = [], []
     while len(prompts) < size:

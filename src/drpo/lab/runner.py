@@ -22,14 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drpo.data.arithmetic import Split
 from drpo.files import append_jsonl, iterate_jsonl, replace_jsonl, versions
 from drpo.lab.grid import SETTINGS, Run
-from drpo.lab.models import make_base_model
-from drpo.lab.tasks import TASKS
+from drpo.lab.models import MADE, SMOLLM2, copy_smollm2, make_base_model
+from drpo.lab.tasks import TASKS, TaughtTask
 
 TRIES = 2
 """Of a run whose worker dies, before it is recorded as failed."""
-
-TEACHING = {"arithmetic": 600, "sorting": 2000}
-"""Batches that a base model is taught for, by task."""
 
 PROBLEMS: dict[Split, int] = {"train": 4000, "heldout": 400}
 """How many there are of each split."""
@@ -86,16 +83,25 @@ def run_of(row: dict[str, Any]) -> Run:
 
 
 def make_base(folder: Path, setting_name: str) -> None:
-    """The base model of a setting and its problems, unless they are there."""
+    """The base model of a setting and its problems, unless they are there.
+
+    Raises:
+        UserError: a real model that cannot be loaded.
+    """
     setting = SETTINGS[setting_name]
     base, task = folder / "models" / setting.base, TASKS[setting.task]
-    if (base / "model" / "taught.json").is_file():
+    if (base / "model" / MADE).is_file():
         return
     base.mkdir(parents=True, exist_ok=True)
     for split, size in PROBLEMS.items():
         problems = task.problems(split, size, seed=0)
         replace_jsonl(base / f"{split}.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in problems))
-    make_base_model(base / "model", task, setting.architecture, steps=TEACHING[task.name], error_rate=0.25)
+    if setting.architecture == "smollm2":
+        here = folder / "models" / "smollm2"
+        copy_smollm2(base / "model", task, source=str(here) if here.is_dir() else SMOLLM2)
+    else:
+        assert isinstance(task, TaughtTask)
+        make_base_model(base / "model", task, setting.architecture, steps=task.batches, error_rate=0.25)
 
 
 class _Worker:

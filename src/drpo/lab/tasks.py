@@ -1,4 +1,4 @@
-"""Tasks with a long-tailed vocabulary: solutions in steps, with filler tokens that mean nothing and are mostly rare."""
+"""Tasks: those that a small model is taught, with filler tokens that are mostly rare, and one that a real model half knows."""
 
 from __future__ import annotations
 
@@ -27,16 +27,21 @@ class Exercise:
     Args:
         prompt: the text that the model sees.
         answer: what follows the last comma of a right solution.
-        steps: for :meth:`Task.solution`.
+        steps: for :meth:`TaughtTask.solution`.
     """
 
     prompt: str
     answer: str
-    steps: Sequence[int]
+    steps: Sequence[int] = ()
+
+    @property
+    def question(self) -> str:
+        """The last line of the prompt; those before it are examples."""
+        return self.prompt.rpartition("\n")[2]
 
 
 class Task(ABC):
-    """A family of problems that a model can be taught to solve unreliably.
+    """A family of problems.
 
     The reward is :func:`drpo.rewards.exact_answer`: what follows a completion's last comma has to be the answer.
 
@@ -52,6 +57,26 @@ class Task(ABC):
     def sample(self, rng: random.Random) -> Exercise:
         """Draw an exercise."""
 
+    def problems(self, split: Split, size: int, seed: int) -> list[Problem]:
+        """Draw distinct problems, whose questions are of one split; the same for the same seed."""
+        rng = random.Random(f"{self.name}-{split}-{seed}")
+        problems: dict[str, Problem] = {}
+        while len(problems) < size:
+            exercise = self.sample(rng)
+            if split_of(exercise.question) == split:
+                problems[exercise.prompt] = Problem(exercise.prompt, exercise.answer)
+        return list(problems.values())
+
+
+class TaughtTask(Task):
+    """A task that a model can be taught to solve unreliably.
+
+    Attributes:
+        batches: that a base model is taught for.
+    """
+
+    batches: int
+
     @abstractmethod
     def solution(self, exercise: Exercise, rng: random.Random, error_rate: float) -> list[str]:
         """The steps of a solution as text, each wrong with probability ``error_rate`` and carried on from."""
@@ -64,22 +89,13 @@ class Task(ABC):
             for number, step in enumerate(steps)
         )
 
-    def problems(self, split: Split, size: int, seed: int) -> list[Problem]:
-        """Draw distinct problems of a split; the same for the same seed."""
-        rng = random.Random(f"{self.name}-{split}-{seed}")
-        problems: dict[str, Problem] = {}
-        while len(problems) < size:
-            exercise = self.sample(rng)
-            if split_of(exercise.prompt) == split:
-                problems[exercise.prompt] = Problem(exercise.prompt, exercise.answer)
-        return list(problems.values())
 
-
-class Arithmetic(Task):
+class Arithmetic(TaughtTask):
     """Chained additions and subtractions: ``17+25-8+34=`` solved as ``<aab>42,34,68``."""
 
     name = "arithmetic"
     longest = 20
+    batches = 600
 
     def sample(self, rng: random.Random) -> Exercise:
         prompt, totals = sample_prompt(rng)
@@ -89,11 +105,12 @@ class Arithmetic(Task):
         return [str(total) for total in noisy_totals(list(exercise.steps), rng, error_rate)]
 
 
-class Sorting(Task):
+class Sorting(TaughtTask):
     """Insertion sort written out: ``52 17 83 4=`` solved as ``<aab>17 52,17 52 83,<aaq>4 17 52 83``."""
 
     name = "sorting"
     longest = 60
+    batches = 2000
     numbers = 5
 
     def sample(self, rng: random.Random) -> Exercise:
@@ -112,8 +129,25 @@ class Sorting(Task):
         return written
 
 
+class Addition(Task):
+    """Sums of two numbers after four examples, a line each: ``7+12=`` solved as ``19``."""
+
+    name = "addition"
+    longest = 4
+    examples = 4
+    largest = 20
+
+    def sample(self, rng: random.Random) -> Exercise:
+        lines, total = [], 0
+        for _ in range(self.examples + 1):
+            first, second = rng.randint(2, self.largest), rng.randint(2, self.largest)
+            total = first + second
+            lines.append(f"{first}+{second}={total}")
+        return Exercise("\n".join(lines).removesuffix(str(total)), str(total))
+
+
 def _joined(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic(), Sorting())}
+TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic(), Sorting(), Addition())}
