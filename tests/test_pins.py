@@ -1,11 +1,18 @@
-"""What this library leans on in TRL and Transformers without being promised it: a new version that changes it fails here."""
+"""What this library leans on in TRL, Transformers and verl without being promised it: a new version that changes it fails here."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from transformers import GenerationMixin, TrainingArguments
 from trl import GRPOConfig
 
@@ -79,3 +86,40 @@ def test_generation_s_own_methods_take_what_they_are_given(method: str, paramete
         if name != "model_kwargs" or method == "_prefill"
     ]
     assert names == ["self", *parameters]
+
+
+def combined(requirements: Iterable[str], package: str, *extras: str) -> dict[str, SpecifierSet]:
+    """What a package's requirements, and those of its extras, ask of each other package."""
+    wanted: dict[str, SpecifierSet] = {}
+    texts = list(requirements)
+    for requirement in map(Requirement, texts):
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            continue
+        if requirement.name == package:
+            more = combined(texts, package, *requirement.extras)
+        else:
+            more = {canonicalize_name(requirement.name): requirement.specifier}
+        for name, specifiers in more.items():
+            wanted[name] = wanted.get(name, SpecifierSet()) & specifiers
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("extras", "engine"),
+    [
+        *((["verl"], engine) for engine in ("vllm", "sglang", "fsdp", "megatron")),
+        *((["trl", "verl"], engine) for engine in ("vllm", "sglang")),
+    ],
+)
+def test_what_verl_pins_beside_its_engines_is_allowed_here(extras: list[str], engine: str) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    ours = combined(project["dependencies"], "drpo")
+    for extra in extras:
+        for name, specifiers in combined(project["optional-dependencies"][extra], "drpo").items():
+            ours[name] = ours.get(name, SpecifierSet()) & specifiers
+    theirs = combined(importlib.metadata.requires("verl") or [], "verl", engine)
+    for name in ours.keys() & theirs.keys():
+        both = ours[name] & theirs[name]
+        bounds = [specifier.version for specifier in both]
+        assert not bounds or any(map(both.contains, bounds)), f"{name}: {ours[name]} here, {theirs[name]} there"

@@ -69,14 +69,6 @@ def test_a_broken_plug_in_is_loud(tmp_path: Path) -> None:
     assert "ImportError: broken on purpose" in done.stderr
 
 
-def test_a_missing_verl_is_one_line_that_names_the_extra() -> None:
-    hidden = (
-        f"import sys; sys.modules['verl'] = None\ntry:\n import {MODULE}\nexcept ImportError as error:\n print(error)"
-    )
-    done = python("-c", hidden, env=dict(os.environ))
-    assert done.stdout == "drpo.integrations.verl: verl is not installed; expected pip install 'drpo[verl]'\n"
-
-
 NO_PLUGINS = {"VERL_USE_EXTERNAL_PLUGINS": "none"}
 
 

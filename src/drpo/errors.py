@@ -1,5 +1,7 @@
 """Mistakes in what the user gave, as opposed to bugs."""
 
+from importlib.util import find_spec
+
 from drpo.redact import redact
 
 
@@ -26,6 +28,21 @@ class UserError(Exception):
     def lines(self) -> list[str]:
         """The message; more than one line where several rows of a file are wrong."""
         return [str(self)]
+
+
+class MissingExtraError(UserError, ImportError):
+    """A package is not installed that one of this library's extras brings. The message names the extra."""
+
+
+def require_extra(extra: str, whatever: str) -> None:
+    """Refuse to go on without the package that an extra is named for.
+
+    Args:
+        extra: of this library.
+        whatever: needs the package.
+    """
+    if find_spec(extra) is None:
+        raise MissingExtraError(f"{whatever}: {extra} is not installed; expected pip install 'drpo[{extra}]'")
 
 
 class TrainingStoppedError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
@@ -13,16 +13,16 @@ from packaging.requirements import Requirement
 
 from drpo.doctor.findings import Finding
 
-_EXTRAS = ("lora", "low-precision", "verl")
-"""Extras of this package for users."""
+_NEEDED, _EXTRAS = ("", "trl"), ("lora", "low-precision", "verl")
+"""Extras of this package for users: those that a run of a recipe needs, and others."""
 
 
 def check_packages() -> Iterator[Finding]:
     """Versions of what is installed: another TRL than the declared one may run and train on something else."""
     wrong = False
     for requirement in map(Requirement, requires("drpo") or []):
-        marker = requirement.marker
-        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in ("", *_EXTRAS)):
+        is_needed = _is_of(requirement, _NEEDED)
+        if not is_needed and not _is_of(requirement, _EXTRAS):
             continue
         try:
             installed = version(requirement.name)
@@ -31,13 +31,18 @@ def check_packages() -> Iterator[Finding]:
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong = True
             yield Finding(
-                "stop" if marker is None else "warning",
+                "stop" if is_needed else "warning",
                 f"packages: {requirement.name} is {installed}; expected {requirement.specifier}",
                 f"pip install '{requirement.name}{requirement.specifier}'",
             )
     if not wrong:
         shown = ", ".join(f"{name} {version(name)}" for name in ("drpo", "torch", "transformers", "trl"))
         yield Finding("ok", f"packages: Python {sys.version.split()[0]}, {shown}")
+
+
+def _is_of(requirement: Requirement, extras: Iterable[str]) -> bool:
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def check_hardware() -> Iterator[Finding]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drpo.data.problems import Problem
 from drpo.doctor.findings import Finding
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD
 from drpo.run.recipe import Recipe
-from drpo.trainer.config import DRPOConfig
+
+if TYPE_CHECKING:
+    from drpo.trainer.config import DRPOConfig
 
 ANCHORS = {"sampler": "the sampler, μ", "old": "the trainer's old policy, π_old, scored when a rollout begins"}
 

@@ -6,9 +6,10 @@ import reprlib
 from collections.abc import Mapping
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl.trainer.grpo_trainer import RolloutFunc
+if TYPE_CHECKING:
+    from trl.trainer.grpo_trainer import RolloutFunc
 
 _IDS = ("prompt_ids", "completion_ids")
 _PER_TOKEN = {"logprobs": "log-prob", "env_mask": "0 or 1"}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.arithmetic import Split
 from drpo.data.files import MalformedRowsError, read_problems
@@ -31,6 +30,9 @@ from drpo.run.options import build_config
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_trainer import RolloutFunc
 
 BUILTIN_TRAIN_PROBLEMS = 10_000
 """Distinct training problems of a built-in task, cycled through if the run needs more."""

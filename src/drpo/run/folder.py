@@ -14,7 +14,6 @@ from typing import Any
 from drpo.errors import UserError
 from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, replace_text, versions, write_json
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
-from drpo.trainer.checkpoint import checkpoints_in
 
 SAMPLES_KEPT = 50
 """Completions written to the run folder at each evaluation."""
@@ -81,6 +80,9 @@ class RunFolder:
 
     def check_resumable(self) -> Recipe:
         """The recipe of a run that can be resumed."""
+        # A report of a run needs no TRL.
+        from drpo.trainer.checkpoint import checkpoints_in
+
         if not self.is_run:
             raise UserError(f"--output {self}: holds no run to resume")
         if self.summary.is_file():

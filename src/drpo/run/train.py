@@ -6,12 +6,9 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
-from trl.trainer.grpo_trainer import RolloutFunc
 
 from drpo.data.problems import Problem
 from drpo.errors import UserError
@@ -26,6 +23,9 @@ from drpo.trainer.fingerprint import digest_of_rows
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.token_log import TokenLog
 from drpo.trainer.trainer import DRPOTrainer
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_trainer import RolloutFunc
 
 
 def train(
@@ -46,6 +46,9 @@ def train(
     Raises:
         UserError: a recipe that cannot be run.
     """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     quiet_libraries()
     # Accelerate puts several processes on the CPU only if told to.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

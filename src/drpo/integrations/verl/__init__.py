@@ -8,12 +8,12 @@ Importing this package registers the losses. In a worker, verl imports it throug
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
+
+from drpo.errors import require_extra
 
 logger = logging.getLogger(__name__)
 
-if find_spec("verl") is None:
-    raise ImportError("drpo.integrations.verl: verl is not installed; expected pip install 'drpo[verl]'")
+require_extra("verl", "drpo.integrations.verl")
 
 try:
     from drpo.integrations.verl.config import PolicyLoss
