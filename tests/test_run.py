@@ -277,7 +277,7 @@ def complete(folder: RunFolder) -> None:
         (lambda run: None, "holds no checkpoint to resume from; start again with --overwrite"),
         (
             lambda run: add_checkpoint(run, "global_step_4"),
-            "has checkpoints of verl's trainer, .*global_step_4 among them, which resumes them itself",
+            "holds no checkpoint of DRPOTrainer to resume from, but .*global_step_4$",
         ),
         (lambda run: add_checkpoint(run, "checkpoint-best"), "holds no checkpoint to resume from"),
         (complete, "this run is complete; there is nothing to resume"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,11 +19,13 @@ from typer.testing import CliRunner
 from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
+from drpo.files import read_jsonl
 from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.overrides import as_arguments, overrides
-from drpo.integrations.verl.train import plan
+from drpo.integrations.verl.train import Log, plan
 from drpo.objectives import PPO, SPO
 from drpo.run.folder import RunFolder
+from drpo.run.progress import Progress
 from drpo.run.recipe import load_recipe
 
 FOLDER = Path("/runs, of (mine)/it's=1")
@@ -94,7 +97,6 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
     [
         (["--engine", "verk"], "--engine: unknown engine 'verk'; did you mean 'verl'?"),
         (["--verl", "trainer.nnodes=2"], "--verl trainer.nnodes=2: expected with --engine verl"),
-        (["--engine", "verl", "--resume"], "--resume: a run in verl goes on by verl's own"),
         (["--engine", "verl", "--set", "objective=pdm"], "--engine verl: .*loss_mode=pdm needs log-probs"),
         (["--engine", "verl", "--set", "reward=no_such_module:reward"], "reward: cannot load 'no_such_module:reward'"),
         (["--engine", "verl", "--verl", "trainer.nonodes=2"], "--verl trainer.nonodes=2: does not compose"),
@@ -161,22 +163,104 @@ def test_what_a_chat_template_puts_around_a_prompt_is_counted(tmp_path: Path) ->
     assert length["chat"] == length["plain"] + len(system) + 1
 
 
-def test_verl_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1), (signal.SIGKILL, -9)], ids=lambda value: str(value)
+)
+def test_verl_does_not_outlive_who_started_it(tmp_path: Path, heard: None, number: int, code: int) -> None:
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"""
 import sys
 from drpo.integrations.verl.train import run_to_its_end
 with open({str(tmp_path / "output")!r}, "wb") as output:
-    sys.exit(run_to_its_end([sys.executable, "-c", {child!r}], {{}}, output) != -15)
+    run_to_its_end([sys.executable, "-c", {child!r}], {{}}, output, lambda: None)
 """
-    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+    with subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "output").is_file() or not (pid := (tmp_path / "output").read_text().strip()):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.terminate()
-        assert process.wait(60) == 0
-    assert not Path(f"/proc/{pid}").exists()
+        process.send_signal(number)
+        # Python ends by SIGINT itself where nobody catches KeyboardInterrupt.
+        assert process.wait(60) in (code, -number)
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def begun_in_verl(folder: RunFolder, *settings: str, checkpoint: int | None = None) -> None:
+    """A run folder as a run in verl leaves it that has been killed."""
+    folder.create(load_recipe(None, ["rollouts=8"]), verl_settings=list(settings))
+    if checkpoint is not None:
+        (folder.checkpoints / f"global_step_{checkpoint}").mkdir(parents=True)
+        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(checkpoint))
+
+
+def test_a_run_goes_on_from_verl_s_last_whole_checkpoint_with_the_settings_it_was_given(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    begun_in_verl(folder, "trainer.nnodes=2", "trainer.n_gpus_per_node=8", checkpoint=4)
+    # One that was being written when the run ended.
+    (folder.checkpoints / "global_step_6").mkdir()
+    planned = plan(folder.check_resumable(), folder, ["trainer.nnodes=4"], resume=True)
+    assert planned.checkpoint == folder.checkpoints / "global_step_4"
+    trainer = planned.config.trainer
+    assert (trainer.resume_mode, trainer.nnodes, trainer.n_gpus_per_node) == ("auto", 4, 8)
+
+
+def test_a_new_run_takes_up_no_checkpoint_of_another(tmp_path: Path) -> None:
+    settings = [f"trainer.default_local_dir={tmp_path}"]
+    assert plan(load_recipe(None), RunFolder(tmp_path / "run"), settings).config.trainer.resume_mode == "disable"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "more", "message"),
+    [
+        (None, [], "verl's trainer has finished no checkpoint in .*checkpoints .it saves one every 0 rollouts"),
+        (4, ["trainer.default_local_dir=elsewhere"], "verl's trainer has finished no checkpoint in elsewhere"),
+        (
+            4,
+            ["trainer.resume_mode=resume_path", "trainer.resume_from_path=global_step_2"],
+            "global_step_2 is not there; expected",
+        ),
+    ],
+)
+def test_where_there_is_nothing_to_go_on_from_nobody_is_told_to_overwrite(
+    tmp_path: Path, checkpoint: int | None, more: list[str], message: str
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    begun_in_verl(folder, checkpoint=checkpoint)
+    with pytest.raises(UserError, match=message) as error:
+        plan(folder.check_resumable(), folder, more, resume=True)
+    assert "overwrite" not in str(error.value)
+
+
+def logged(rollout: int, **more: float) -> str:
+    data = {"actor/grad_norm": 0.5, "timing_s/step": 2.0, "critic/score/mean": rollout / 10, **more}
+    return json.dumps({"step": rollout, "data": data}) + "\n"
+
+
+def test_rows_are_written_as_verl_logs_them(tmp_path: Path) -> None:
+    folder, recipe = RunFolder(tmp_path / "run"), load_recipe(None, ["updates_per_rollout=4"])
+    begun_in_verl(folder)
+    (folder.path / "verl" / "validation").mkdir(parents=True)
+    sample = {"input": "1+1=", "gts": "2", "output": "2", "score": 1.0}
+    (folder.path / "verl" / "validation" / "2.jsonl").write_text(json.dumps(sample) + "\n")
+    with Progress(32, 4, show=False) as progress, (folder.path / "verl" / "log.jsonl").open("w") as file:
+        log = Log(recipe, folder, progress)
+        file.write(logged(1) + logged(2)[:20])
+        file.flush()
+        log.take()
+        assert [row["update"] for row in read_jsonl(folder.metrics)] == [4]
+        file.write(logged(2)[20:])
+        file.flush()
+        log.take()
+        log.take()
+        # What a killed process has written is not written again by the one that goes on.
+        Log(recipe, folder, progress).take()
+    assert [(row["update"], row["seconds"], row["reward"]) for row in read_jsonl(folder.metrics)] == [
+        (4, 2.0, 0.1),
+        (8, 4.0, 0.2),
+    ]
+    assert [(row["rollout"], row["accuracy"]) for row in read_jsonl(folder.evaluations)] == [(2, 1.0)]
 
 
 def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:

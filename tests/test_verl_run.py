@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
+from drpo.files import read_jsonl
 from drpo.report.read import read_run
 from drpo.run.folder import RunFolder
 from support.verl_cpu.settings import environment, overrides
@@ -102,3 +106,48 @@ def test_drpo_train_runs_a_recipe_in_verl_and_the_report_reads_it(tmp_path: Path
     assert 0 < run.metrics[-1]["divergence/p99"] < 1
     assert (folder / "model" / "model.safetensors").is_file()
     assert "Gradient weights" in (folder / "report.html").read_text()
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """``drpo train`` of four rollouts with a checkpoint each, in verl on this machine's CPU."""
+    told = [part for override in overrides() for part in ("--verl", override)]
+    recipe = ["--set=rollouts=4", "--set=evaluate_every=2", "--set=checkpoint_every=1", "--set=heldout_problems=40"]
+    command = [sys.executable, "-m", "drpo", "train", "--engine=verl", *recipe, f"--output={folder}", *told, *arguments]
+    return subprocess.Popen(command, cwd=folder.parent, env=environment(), stderr=subprocess.PIPE)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of those that write to a run folder, and of those that a run's Ray has."""
+    lines = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        if str(folder) in " ".join(process.info["cmdline"] or []) + (process.info["environ"] or {}).get(
+            "VERL_FILE_LOGGER_PATH", ""
+        ):
+            lines.append(" ".join(process.info["cmdline"]))
+    return lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "term", "int"])
+def test_a_run_in_verl_that_is_ended_leaves_its_rows_and_nothing_running_and_goes_on(
+    tmp_path: Path, heard: None, number: int
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    process = start(folder.path)
+    while len(read_jsonl(folder.metrics)) < 2:
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert number == signal.SIGKILL or b"to go on: drpo train --resume" in said
+    assert [row["rollout"] for row in read_jsonl(folder.metrics)][:2] == [1, 2]
+    ended = time.monotonic()
+    while left := processes_of(folder.path):
+        assert time.monotonic() < ended + 30, left
+        time.sleep(0.5)
+    again = [sys.executable, "-m", "drpo", "train", "--resume", f"--output={folder}"]
+    done = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["rollout"] for row in read_jsonl(folder.metrics)] == [1, 2, 3, 4]
+    assert [row["rollout"] for row in read_jsonl(folder.evaluations)] == [0, 2, 4]
+    assert "Resuming from" in (folder.path / "verl" / "output.log").read_text()

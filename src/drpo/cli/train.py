@@ -37,7 +37,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in the folder, from its last checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
-    engine: Annotated[str, typer.Option(help="trl, or verl on Ray.")] = "trl",
+    engine: Annotated[str, typer.Option(help="trl, or verl on Ray; of a run that is resumed, its own.")] = "trl",
     verl: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="A setting of verl's own trainer. Repeatable.", show_default=False),
@@ -60,9 +60,10 @@ def train(
     from drpo.run.folder import RunFolder
     from drpo.run.recipe import load_recipe
 
-    _check_engine(engine, resume, verl or [])
-
     folder = RunFolder(output or Path("runs") / (recipe.stem if recipe else "arithmetic"))
+    if resume and folder.verl_settings is not None:
+        engine = "verl"
+    _check_engine(engine, verl or [])
     if resume and overwrite:
         raise UserError("--resume and --overwrite: expected one of them")
     if resume:
@@ -82,12 +83,11 @@ def train(
 
     try:
         if engine == "verl":
-            summary = _train_in_verl(chosen, folder, verl or [], overwrite)
+            summary = _train_in_verl(chosen, folder, verl or [], resume, overwrite)
         else:
             summary = _train(chosen, folder, resume, overwrite)
     except (KeyboardInterrupt, TrainingInterruptedError) as error:
-        again = "" if engine == "verl" else f"; to go on: drpo train --resume --output {folder}"
-        typer.echo(f"interrupted{again}", err=True)
+        typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
         if isinstance(error, TrainingInterruptedError):
             raise
         raise typer.Exit(130) from error
@@ -110,14 +110,18 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> 
         raise typer.Exit(1) from error
 
 
-def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overwrite: bool) -> dict[str, Any]:
+def _train_in_verl(
+    recipe: Recipe, folder: RunFolder, settings: list[str], resume: bool, overwrite: bool
+) -> dict[str, Any]:
     try:
         from drpo.integrations.verl.train import VerlError, plan, train
     except ImportError as error:
         raise UserError(f"--engine verl: {error}") from error
     from drpo.doctor.verl import examine_config
 
-    planned = plan(recipe, folder, settings)
+    if resume and folder.verl_settings is None:
+        raise UserError(f"--resume: the run in {folder} is TRL's; expected without --engine verl")
+    planned = plan(recipe, folder, settings, resume=resume)
     for finding in examine_config(planned.config):
         if finding.verdict == "stop":
             raise UserError(f"--engine verl: {finding.what}" + (f"; expected {finding.fix}" if finding.fix else ""))
@@ -130,17 +134,13 @@ def _train_in_verl(recipe: Recipe, folder: RunFolder, settings: list[str], overw
         raise typer.Exit(1) from error
 
 
-def _check_engine(engine: str, resume: bool, settings: list[str]) -> None:
+def _check_engine(engine: str, settings: list[str]) -> None:
     from drpo.registry import unknown_name
 
     if engine not in ENGINES:
         raise UserError(f"--engine: {unknown_name('engine', engine, ENGINES)}")
     if settings and engine != "verl":
         raise UserError(f"--verl {settings[0]}: expected with --engine verl")
-    if resume and engine == "verl":
-        raise UserError(
-            "--resume: a run in verl goes on by verl's own trainer.resume_mode; expected without --engine verl"
-        )
 
 
 def _print_summary(summary: dict[str, Any], report: Path) -> None:

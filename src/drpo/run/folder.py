@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import shutil
@@ -52,6 +53,11 @@ class RunFolder:
         except (OSError, ValueError):  # a name the system does not take
             return False
 
+    @property
+    def verl_settings(self) -> list[str] | None:
+        """What verl's trainer was given beside the recipe; None of a run by TRL."""
+        return json.loads(self.info.read_text(encoding="utf-8")).get("verl_settings") if self.is_run else None
+
     def check_free(self, overwrite: bool) -> None:
         """Refuse a path that a new run may not be written to."""
         try:
@@ -87,11 +93,10 @@ class RunFolder:
             raise UserError(f"--output {self}: holds no run to resume")
         if self.summary.is_file():
             raise UserError(f"--output {self}: this run is complete; there is nothing to resume")
-        if not checkpoints_in(self.checkpoints):
-            if verl := sorted(self.checkpoints.glob("global_step_*")):
-                raise UserError(
-                    f"--output {self}: has checkpoints of verl's trainer, {verl[-1]} among them, which resumes them itself"
-                )
+        # Where verl's are its own settings say.
+        if self.verl_settings is None and not checkpoints_in(self.checkpoints):
+            if others := sorted(self.checkpoints.glob("*")):
+                raise UserError(f"--output {self}: holds no checkpoint of DRPOTrainer to resume from, but {others[-1]}")
             raise UserError(f"--output {self}: holds no checkpoint to resume from; start again with --overwrite")
         return load_recipe(self.recipe)
 
@@ -102,14 +107,18 @@ class RunFolder:
         with locked(self.path / "run.lock", f"--output {self}: another process is writing this run"):
             yield
 
-    def create(self, recipe: Recipe, overwrite: bool = False) -> None:
-        """Begin a run in the folder, in place of the one that was there if ``overwrite``."""
+    def create(self, recipe: Recipe, overwrite: bool = False, **more: Any) -> None:
+        """Begin a run in the folder, in place of the one that was there if ``overwrite``.
+
+        Args:
+            more: what ``run.json`` says of it beside seed and versions.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run and not overwrite:
             raise UserError(f"--output {self}: another process has begun a run there")
         # What makes the folder a run's stays until it is replaced, so that --overwrite can be repeated after a kill.
         self._clear()
-        write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform()})
+        write_json(self.info, {"seed": recipe.seed, "versions": versions(), "platform": platform.platform(), **more})
         replace_text(self.recipe, dump_recipe(recipe))
 
     def discard(self) -> None:

@@ -44,7 +44,9 @@ _ADVANTAGES = {
 }
 
 
-def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int, plain: bool) -> dict[str, Any]:
+def overrides(
+    recipe: Recipe, folder: Path, train_rows: int, prompt_length: int, plain: bool, resume: bool = False
+) -> dict[str, Any]:
     """What verl's trainer is told, by key.
 
     Args:
@@ -53,6 +55,7 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
         train_rows: problems in ``verl/train.jsonl``.
         prompt_length: tokens, of the longest prompt.
         plain: whether the tokenizer has no chat template.
+        resume: whether to go on from the last checkpoint.
 
     Raises:
         UserError: something that verl would not do as the recipe says.
@@ -111,6 +114,8 @@ def overrides(recipe: Recipe, folder: Path, train_rows: int, prompt_length: int,
         "trainer.save_freq": recipe.checkpoint_every,
         "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.default_local_dir": folder / "checkpoints",
+        # verl takes up whatever it finds in default_local_dir otherwise.
+        "trainer.resume_mode": "auto" if resume else "disable",
         "trainer.validation_data_dir": folder / "verl" / "validation",
         "trainer.n_gpus_per_node": 1,
         "hydra.run.dir": folder / "verl" / "hydra",
@@ -180,9 +185,15 @@ def _correction(recipe: Recipe) -> dict[str, Any]:
 
 def as_arguments(settings: dict[str, Any], more: Sequence[str]) -> list[str]:
     """The command line of ``main_ppo``; what the user adds comes last, and wins."""
-    replaced = {_bare(override.partition("=")[0]) for override in more}
-    kept = {key: value for key, value in settings.items() if _bare(key) not in replaced}
+    replaced = {_key(override) for override in more}
+    kept = {key: value for key, value in settings.items() if _key(key) not in replaced}
     return [f"{key}={_as_hydra_reads(value)}" for key, value in kept.items()] + list(more)
+
+
+def changed(settings: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Overrides of verl, and further ones in place of those with the same keys."""
+    replaced = {_key(override) for override in more}
+    return [setting for setting in settings if _key(setting) not in replaced] + list(more)
 
 
 def _as_hydra_reads(value: Any) -> Any:
@@ -192,5 +203,5 @@ def _as_hydra_reads(value: Any) -> Any:
     return "'" + str(value).replace("'", "\\'") + "'" if isinstance(value, Path) else value
 
 
-def _bare(key: str) -> str:
-    return key.lstrip("+~")
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
