@@ -20,7 +20,7 @@ from drpo.integrations.verl import PolicyLoss
 from drpo.integrations.verl.hydra import compose_file
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
-SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "paper")
+SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in ("paper", "moe"))
 OBJECTIVES = sorted(path.stem for path in (RECIPES / "objective").glob("*.yaml"))
 LOSS = "actor_rollout_ref.actor.policy_loss"
 
@@ -40,6 +40,33 @@ def parse_each_file_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", load_once)
         yield
+
+
+MOE = {"qwen3-30b-a3b-base", "qwen3-30b-a3b-base-fp8", "qwen3-30b-a3b-base-fp8-rollout", "qwen3.5-35b-a3b-base"}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_recipe_does_what_its_hardware_needs(setting: str) -> None:
+    config = compose_file(RECIPES / f"{setting}.yaml")
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert config.trainer.max_actor_ckpt_to_keep == 2
+    assert (actor.strategy == "megatron") is (setting in MOE)
+    if setting in MOE:
+        transformer = actor.megatron.override_transformer_config
+        assert (transformer.recompute_granularity, transformer.recompute_num_layers) == ("full", 1)
+        assert transformer.attention_dropout == transformer.hidden_dropout == 0
+    if rollout.quantization == "fp8":
+        # An expert's hidden units on each GPU, in blocks of 128.
+        assert 768 % (rollout.tensor_model_parallel_size * 128) == 0
+    if "fp8" in actor.get("megatron", {}).get("override_transformer_config", {}):
+        assert actor.optim.override_optimizer_config.fp8_recipe == "blockwise"
+        variables = config.ray_kwargs.ray_init.runtime_env.env_vars
+        assert variables.NVTE_FP8_BLOCK_SCALING_FP32_SCALES == "1"
+    # Megatron has no packed sequences for the gated delta net of Qwen3.5, and verl no dynamic batches without them.
+    is_packed = setting != "qwen3.5-35b-a3b-base"
+    assert actor.use_dynamic_bsz is rollout.log_prob_use_dynamic_bsz is is_packed
+    assert config.actor_rollout_ref.model.use_remove_padding is is_packed
+    assert setting not in MOE or actor.megatron.use_remove_padding is is_packed
 
 
 def found(setting: str, *overrides: str) -> list[Finding]:
