@@ -279,7 +279,7 @@ def complete(folder: RunFolder) -> None:
             lambda run: add_checkpoint(run, "global_step_4"),
             "holds no checkpoint of DRPOTrainer to resume from, but .*global_step_4$",
         ),
-        (lambda run: add_checkpoint(run, "checkpoint-best"), "holds no checkpoint to resume from"),
+        (lambda run: add_checkpoint(run, "checkpoint-best"), "holds no checkpoint of DRPOTrainer.*checkpoint-best$"),
         (complete, "this run is complete; there is nothing to resume"),
         (lambda run: run.info.unlink(), "holds no run to resume"),
         (lambda run: run.recipe.unlink(), "holds no run to resume"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
-from verl.utils.metric import AggregationType, Metric
+from verl.utils.metric import AggregationType, Metric, reduce_metrics
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from builders import TIGHT, random_tensors
@@ -115,13 +115,31 @@ def test_what_is_masked_reaches_neither_loss_nor_gradient(garbage: float) -> Non
     torch.testing.assert_close((again, same), (loss, gradient))
 
 
-def averaged(given: list[dict[str, float]]) -> dict[str, float]:
-    """As verl's engine and trainer do it, on one rank."""
-    every = [Metric.from_dict(metrics, aggregation=AggregationType.MEAN) for metrics in given]
-    for name, metric in every[0].items():
-        for more in every[1:]:
-            metric.append(more[name])
-    return {name: Metric.aggregate_dp([metric]) for name, metric in every[0].items()}
+def averaged(*ranks: list[dict[str, float]]) -> dict[str, float]:
+    """As verl's engine and trainer do it with what each rank returns after each micro-batch."""
+    gathered = []
+    for micro_batches in ranks:
+        every = [Metric.from_dict(metrics, aggregation=AggregationType.MEAN) for metrics in micro_batches]
+        for name, metric in every[0].items():
+            for more in every[1:]:
+                metric.append(more[name])
+        gathered.append(every[0])
+    # Of an update; a rollout has one here.
+    return reduce_metrics({name: [Metric.aggregate_dp([rank[name] for rank in gathered])] for name in gathered[0]})
+
+
+def test_a_maximum_is_that_of_all_ranks_and_micro_batches() -> None:
+    # |π − μ| of a token is 0.5 · (r − 1): 0.1, 0.2 on one rank, 0.4, 0.3 on the other, with a micro-batch each.
+    config, half = actor(policy("drpo")), torch.full((1, 1), 0.5, dtype=torch.float64)
+    ranks = []
+    for ratios in ([1.2, 1.4], [1.8, 1.6]):
+        MEASURED.reset()
+        tokens = {"old_log_prob": half.log(), "advantages": half, "response_mask": half > 0}
+        ranks.append([called(config, log_prob=(half * ratio).log(), **tokens)[2] for ratio in ratios])
+    reduced = averaged(*ranks)
+    assert reduced["actor/divergence/max"] == pytest.approx(0.4)
+    assert reduced["actor/ratio/max"] == pytest.approx(1.8)
+    assert reduced["actor/divergence/mean"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("parts", [[8], [1, 7], [3, 1, 4]])

@@ -18,9 +18,11 @@ require_extra("verl", "drpo.integrations.verl")
 try:
     from drpo.integrations.verl.config import PolicyLoss
     from drpo.integrations.verl.losses import register
+    from drpo.integrations.verl.maxima import keep_maxima
     from drpo.integrations.verl.without_trl import let_verl_find_no_trl
 
     let_verl_find_no_trl()
+    keep_maxima()
     LOSS_MODES = register()
     """Objectives by the ``loss_mode`` they have in verl."""
 except Exception as error:

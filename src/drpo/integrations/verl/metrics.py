@@ -1,8 +1,8 @@
 """What the trust region did in an update, in the form in which verl averages it.
 
 verl takes the plain mean of a policy loss's metrics over the micro-batches of an update, whatever
-they hold, then over the ranks, then over the updates of a rollout (a maximum in place of the last
-mean where the name has "max" in it). So after k micro-batches, of which all tokens together measure
+they hold, then over the ranks, then over the updates of a rollout (with :mod:`.maxima` the maximum of
+all where the name has "max" in it). So after k micro-batches, of which all tokens together measure
 R_k, the value given out is k·R_k − (k − 1)·R_{k−1}: the mean of the first k of these is R_k.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from drpo.integrations.verl.maxima import is_maximum
 from drpo.metrics import TrustRegionMetrics
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.tokens import TokenBatch
@@ -54,7 +55,10 @@ class UpdateMetrics:
                 now |= {f"{name}/{index:03d}": float(count) for index, count in enumerate(counts)}
         before, k = self._before, self._micro_batches + 1
         self._before, self._micro_batches = now, k
-        return {f"actor/{name}": k * value - (k - 1) * before.get(name, 0.0) for name, value in now.items()}
+        return {
+            f"actor/{name}": value if is_maximum(name) else k * value - (k - 1) * before.get(name, 0.0)
+            for name, value in now.items()
+        }
 
 
 MEASURED = UpdateMetrics()
