@@ -26,6 +26,7 @@ TIGHT: dict[str, dict[str, Any]] = {name: {} for name in OBJECTIVES} | {
     "dppo_tv": {"delta": 0.1},
     "dppo_topk_tv": {"delta": 0.2},
     "dppo_topk_kl": {"delta": 0.2},
+    "ipo": {"delta": 0.1},
     "cppo": {"delta": 0.1},
     "pdm": {"delta": 0.1},
     "spo": {"epsilon": 0.5},

@@ -80,7 +80,11 @@ def test_an_objective_has_its_row_with_file_anchor_and_defaults(name: str) -> No
     file = f"{objective.__module__.split('.')[-1]}.py"
     assert f"[{file}](../src/drpo/objectives/{file})" in row
     assert (ROOT / "src" / "drpo" / "objectives" / file).is_file()
-    assert row.split("|")[2].strip().startswith({"sampler": "μ", "old": "π_old"}[objective.anchor])
+    _, _, anchor, operator, outside, scope, side, *_ = re.split(r"(?<!\\)\|", row)
+    assert anchor.strip().startswith({"sampler": "μ", "old": "π_old"}[objective.anchor])
+    if (region := objective.region) is not None:
+        columns = [objective.operator, region.beyond.replace("|", "\\|"), region.scope.name, region.side.name]
+        assert [column.strip() for column in (operator, outside, scope, side)] == columns
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

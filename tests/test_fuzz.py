@@ -92,6 +92,11 @@ def _dppo_tv(t: Tokens, delta: float) -> Expected:
     return _masked(t, (t.a * (t.r - 1) > 0) & (divergence > delta), _near(divergence, delta))
 
 
+def _ipo(t: Tokens, delta: float) -> Expected:
+    divergence = np.abs(t.mu * t.r - t.mu)
+    return _masked(t, divergence > delta, _near(divergence, delta))
+
+
 def _ppo(t: Tokens, clip_low: float, clip_high: float) -> Expected:
     low, high = 1 - clip_low, 1 + clip_high
     kept = np.where(((t.a > 0) & (t.r > high)) | ((t.a < 0) & (t.r < low)), 0.0, 1.0)
@@ -318,6 +323,7 @@ REFERENCE: dict[str, tuple[Callable[..., Expected], dict[str, tuple[float, float
     "dppo_kl": (_dppo_kl, {"delta": (0.01, 0.5)}),
     "dppo_topk_tv": (_dppo_topk_tv, {"delta": (0.02, 0.9)}),
     "dppo_topk_kl": (_dppo_topk_kl, {"delta": (0.01, 0.5)}),
+    "ipo": (_ipo, {"delta": (0.02, 0.9)}),
     "cppo": (
         _cppo,
         {"delta": (0.02, 0.5), "weight_min": (0.1, 1), "allowance_low": (0.01, 0.1), "allowance_high": (0.01, 0.2)},

@@ -35,6 +35,7 @@ from drpo.objectives import (
     DRPOTV,
     GMPO,
     GSPO,
+    IPO,
     PDM,
     PG,
     PPO,
@@ -181,6 +182,14 @@ def test_the_gradient_of_a_sequence_objective_is_that_of_the_sequence_loss(
         # r = 2 but |π − μ| = 0.1; L = −2 · 1
         pytest.param(DPPOBinaryTV(delta=0.15), 0.2, 0.1, 1.0, 1, -2, id="dppo-rare-inside"),
         pytest.param(DPPOBinaryTV(delta=0.15), 0.6, 0.4, 0.0, 1, 0, id="dppo-no-advantage"),
+        # IPO: |π − μ| = 0.2 > 0.15, moving away and coming back
+        pytest.param(IPO(delta=0.15), 0.6, 0.4, 2.0, 0, 0, id="ipo-masked"),
+        pytest.param(IPO(delta=0.15), 0.6, 0.4, -2.0, 0, 0, id="ipo-coming-back"),
+        # r = 2 but |π − μ| = 0.1; L = −2 · 1
+        pytest.param(IPO(delta=0.15), 0.2, 0.1, 1.0, 1, -2, id="ipo-rare-inside"),
+        # The default is 0.3: 0.25 is inside and 0.35 outside; r = 0.5 and 0.3
+        pytest.param(IPO(), 0.25, 0.5, -1.0, 1, 0.5, id="ipo-default-inside"),
+        pytest.param(IPO(), 0.15, 0.5, -1.0, 0, 0, id="ipo-default-outside"),
         # SPO: r = 3; w = 1 − 2 / 0.5; L = −3 + 1 · 4 / 1
         pytest.param(SPO(epsilon=0.5), 0.3, 0.1, 1.0, -3, 1, id="spo-reversed"),
         # r = 1.5; w = 1 − 0.5 / 0.5; L = −3 + 2 · 0.25 / 1

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drpo.objectives import CORRECTIONS, OBJECTIVES, SYMBOLS, Objective, TopKObjective
+from drpo.objectives.regions import Operator, Region
 
 ANCHORS = {"sampler": "the log-probs of the sampler", "old": "the trainer's policy when the rollout began"}
 
@@ -25,6 +26,8 @@ def overview() -> RenderableType:
         table.add_row(
             "", Text(f"{_defaults(objective)}; r = π/{SYMBOLS[objective.anchor]}; {objective.source}", style="dim")
         )
+        if objective.region is not None:
+            table.add_row("", Text(describe_region(objective.region, objective.operator), style="dim"))
     corrections = Table.grid(padding=(0, 2))
     for name, correction in CORRECTIONS.items():
         corrections.add_row(Text(name, style="bold"), Text(f"{correction.formula}; {_defaults(correction)}"))
@@ -52,6 +55,8 @@ def page(name: str, objective: Objective) -> RenderableType:
         rows["needs"] = "log-probs of the sampler beside those of the trainer's old policy"
     if issubclass(kind, TopKObjective):
         rows["needs"] = "log-probs of the sampler's likeliest tokens; Transformers generation records them"
+    if kind.region is not None:
+        rows["region"] = describe_region(kind.region, kind.operator)
     rows["source"] = kind.source
     for label, text in rows.items():
         table.add_row(Text(label, style="dim"), Text(text))
@@ -64,6 +69,11 @@ def page(name: str, objective: Objective) -> RenderableType:
     title = Text.assemble((name, "bold"), f"  {kind.__module__}.{kind.__name__}")
     body: Sequence[RenderableType] = [title, "", Text(said), "", table, "", hyperparameters]
     return Group(*body) if fields(objective) else Group(*body[:-2])
+
+
+def describe_region(region: Region, operator: Operator) -> str:
+    """A region in one line: what is done where, over which scope, to the tokens of which side."""
+    return f"{operator} where {region.beyond}; scope: {region.scope.name}; side: {region.side.name}"
 
 
 def describe_fields(kind: type) -> dict[str, str]:

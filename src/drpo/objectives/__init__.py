@@ -23,6 +23,7 @@ from drpo.objectives.drpo_unweighted import DRPOUnweighted
 from drpo.objectives.gmpo import GMPO
 from drpo.objectives.gspo import GSPO
 from drpo.objectives.icepop import IcePop
+from drpo.objectives.ipo import IPO
 from drpo.objectives.mask_drpo import MaskDRPO
 from drpo.objectives.pdm import PDM
 from drpo.objectives.pg import PG
@@ -45,6 +46,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dppo_kl": DPPOBinaryKL,
     "dppo_topk_tv": DPPOTopKTV,
     "dppo_topk_kl": DPPOTopKKL,
+    "ipo": IPO,
     "cppo": CPPO,
     "pdm": PDM,
     "spo": SPO,
@@ -84,6 +86,7 @@ __all__ = [
     "DRPOTV",
     "GMPO",
     "GSPO",
+    "IPO",
     "OBJECTIVES",
     "PDM",
     "PG",

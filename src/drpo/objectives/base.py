@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from drpo.objectives.regions import SHIFT, TOKEN, Operator, Region
 from drpo.tokens import Anchor, TokenBatch
 
 SYMBOLS: dict[Anchor, str] = {"sampler": "μ", "old": "π_old"}
@@ -63,6 +64,17 @@ class Objective(Hyperparameters, ABC):
     corrects_mismatch: ClassVar[bool] = False
     """Whether the objective weighs tokens by π_old/μ itself, and so needs both."""
 
+    region: ClassVar[Region | None] = None
+    """Where the gradient is not the plain one any more; None where no hyperparameter bounds a distance."""
+
+    operator: ClassVar[Operator] = "shaper"
+    """How the gradient changes there: tokens are dropped, weighted, or the loss itself bends."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.region is not None:
+            cls.over_sequences = cls.over_sequences or cls.region.scope.over_sequences
+
     @property
     @abstractmethod
     def weight_bounds(self) -> tuple[float, float]:
@@ -71,7 +83,9 @@ class Objective(Hyperparameters, ABC):
     @property
     def edge(self) -> float | None:
         """The |π − μ| at which w reaches 0 or a mask sets in; None where it is not |π − μ| that decides."""
-        return None
+        if self.region is None or self.region.statistic is not SHIFT or self.region.scope is not TOKEN:
+            return None
+        return getattr(self, self.region.high)
 
     @abstractmethod
     def loss(self, batch: TokenBatch) -> Tensor:
@@ -88,17 +102,32 @@ class Objective(Hyperparameters, ABC):
 
 @dataclass(frozen=True)
 class MaskObjective(Objective):
-    """The surrogate r·A of the tokens that are kept: M·r·A, so that w = M is 0 or 1."""
+    """The surrogate r·A of the tokens that a region keeps: M·r·A, so that w = M is 0 or 1.
+
+    A subclass names its region, whose bounds are its hyperparameters.
+    """
 
     weight: ClassVar[str] = "M"
+    operator: ClassVar[Operator] = "mask"
+    region: ClassVar[Region]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        definition = cls.region.statistic.definition
+        cls.formula = f"M·r·A, with M = 0 where {cls.region.outside}, else 1{definition and f'; {definition}'}"
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """What the region's statistic may fall and rise to; None where it has no bound."""
+        return None, getattr(self, self.region.high)
 
     @property
     def weight_bounds(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    @abstractmethod
     def is_masked(self, batch: TokenBatch) -> Tensor:
         """Where M = 0, [B, T], bool."""
+        return self.region.is_outside(batch, *self.bounds)
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return -self.gradient_weight(batch) * batch.ratio * batch.advantage

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.regions import EITHER, RATIO, Operator, Region
 from drpo.tokens import TokenBatch
 
 
@@ -26,6 +27,8 @@ class CISPO(Objective):
     weight: ClassVar[str] = "clip(r, 1 − clip_low, 1 + clip_high) / r"
     source: ClassVar[str] = "arXiv 2506.13585"
     anchor: ClassVar[Anchor] = "old"
+    region: ClassVar[Region | None] = Region(RATIO, side=EITHER, low="1 − clip_low", high="1 + clip_high")
+    operator: ClassVar[Operator] = "weight"
 
     clip_low: float = 10.0
     clip_high: float = 0.2

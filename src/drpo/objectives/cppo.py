@@ -8,8 +8,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drpo.objectives.base import Anchor, MaskObjective
-from drpo.objectives.divergences import moving_away
+from drpo.objectives.regions import PREFIX, Region, Statistic
 from drpo.tokens import TokenBatch
+
+SPENT = Statistic(
+    "Z",
+    lambda t: t.shift.detach().abs(),
+    "Z = ω·|π − μ|, ω = weight_min + (1 − weight_min)(T − t)/(T − 1), sums over the tokens before, "
+    "b = clip(90 % quantile of |π − μ|, allowance_low, allowance_high)",
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,9 @@ class CPPO(MaskObjective):
         allowance_high: the most.
     """
 
-    formula: ClassVar[str] = (
-        "M·r·A, with M = 0 where A(r − 1) > 0 and Z > min(delta, delta + b·Σω − ΣZ), else 1; Z = ω·|π − μ|, "
-        "ω = weight_min + (1 − weight_min)(T − t)/(T − 1), sums over the tokens before, "
-        "b = clip(90 % quantile of |π − μ|, allowance_low, allowance_high)"
-    )
+    region: ClassVar[Region] = Region(SPENT, PREFIX, high="min(delta, delta + b·Σω − ΣZ)")
     source: ClassVar[str] = "arXiv 2606.10968, Eq. 8–11"
     anchor: ClassVar[Anchor] = "sampler"
-    over_sequences: ClassVar[bool] = True
 
     delta: float = 0.15
     weight_min: float = 0.8
@@ -51,14 +53,14 @@ class CPPO(MaskObjective):
             )
 
     def is_masked(self, batch: TokenBatch) -> Tensor:
-        divergence = batch.shift.detach().abs()
+        divergence = self.region.statistic.measure(batch)
         counted = batch.mask.to(divergence.dtype)
         before = counted.cumsum(dim=1) - 1
         weight = counted * (1 - (1 - self.weight_min) * before / (batch.length - 1).clamp(min=1))
         spent = weight * divergence
         allowance = _upper_tenth(divergence, batch).clamp(self.allowance_low, self.allowance_high)
         earned = allowance * _sum_before(weight) - _sum_before(spent)
-        return moving_away(batch) & (spent > self.delta + earned.clamp(max=0))
+        return self.region.side.concerns(batch) & (spent > self.delta + earned.clamp(max=0))
 
 
 def _upper_tenth(values: Tensor, batch: TokenBatch) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.regions import RATIO, Operator, Region
 from drpo.tokens import TokenBatch
 
 
@@ -28,6 +29,8 @@ class DGPO(Objective):
     )
     source: ClassVar[str] = "arXiv 2603.14389"
     anchor: ClassVar[Anchor] = "old"
+    region: ClassVar[Region | None] = Region(RATIO, low="1 − clip_low", high="1 + clip_high")
+    operator: ClassVar[Operator] = "weight"
 
     clip_low: float = 0.2
     clip_high: float = 0.28

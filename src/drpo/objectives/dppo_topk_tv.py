@@ -3,11 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from drpo.objectives.base import Anchor, MaskObjective, TopKObjective
-from drpo.objectives.divergences import categories, moving_away
-from drpo.tokens import TokenBatch
+from drpo.objectives.regions import TOPK_TV, Region
 
 
 @dataclass(frozen=True)
@@ -18,15 +15,8 @@ class DPPOTopKTV(MaskObjective, TopKObjective):
         delta: the total variation, at most 1, beyond which a token that is still moving away stops counting.
     """
 
-    formula: ClassVar[str] = (
-        "M·r·A, with M = 0 where A(r − 1) > 0 and D > delta, else 1; "
-        "D = ½·Σ |π − μ| over the sampler's top K, the sampled token and the rest"
-    )
+    region: ClassVar[Region] = Region(TOPK_TV)
     source: ClassVar[str] = "arXiv 2602.04879"
     anchor: ClassVar[Anchor] = "sampler"
 
     delta: float = 0.15
-
-    def is_masked(self, batch: TokenBatch) -> Tensor:
-        pi, mu = categories(batch)
-        return moving_away(batch) & ((pi - mu).abs().sum(dim=2) / 2 > self.delta)

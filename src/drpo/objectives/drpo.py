@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.regions import SHIFT, Region
 from drpo.tokens import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,9 @@ class DRPO(Objective):
     weight: ClassVar[str] = "1 − sign(A(r − 1))·|π − μ| / delta"
     source: ClassVar[str] = "arXiv 2606.09821, Eq. 8–9"
     anchor: ClassVar[Anchor] = "sampler"
+    region: ClassVar[Region | None] = Region(SHIFT)
 
     delta: float = 12.5
-
-    @property
-    def edge(self) -> float:
-        return self.delta
 
     @property
     def weight_bounds(self) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.regions import RATIO, SEQUENCE_MEAN, Region
 from drpo.tokens import TokenBatch
 
 
@@ -27,7 +28,7 @@ class GSPO(Objective):
     weight: ClassVar[str] = "0 where (A > 0, s > 1 + clip_high) or (A < 0, s < 1 − clip_low), else s / r"
     source: ClassVar[str] = "arXiv 2507.18071"
     anchor: ClassVar[Anchor] = "old"
-    over_sequences: ClassVar[bool] = True
+    region: ClassVar[Region | None] = Region(RATIO, SEQUENCE_MEAN, low="1 − clip_low", high="1 + clip_high")
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4

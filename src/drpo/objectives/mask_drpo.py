@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.divergences import moving_away
+from drpo.objectives.regions import SHIFT, Region
 from drpo.tokens import TokenBatch
 
 
@@ -21,6 +21,7 @@ class MaskDRPO(Objective):
             names none; the default is DPPO's.
     """
 
+    region: ClassVar[Region] = Region(SHIFT)
     formula: ClassVar[str] = (
         "r·A − (1 − M)·|A|·μ·(r − 1)² / (2·delta), with M = 0 where A(r − 1) > 0 and |π − μ| > delta, else 1"
     )
@@ -30,13 +31,8 @@ class MaskDRPO(Objective):
 
     delta: float = 0.15
 
-    @property
-    def edge(self) -> float:
-        return self.delta
-
     def _outside(self, batch: TokenBatch) -> Tensor:
-        shift = batch.shift.detach()
-        return (moving_away(batch) & (shift.abs() > self.delta)).to(shift.dtype)
+        return self.region.is_outside(batch, None, self.delta).to(batch.advantage.dtype)
 
     @property
     def weight_bounds(self) -> tuple[float, float]:

@@ -3,11 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from drpo.objectives.base import Anchor, MaskObjective, TopKObjective
-from drpo.objectives.divergences import categories
-from drpo.tokens import TokenBatch
+from drpo.objectives.regions import PREDICTED, SHIFT, Region
 
 
 @dataclass(frozen=True)
@@ -21,21 +18,8 @@ class PDM(MaskObjective, TopKObjective):
         delta: the |π − μ| beyond which a token whose gradient raises the divergence stops counting.
     """
 
-    formula: ClassVar[str] = (
-        "M·r·A, with M = 0 where A·((π − μ) + Σ π_v·(μ_v − π_v)) > 0 and |π − μ| > delta, else 1; "
-        "Σ over the sampler's top K, the sampled token and the rest"
-    )
+    region: ClassVar[Region] = Region(SHIFT, side=PREDICTED)
     source: ClassVar[str] = "arXiv 2607.10848"
     anchor: ClassVar[Anchor] = "sampler"
 
     delta: float = 0.15
-
-    @property
-    def edge(self) -> float:
-        return self.delta
-
-    def is_masked(self, batch: TokenBatch) -> Tensor:
-        pi, mu = categories(batch)
-        shift = batch.shift.detach()
-        raises_divergence = batch.advantage * (shift + (pi * (mu - pi)).sum(dim=2)) > 0
-        return raises_divergence & (shift.abs() > self.delta)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.regions import RATIO, Region
 from drpo.tokens import TokenBatch
 
 
@@ -23,6 +24,7 @@ class PPO(Objective):
     weight: ClassVar[str] = "0 where (A > 0, r > 1 + clip_high) or (A < 0, r < 1 − clip_low), else 1"
     source: ClassVar[str] = "arXiv 1707.06347, Eq. 7; arXiv 2503.14476, Eq. 10"
     anchor: ClassVar[Anchor] = "old"
+    region: ClassVar[Region | None] = Region(RATIO, low="1 − clip_low", high="1 + clip_high")
 
     clip_low: float = 0.2
     clip_high: float = 0.28

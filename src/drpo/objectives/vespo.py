@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
+from drpo.objectives.regions import Operator
 from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 
@@ -27,6 +28,7 @@ class VESPO(Objective):
     source: ClassVar[str] = "arXiv 2602.10693"
     anchor: ClassVar[Anchor] = "sampler"
     over_sequences: ClassVar[bool] = True
+    operator: ClassVar[Operator] = "weight"
 
     k_positive: float = 2.0
     lambda_positive: float = 3.0
