@@ -40,7 +40,18 @@ TIGHT: dict[str, dict[str, Any]] = {name: {} for name in OBJECTIVES} | {
 }
 
 
-CORRECTED = {name: Corrected(make_objective("ppo"), make_correction(name)) for name in CORRECTIONS}
+# Of what is measured over a sequence, about half is out.
+TIGHT_CORRECTIONS: dict[str, dict[str, Any]] = {
+    "sequence_max_k3": {"delta": 0.3},
+    "sequence_mean_k3": {"delta": 0.05},
+    "sequence_geometric": {"low": 0.8, "high": 1.2},
+    "opsm": {"delta": 0.02},
+}
+
+CORRECTED = {
+    name: Corrected(make_objective("ppo"), make_correction(name, **TIGHT_CORRECTIONS.get(name, {})))
+    for name in CORRECTIONS
+}
 
 
 def objective_of(name: str, tight: bool) -> Objective:

@@ -337,7 +337,7 @@ def test_the_help_of_a_command_shows_an_example(drpo, name, example):
 def test_objectives_lists_every_objective_with_its_defaults_and_anchor(drpo):
     code, out, _ = drpo("objectives")
     assert code == 0
-    listed, corrections = out.split("Corrections by")
+    listed, corrections = out.split("Corrections (")
     # What stands between a name at the start of a line and the next one.
     _, *parts = re.split(rf"^({'|'.join(OBJECTIVES)}) ", listed, flags=re.MULTILINE)
     described = dict(zip(parts[::2], parts[1::2], strict=True))

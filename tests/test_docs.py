@@ -20,7 +20,7 @@ from trl import GRPOConfig
 
 import test_fuzz
 import test_objectives
-from drpo import OBJECTIVES, DRPOConfig
+from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig
 from drpo.cli.catalogue import describe_fields
 from drpo.lab.grid import CORE
 from drpo.lab.statistics import has_collapsed, probability_of_improvement
@@ -87,10 +87,22 @@ def test_an_objective_has_its_row_with_file_anchor_and_defaults(name: str) -> No
         assert [column.strip() for column in (operator, outside, scope, side)] == columns
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_field_says_what_it_is_for(name: str) -> None:
-    described = describe_fields(OBJECTIVES[name])
-    assert [field.name for field in dataclasses.fields(OBJECTIVES[name]) if not described.get(field.name)] == []
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_correction_has_its_row_with_its_region(name: str) -> None:
+    correction = CORRECTIONS[name]
+    (row,) = [line for line in PAPERS.splitlines() if line.startswith(f"| `{name}` |")]
+    _, _, edge, operator, outside, scope, side, default, *_ = re.split(r"(?<!\\)\|", row)
+    assert edge.strip().startswith(correction.edge.split(",")[0])
+    region = correction.region
+    columns = [correction.operator, region.beyond.replace("|", "\\|"), region.scope.name, region.side.name]
+    assert [column.strip() for column in (operator, outside, scope, side)] == columns
+    assert default.strip().startswith("–".join(f"{field.default:g}" for field in dataclasses.fields(correction)))
+
+
+@pytest.mark.parametrize("kind", [*OBJECTIVES.values(), *CORRECTIONS.values()])
+def test_every_field_says_what_it_is_for(kind: type) -> None:
+    described = describe_fields(kind)
+    assert [field.name for field in dataclasses.fields(kind) if not described.get(field.name)] == []
 
 
 def option_row(name: str, default: Any, description: str) -> str:

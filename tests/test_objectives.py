@@ -54,6 +54,7 @@ from drpo.objectives import (
     MaskDRPO,
     Objective,
     TopKObjective,
+    anchored,
     make_correction,
 )
 from drpo.objectives.base import LARGEST, SMALLEST
@@ -462,8 +463,8 @@ def test_the_expectation_of_drpo_topk_over_a_whole_vocabulary_is_that_of_drpo(to
         ),
     ],
 )
-@pytest.mark.parametrize("name", CORRECTIONS)
-def test_corrections_are_those_worked_by_hand(
+@pytest.mark.parametrize("name", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_weights_by_the_mismatch_are_those_worked_by_hand(
     name: str, sampler: list[float], expected: dict[str, list[float]]
 ) -> None:
     t = anchored_tokens(prob=[0.5, 0.5], old_prob=[0.6, 0.6], behavior_prob=sampler, advantage=[1.0, 1.0])
@@ -474,6 +475,68 @@ def test_corrections_are_those_worked_by_hand(
     assert corrected.loss(t)[0].tolist() == pytest.approx(weighted.tolist())
     assert corrected.weight_bounds == (0, 2)
     assert Corrected(DRO(), correction).acts_without_advantage
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters", "old_prob", "behavior_prob", "advantage", "kept"),
+    [
+        # ρ = 1.5 and 1, so k3 = 0.5 − ln 1.5 = 0.0945 and 0: at most 0.0945, on average 0.0473
+        ("sequence_max_k3", {"delta": 0.095}, [0.6, 0.5], [0.4, 0.5], 1.0, [1, 1]),
+        ("sequence_max_k3", {"delta": 0.094}, [0.6, 0.5], [0.4, 0.5], 1.0, [0, 0]),
+        ("sequence_mean_k3", {"delta": 0.048}, [0.6, 0.5], [0.4, 0.5], -1.0, [1, 1]),
+        ("sequence_mean_k3", {"delta": 0.047}, [0.6, 0.5], [0.4, 0.5], -1.0, [0, 0]),
+        # k3 grows faster with ρ above 1 than below: ρ = 2/3 has 2/3 − 1 + ln 1.5 = 0.0721
+        ("sequence_max_k3", {"delta": 0.073}, [0.4, 0.5], [0.6, 0.5], 1.0, [1, 1]),
+        ("sequence_max_k3", {"delta": 0.072}, [0.4, 0.5], [0.6, 0.5], 1.0, [0, 0]),
+        # √1.5 = 1.2247
+        ("sequence_geometric", {"high": 1.23}, [0.6, 0.5], [0.4, 0.5], 1.0, [1, 1]),
+        ("sequence_geometric", {"high": 1.22}, [0.6, 0.5], [0.4, 0.5], 1.0, [0, 0]),
+        ("sequence_geometric", {"low": 0.81, "high": 2.0}, [0.5, 0.5], [0.75, 0.5], 1.0, [1, 1]),
+        ("sequence_geometric", {"low": 0.82, "high": 2.0}, [0.5, 0.5], [0.75, 0.5], 1.0, [0, 0]),
+        # 0.1 ln 10 + 0.9 ln(0.9 / 0.99) = 0.1445, and 0.01 ln(1/10) + 0.99 ln(0.99 / 0.9) = 0.0713; either way round
+        ("kpop", {"delta": 0.145}, [0.1, 0.01], [0.01, 0.1], 1.0, [1, 1]),
+        ("kpop", {"delta": 0.144}, [0.1, 0.01], [0.01, 0.1], 1.0, [0, 0]),
+        ("kpop", {"delta": 0.05}, [0.6, 0.5], [0.4, 0.5], -1.0, [0, 1]),
+        # (0.5 + 1) / 2 = 0.75 over both; only the token that A takes further away goes
+        ("vaco", {"delta": 0.76}, [0.6, 0.4], [0.4, 0.2], 1.0, [1, 1]),
+        ("vaco", {"delta": 0.74}, [0.6, 0.4], [0.4, 0.2], 1.0, [0, 0]),
+        ("vaco", {"delta": 0.74}, [0.6, 0.4], [0.4, 0.2], -1.0, [1, 1]),
+        ("vaco", {"delta": 0.2}, [0.6, 0.2], [0.4, 0.4], 1.0, [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("anchor", ["sampler", "old"])
+def test_masks_by_the_mismatch_are_those_worked_by_hand(
+    name: str,
+    hyperparameters: dict[str, float],
+    old_prob: list[float],
+    behavior_prob: list[float],
+    advantage: float,
+    kept: list[int],
+    anchor: str,
+) -> None:
+    # Between π_old and μ where the ratio is against π_old, wherever π is; between π and μ where it is against μ.
+    t = tokens(old_prob, behavior_prob, [advantage] * 2)
+    if anchor == "old":
+        t = anchored_tokens([0.9, 0.1], old_prob, behavior_prob, [advantage] * 2)
+    correction = make_correction(name, **hyperparameters)
+    assert correction.weight(t).tolist() == [kept]
+    assert Corrected(SPO(), correction).loss(t).tolist() == (SPO().loss(t) * torch.tensor([kept])).tolist()
+    assert Corrected(SPO(), correction).weight_bounds == SPO().weight_bounds
+
+
+@pytest.mark.parametrize(
+    ("advantage", "delta", "kept"), [(-1.0, 0.35, 1), (-1.0, 0.34, 0), (1.0, 0.34, 1), (0, 0.1, 1)]
+)
+@pytest.mark.parametrize("anchor", ["sampler", "old"])
+def test_opsm_drops_bad_sequences_that_the_policy_has_left(
+    advantage: float, delta: float, kept: int, anchor: str
+) -> None:
+    # ½ (ln(0.4 / 0.2) + ln 1) = 0.3466, of π and not of π_old; the other way it is negative
+    for prob, behavior_prob, expected in ((0.2, 0.4, kept), (0.4, 0.2, 1)):
+        t = tokens([prob, 0.5], [behavior_prob, 0.5], [advantage] * 2)
+        if anchor == "old":
+            t = anchored_tokens([prob, 0.5], [0.9, 0.9], [behavior_prob, 0.5], [advantage] * 2)
+        assert make_correction("opsm", delta=delta).weight(t).tolist() == [[expected] * 2]
 
 
 @pytest.mark.parametrize("distance", [-600.0, 600.0])
@@ -502,6 +565,24 @@ def test_a_top_k_objective_without_a_support_says_what_is_missing(name: str) -> 
 def test_a_correction_of_a_ratio_against_the_sampler_is_refused() -> None:
     with pytest.raises(ValueError, match="anchor is 'sampler'; a correction by π_old/μ needs anchor 'old'"):
         IcePop().loss(one_token(0.6, 0.4, 1.0))
+
+
+def test_a_mask_goes_with_any_anchor_and_a_weight_with_pi_old_alone() -> None:
+    for name, correction in CORRECTIONS.items():
+        assert anchored(PPO(), None, make_correction(name)).anchor == "old"
+        if correction.operator == "mask":
+            assert anchored(DRPO(), None, make_correction(name)).anchor == "sampler"
+            assert anchored(IcePop(), None, make_correction(name)).corrects_mismatch
+            continue
+        with pytest.raises(ValueError, match="weighs by π_old/μ a loss whose ratio is taken against μ already"):
+            anchored(DRPO(), None, make_correction(name))
+
+
+def test_a_correction_of_the_likeliest_tokens_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="PDM looks at the sampler's likeliest tokens, and no correction goes with that"
+    ):
+        Corrected(PDM(), make_correction("opsm"))
 
 
 def test_a_correction_on_top_of_a_correction_is_refused() -> None:

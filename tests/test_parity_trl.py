@@ -12,7 +12,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from builders import random_tensors
-from drpo import TokenBatch, aggregate, make_objective
+from drpo import Corrected, TokenBatch, aggregate, make_correction, make_objective
 
 HORIZON = 50
 EPSILON, EPSILON_HIGH = 0.2, 0.28
@@ -46,7 +46,8 @@ def trl_loss(
         loss_type=loss_type,
         max_completion_length=HORIZON,
         model=SimpleNamespace(training=False),
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=settings.get("off_policy_mask_threshold"),
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         top_entropy_quantile=1.0,
         use_vllm=False,
     )
@@ -60,6 +61,8 @@ def trl_loss(
         "old_per_token_logps": behavior_logp,
         "num_items_in_batch": mask.sum(),
     }
+    if "sampler_logp" in settings:
+        inputs["sampling_per_token_logps"] = settings["sampler_logp"]
     return GRPOTrainer._compute_loss(trainer, None, inputs)  # type: ignore[arg-type]
 
 
@@ -120,3 +123,30 @@ def test_loss_and_gradient_are_those_of_trl(
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-15)
     assert theirs.grad is not None
     assert theirs.grad.norm() > 1e-4
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.5])
+def test_off_policy_sequence_masking_is_that_of_trl(threshold: float) -> None:
+    given = random_tensors(seed=1, shape=(40, 12))
+    mask = given["mask"]
+    mask[:, 0] = True
+    advantage = given["advantage"].nan_to_num(0.5)[:, 0]
+    logp, old_logp, sampler_logp = (
+        given[name].detach().nan_to_num(-1.0) for name in ("logp", "old_logp", "behavior_logp")
+    )
+    theirs = logp.clone().requires_grad_()
+    settings = {"off_policy_mask_threshold": threshold, "sampler_logp": sampler_logp}
+    expected = trl_loss("dapo", theirs, old_logp, advantage, mask, **settings)
+    expected.backward()
+
+    ours = logp.clone().requires_grad_()
+    batch = TokenBatch(ours, sampler_logp, advantage, mask, old_logp, anchor="old")
+    correction = make_correction("opsm", delta=threshold)
+    loss = aggregate(Corrected(make_objective("ppo"), correction).loss(batch), mask)
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-15)
+    dropped = (correction.weight(batch)[:, 0] == 0)[advantage < 0]
+    assert dropped.any()
+    assert not dropped.all()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_rejection_mask
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from builders import random_tensors
-from drpo import TokenBatch, aggregate, make_objective
+from drpo import TokenBatch, aggregate, make_correction, make_objective
 
 BETA = 0.3
 
@@ -102,3 +103,25 @@ def test_the_value_of_dppo_in_verl_is_a_weighted_log_likelihood_and_here_the_sur
     assert theirs.item() == pytest.approx(-(ratio * logp).mean().item())
     batch = TokenBatch(logp, behavior_logp, advantage, mask)
     assert aggregate(make_objective("dppo_tv").loss(batch), mask).item() == pytest.approx(-ratio.mean().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters", "rollout_rs", "threshold"),
+    [
+        ("sequence_max_k3", {"delta": 0.1}, "seq_max_k3", 0.1),
+        ("sequence_mean_k3", {"delta": 0.04}, "seq_mean_k3", 0.04),
+        # verl's bounds are those of the inverse, μ/π_old.
+        ("sequence_geometric", {"low": 1 / 1.1, "high": 1 / 0.95}, "seq_mean_k1", "0.95_1.1"),
+    ],
+)
+def test_what_sequence_masks_drop_is_what_verl_rejects(
+    name: str, hyperparameters: dict[str, float], rollout_rs: str, threshold: float | str
+) -> None:
+    given = random_tensors(seed=1, shape=(200, 12), spread=0.3)
+    mask = given["mask"]
+    logp, behavior_logp = (given[name].detach().nan_to_num(-1.0) for name in ("logp", "behavior_logp"))
+    theirs, _ = compute_rollout_rejection_mask(logp - behavior_logp, mask.double(), rollout_rs, threshold)
+    batch = TokenBatch(logp, behavior_logp, torch.ones(200), mask, logp, anchor="old")
+    ours = make_correction(name, **hyperparameters).weight(batch)
+    assert torch.equal(ours * mask, theirs)
+    assert 0.1 < theirs.sum() / mask.sum() < 0.9

@@ -188,7 +188,7 @@ def test_what_is_measured_from_the_anchor_follows_it() -> None:
         assert t.behavior_logp.exp().item() == pytest.approx(0.4)
     assert batch.against("old") is batch
     # log ρ = log(π_old / μ)
-    assert batch.mismatch_log_ratio.item() == pytest.approx(math.log(0.5 / 0.4))
+    assert batch.mismatch.log_ratio.item() == pytest.approx(math.log(0.5 / 0.4))
 
 
 def test_the_trust_region_is_measured_from_the_sampler_whatever_the_anchor() -> None:

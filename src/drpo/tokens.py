@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Self, get_args
 
 import torch
@@ -164,16 +165,16 @@ class TokenBatch:
         """How many tokens of each sequence count, [B, 1] of the log-probs' dtype; 1 where none does."""
         return self.mask.sum(dim=1, keepdim=True).clamp(min=1).to(self.log_ratio.dtype)
 
-    @property
-    def mismatch_log_ratio(self) -> Tensor:
-        """log ρ = log π_old − log μ, [B, T], bounded at ±20; μ is the sampler's.
+    @cached_property
+    def mismatch(self) -> TokenBatch:
+        """The same tokens with π_old in the place of π: their ratio is ρ = π_old/μ, where μ is the sampler's.
 
         Raises:
             ValueError: the ratio is π/μ, to which ρ has nothing to add.
         """
-        if self.anchor != "old":
+        if self.anchor != "old" or self.old_logp is None:
             raise ValueError(f"anchor is {self.anchor!r}; a correction by π_old/μ needs anchor 'old', and old_logp")
-        return (self.anchor_logp - self.behavior_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        return replace(self, logp=self.old_logp, old_logp=None, anchor="sampler", topk=None)
 
     @property
     def support(self) -> TopK:

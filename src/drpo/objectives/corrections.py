@@ -1,29 +1,33 @@
-"""Corrections of the mismatch between the sampler and the trainer's old policy, for objectives anchored on the latter.
+"""Corrections of the mismatch between the sampler and the trainer: weights by π_old/μ, and masks for any objective.
 
-With ρ = π_old/μ, a token's loss and gradient are multiplied by a bounded function of ρ. The names
-are those of TRL's ``vllm_importance_sampling_mode``.
+A weight multiplies a token's loss and gradient by a bounded function of ρ = π_old/μ, which an objective anchored on π_old
+leaves out; the names of the weights are those of TRL's ``vllm_importance_sampling_mode``. A mask drops tokens and weighs
+none, so that it goes with an objective anchored on μ as well; there it looks at π/μ.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from drpo.objectives import regions
 from drpo.objectives.base import Anchor, Hyperparameters, Objective, TopKObjective
+from drpo.objectives.regions import Operator, Region
 from drpo.registry import make
 from drpo.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
 class Correction(Hyperparameters, ABC):
-    """A weight for each token, from what the trainer's old policy and the sampler made of it."""
+    """A weight for each token, from how far two policies are apart. The region's bounds are fields of that name."""
 
+    region: ClassVar[Region]
+    operator: ClassVar[Operator]
+    edge: ClassVar[str] = "π_old/μ"
     formula: ClassVar[str]
-    over_sequences: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -32,34 +36,48 @@ class Correction(Hyperparameters, ABC):
 
     @abstractmethod
     def weight(self, batch: TokenBatch) -> Tensor:
-        """[B, T], without gradient; the batch is anchored on π_old."""
+        """[B, T], without gradient."""
+
+
+RHO = replace(regions.RATIO, symbol="ρ")
 
 
 @dataclass(frozen=True)
-class _Truncate(Correction):
-    cap: float = 2.0
+class _Weight(Correction):
+    operator: ClassVar[Operator] = "weight"
 
     @property
     def largest(self) -> float:
-        return self.cap
+        return getattr(self, self.region.high)
 
 
 @dataclass(frozen=True)
-class _Mask(Correction):
+class _Truncate(_Weight):
+    cap: float = 2.0
+
+    def __init_subclass__(cls) -> None:
+        cls.formula = f"min({cls.region.measured}, {cls.region.high})"
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        return self.region.measure(batch.mismatch).clamp(max=self.cap).expand_as(batch.log_ratio)
+
+
+@dataclass(frozen=True)
+class _Band(_Weight):
     low: float = 0.5
     high: float = 2.0
+
+    def __init_subclass__(cls) -> None:
+        cls.formula = f"{cls.region.measured}, 0 where {cls.region.outside}"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.low >= self.high:
             raise ValueError(f"low is {self.low!r}; expected less than high, {self.high!r}")
 
-    @property
-    def largest(self) -> float:
-        return self.high
-
-    def _kept(self, ratio: Tensor) -> Tensor:
-        return torch.where((ratio >= self.low) & (ratio <= self.high), ratio, 0.0)
+    def weight(self, batch: TokenBatch) -> Tensor:
+        outside = self.region.is_outside(batch.mismatch, self.low, self.high)
+        return self.region.measure(batch.mismatch).masked_fill(outside, 0.0)
 
 
 @dataclass(frozen=True)
@@ -70,25 +88,7 @@ class TokenTruncate(_Truncate):
         cap: the largest weight.
     """
 
-    formula: ClassVar[str] = "min(ρ, cap)"
-
-    def weight(self, batch: TokenBatch) -> Tensor:
-        return batch.mismatch_log_ratio.exp().clamp(max=self.cap)
-
-
-@dataclass(frozen=True)
-class TokenMask(_Mask):
-    """Masked importance sampling.
-
-    Args:
-        low: the ρ below which a token stops counting.
-        high: the ρ above which it does.
-    """
-
-    formula: ClassVar[str] = "ρ where low ≤ ρ ≤ high, else 0"
-
-    def weight(self, batch: TokenBatch) -> Tensor:
-        return self._kept(batch.mismatch_log_ratio.exp())
+    region: ClassVar[Region] = Region(RHO, side=regions.EITHER, high="cap")
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,23 @@ class SequenceTruncate(_Truncate):
         cap: the largest weight.
     """
 
-    formula: ClassVar[str] = "min(Π ρ, cap), the product over the sequence"
-    over_sequences: ClassVar[bool] = True
-
-    def weight(self, batch: TokenBatch) -> Tensor:
-        return _of_sequence(batch).clamp(max=self.cap)
+    region: ClassVar[Region] = Region(RHO, regions.SEQUENCE_SUM, regions.EITHER, high="cap")
 
 
 @dataclass(frozen=True)
-class SequenceMask(_Mask):
+class TokenMask(_Band):
+    """Masked importance sampling.
+
+    Args:
+        low: the ρ below which a token stops counting.
+        high: the ρ above which it does.
+    """
+
+    region: ClassVar[Region] = Region(RHO, side=regions.EITHER, low="low", high="high")
+
+
+@dataclass(frozen=True)
+class SequenceMask(_Band):
     """Masked importance sampling of whole sequences.
 
     Args:
@@ -115,16 +123,114 @@ class SequenceMask(_Mask):
         high: the Π ρ above which it does.
     """
 
-    formula: ClassVar[str] = "Π ρ where low ≤ Π ρ ≤ high, else 0, the product over the sequence"
-    over_sequences: ClassVar[bool] = True
+    region: ClassVar[Region] = Region(RHO, regions.SEQUENCE_SUM, regions.EITHER, low="low", high="high")
+
+
+@dataclass(frozen=True)
+class _Reject(Correction):
+    operator: ClassVar[Operator] = "mask"
+    edge: ClassVar[str] = "π_old/μ, or π/μ under anchor sampler"
+
+    def __init_subclass__(cls) -> None:
+        cls.formula = f"0 where {cls.region.outside}, else 1"
+
+    @property
+    def largest(self) -> float:
+        return 1.0
+
+    def between(self, batch: TokenBatch) -> TokenBatch:
+        """The two policies that are compared, as the π and μ of a batch."""
+        return batch.mismatch if batch.anchor == "old" else batch
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        return self._kept(_of_sequence(batch))
+        low, high = (getattr(self, bound) if bound else None for bound in (self.region.low, self.region.high))
+        return (~self.region.is_outside(self.between(batch), low, high)).to(batch.log_ratio.dtype)
 
 
-def _of_sequence(batch: TokenBatch) -> Tensor:
-    log_ratio = batch.mismatch_log_ratio
-    return log_ratio.sum(dim=1, keepdim=True).exp().expand_as(log_ratio)
+@dataclass(frozen=True)
+class SequenceMaxK3(_Reject):
+    """Trust region masking of sequences by their worst token (arXiv 2512.23075, TRM-max).
+
+    Args:
+        delta: nats, the largest k3 of a sequence's tokens beyond which it stops counting.
+    """
+
+    region: ClassVar[Region] = Region(regions.K3, regions.SEQUENCE_MAX, regions.EITHER)
+
+    delta: float = 0.1
+
+
+@dataclass(frozen=True)
+class SequenceMeanK3(_Reject):
+    """Trust region masking of sequences by the mean over their tokens (arXiv 2512.23075, TRM-avg).
+
+    Args:
+        delta: nats, the mean k3 of a sequence's tokens beyond which it stops counting. The default is the paper's.
+    """
+
+    region: ClassVar[Region] = Region(regions.K3, regions.SEQUENCE_MEAN, regions.EITHER)
+
+    delta: float = 0.002
+
+
+@dataclass(frozen=True)
+class SequenceGeometric(_Reject):
+    """Rejection of sequences by the geometric mean of their ratios (verl's ``seq_mean_k1``).
+
+    Args:
+        low: the mean below which a sequence stops counting.
+        high: the mean above which it does.
+    """
+
+    region: ClassVar[Region] = Region(regions.RATIO, regions.SEQUENCE_MEAN, regions.EITHER, low="low", high="high")
+
+    low: float = 0.999
+    high: float = 1.001
+
+
+@dataclass(frozen=True)
+class OPSM(_Reject):
+    """Off-policy sequence masking: bad sequences that π has left already stop counting (arXiv 2512.02556, Eq. 9).
+
+    Args:
+        delta: nats, the mean log(μ/π) of a sequence with A < 0 beyond which it stops counting. No value is agreed
+            on; the default is the example of TRL's documentation.
+    """
+
+    region: ClassVar[Region] = Region(regions.LOG_INVERSE, regions.SEQUENCE_MEAN, regions.NEGATIVE)
+    edge: ClassVar[str] = "π/μ"
+
+    delta: float = 0.5
+
+    def between(self, batch: TokenBatch) -> TokenBatch:
+        return batch.against("sampler")
+
+
+@dataclass(frozen=True)
+class KPop(_Reject):
+    """Masking of tokens by the binary KL divergence, the larger of both ways (AReaL).
+
+    Args:
+        delta: nats, the divergence beyond which a token stops counting; AReaL has no default, and this is DPPO's.
+    """
+
+    region: ClassVar[Region] = Region(regions.LARGER_KL, side=regions.EITHER)
+
+    delta: float = 0.05
+
+
+@dataclass(frozen=True)
+class VACO(_Reject):
+    """Masking of the tokens that take a sequence further out of a total variation (arXiv 2603.01365, as in open-instruct).
+
+    Args:
+        delta: the mean |r − 1| of a sequence beyond which its tokens with A(r − 1) > 0 stop counting. open-instruct has no
+            default; this one is our choice.
+    """
+
+    region: ClassVar[Region] = Region(regions.EXCESS, regions.SEQUENCE_MEAN, regions.HARMFUL)
+
+    delta: float = 0.2
 
 
 CORRECTIONS: dict[str, type[Correction]] = {
@@ -132,6 +238,12 @@ CORRECTIONS: dict[str, type[Correction]] = {
     "token_mask": TokenMask,
     "sequence_truncate": SequenceTruncate,
     "sequence_mask": SequenceMask,
+    "sequence_max_k3": SequenceMaxK3,
+    "sequence_mean_k3": SequenceMeanK3,
+    "sequence_geometric": SequenceGeometric,
+    "opsm": OPSM,
+    "kpop": KPop,
+    "vaco": VACO,
 }
 
 
@@ -142,30 +254,33 @@ def make_correction(name: str, **hyperparameters: Any) -> Correction:
 
 @dataclass(frozen=True)
 class Corrected(Objective):
-    """An objective anchored on the trainer's old policy, each token's loss and gradient times a correction's weight.
+    """An objective under a correction, each token's loss and gradient times its weight.
 
     Args:
         objective: the objective.
-        correction: the correction; it weighs by π_old/μ what the objective's ratio π/π_old leaves out.
+        correction: the correction. One that weighs by π_old/μ supplies what the ratio π/π_old of the objective leaves out.
     """
 
     formula: ClassVar[str] = "ρ̂·L, with ρ̂ the correction and L what the objective maximises"
     weight: ClassVar[str] = "ρ̂·w, with w the objective's"
     source: ClassVar[str] = "as TRL's vllm_importance_sampling_mode"
     anchor: ClassVar[Anchor] = "old"
-    corrects_mismatch: ClassVar[bool] = True
 
     objective: Objective
     correction: Correction
 
     def __post_init__(self) -> None:
-        if self.objective.corrects_mismatch:
-            raise ValueError(
-                f"{type(self.objective).__name__} weighs tokens by π_old/μ itself; leave the correction out"
-            )
-        over_sequences = self.objective.over_sequences or self.correction.over_sequences
-        object.__setattr__(self, "acts_without_advantage", self.objective.acts_without_advantage)
+        objective, weighs = self.objective, self.correction.operator == "weight"
+        name = type(objective).__name__
+        if objective.corrects_mismatch and weighs:
+            raise ValueError(f"{name} weighs tokens by π_old/μ itself; leave the correction out")
+        if isinstance(objective, TopKObjective):
+            raise ValueError(f"{name} looks at the sampler's likeliest tokens, and no correction goes with that")
+        over_sequences = objective.over_sequences or self.correction.region.scope.over_sequences
+        object.__setattr__(self, "anchor", "old" if weighs else objective.anchor)
+        object.__setattr__(self, "acts_without_advantage", objective.acts_without_advantage)
         object.__setattr__(self, "over_sequences", over_sequences)
+        object.__setattr__(self, "corrects_mismatch", objective.corrects_mismatch or weighs)
 
     @property
     def edge(self) -> float | None:
@@ -203,9 +318,9 @@ def anchored(objective: Objective, anchor: Anchor | None = None, correction: Cor
         raise ValueError(f"anchor: got 'sampler' with {name}, which weighs tokens by π_old/μ; expected 'old'")
     if correction is None:
         return objective
-    if anchor == "sampler":
+    if anchor == "sampler" and correction.operator == "weight":
         raise ValueError(
             f"correction: {type(correction).__name__} weighs by π_old/μ a loss whose ratio is taken against μ "
-            f"already ({name}); expected an objective anchored on the old policy, or anchor 'old'"
+            f"already ({name}); expected an objective anchored on the old policy, anchor 'old', or a correction that masks"
         )
     return Corrected(objective, correction)

@@ -20,6 +20,13 @@ def binary_kl(batch: TokenBatch, others_log_ratio: Tensor) -> Tensor:
     return -batch.anchor_prob * batch.log_ratio.detach() - behavior_others * others_log_ratio
 
 
+def larger_binary_kl(batch: TokenBatch) -> Tensor:
+    """The larger one of that and of KL the other way round, [B, T]."""
+    probs, others = batch.logp.detach().exp(), -batch.logp.detach().clamp(max=0).expm1()
+    reverse = probs * batch.log_ratio.detach() + others * batch.others_log_ratio
+    return torch.maximum(binary_kl(batch, batch.others_log_ratio), reverse)
+
+
 def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """π and μ over the sampler's top K, the sampled token where it is not among them, and the rest; each [B, T, K + 2].
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drpo.objectives.divergences import binary_kl, categories, moving_away
+from drpo.objectives.divergences import binary_kl, categories, larger_binary_kl, moving_away
 from drpo.tokens import TokenBatch
 
 Operator = Literal["mask", "weight", "shaper"]
@@ -113,6 +113,13 @@ RATIO = Statistic("r", lambda t: t.log_ratio.detach(), in_logs=True)
 BINARY_KL = Statistic(
     "binary KL", lambda t: binary_kl(t, t.others_log_ratio), "binary KL = μ·log(μ/π) + (1 − μ)·log((1 − μ)/(1 − π))"
 )
+LARGER_KL = Statistic(
+    "D",
+    larger_binary_kl,
+    "D = the larger of KL(π‖μ) and KL(μ‖π) between (π, 1 − π) and (μ, 1 − μ)",
+)
+K3 = Statistic("(r − 1 − log r)", lambda t: t.excess.detach() - t.log_ratio.detach())
+LOG_INVERSE = Statistic("log(μ/π)", lambda t: -t.log_ratio.detach())
 TOPK_TV = Statistic(
     "top-K TV", _topk_tv, "top-K TV = ½·Σ |π − μ| over the sampler's top K, the sampled token and the rest"
 )

@@ -184,7 +184,7 @@ class Recipe(_Strict):
     anchor: Anchor | None = None
     """The policy that the ratio is taken against; the objective's own by default."""
     correction: CorrectionSpec | None = None
-    """A weight by π_old/μ, for an objective anchored on the old policy."""
+    """A weight by π_old/μ, for an objective anchored on the old policy, or a mask, for any."""
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
     """The mean |log π − log μ| before the first update, in nats, above which training stops."""
     train_precision: TrainPrecision = "fp32"

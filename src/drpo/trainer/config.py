@@ -113,8 +113,8 @@ class DRPOConfig(GRPOConfig):
         anchor: what the ratio is taken against: ``sampler`` (μ, its recorded log-probs) or ``old``
             (the trainer's policy when the rollout began, at the price of one more forward pass a
             rollout). None takes the objective's own.
-        correction: a name of :data:`drpo.objectives.CORRECTIONS`, the weight by π_old/μ of an
-            objective anchored on the old policy; none by default.
+        correction: a name of :data:`drpo.objectives.CORRECTIONS`, a weight by π_old/μ of an
+            objective anchored on the old policy, or a mask for any objective; none by default.
         correction_kwargs: its hyperparameters; its own defaults where absent.
         updates_per_rollout: optimizer steps on each rollout's samples.
         aggregation: how token losses become one number; see :func:`drpo.token_scale`.
