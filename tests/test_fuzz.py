@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,9 @@ def _pdm(t: Tokens, delta: float) -> Expected:
     return _masked(t, (t.a * change > 0) & (divergence > delta), _near(divergence, delta) | (np.abs(change) < 1e-5))
 
 
-def _cppo(t: Tokens, delta: float, weight_min: float, allowance_low: float, allowance_high: float) -> Expected:
+def _cppo(
+    t: Tokens, delta: float, weight_min: float, allowance_low: float, allowance_high: float, soft: bool = False
+) -> Expected:
     allowance_high += allowance_low
     kept, at_kink = np.ones_like(t.r), np.zeros_like(t.mask)
     for row in range(len(t.r)):
@@ -189,10 +191,35 @@ def _cppo(t: Tokens, delta: float, weight_min: float, allowance_low: float, allo
                 omega = weight_min + (1 - weight_min) * (len(counted) - place) / (len(counted) - 1)
             z, budget = omega * divergence[column], min(delta, delta + allowance * earned - spent)
             if t.a[row, column] * (t.r[row, column] - 1) > 0 and z > budget:
-                kept[row, column] = 0
+                kept[row, column] = max(0.0, budget) / max(z, 1e-300) if soft else 0
             at_kink[row, column] = np.isclose(z, budget, rtol=1e-3, atol=1e-6)
             earned, spent = earned + omega, spent + z
     return Expected(loss=[-kept * t.r * t.a], weight=[kept], at_kink=at_kink)
+
+
+def _cppo_soft(t: Tokens, **drawn: float) -> Expected:
+    expected = _cppo(t, **drawn, soft=True)
+    # What is left of the budget is a difference.
+    return replace(expected, condition=50.0 / drawn["delta"])
+
+
+def _rollout_is(t: Tokens, clip_low: float, clip_high: float) -> Expected:
+    low, high = 1 - clip_low, 1 + clip_high
+    return _masked(t, (t.r < low) | (t.r > high), _near(t.r, low) | _near(t.r, high))
+
+
+def _pg_tv_penalty(t: Tokens, beta: float) -> Expected:
+    return _penalised(t, [beta * np.abs(t.excess), -t.a * t.logp], [t.a, -beta * np.sign(t.excess) * t.r])
+
+
+def _mask_drpo_region(t: Tokens, delta: float, region_delta: float) -> Expected:
+    divergence = np.abs(t.mu * t.r - t.mu)
+    outside = np.where((t.a * (t.r - 1) > 0) & (divergence > region_delta), 1.0, 0.0)
+    return Expected(
+        loss=[-t.r * t.a, outside * np.abs(t.a) * t.mu * (t.r - 1) ** 2 / (2 * delta)],
+        weight=[np.ones_like(t.r), -outside * divergence / delta],
+        at_kink=_near(divergence, region_delta),
+    )
 
 
 def _drpo_topk(t: Tokens, delta: float) -> Expected:
@@ -324,6 +351,13 @@ REFERENCE: dict[str, tuple[Callable[..., Expected], dict[str, tuple[float, float
     "dppo_topk_tv": (_dppo_topk_tv, {"delta": (0.02, 0.9)}),
     "dppo_topk_kl": (_dppo_topk_kl, {"delta": (0.01, 0.5)}),
     "ipo": (_ipo, {"delta": (0.02, 0.9)}),
+    "rollout_is": (_rollout_is, {"clip_low": (0.01, 0.9), "clip_high": (0.01, 5)}),
+    "pg_tv_penalty": (_pg_tv_penalty, {"beta": (0.01, 2)}),
+    "mask_drpo_region": (_mask_drpo_region, {"delta": (0.02, 20), "region_delta": (0.02, 0.9)}),
+    "cppo_soft": (
+        _cppo_soft,
+        {"delta": (0.02, 0.5), "weight_min": (0.1, 1), "allowance_low": (0.01, 0.1), "allowance_high": (0.01, 0.2)},
+    ),
     "cppo": (
         _cppo,
         {"delta": (0.02, 0.5), "weight_min": (0.1, 1), "allowance_low": (0.01, 0.1), "allowance_high": (0.01, 0.2)},

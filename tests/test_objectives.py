@@ -52,7 +52,11 @@ from drpo.objectives import (
     DualClipPPO,
     IcePop,
     MaskDRPO,
+    MaskDRPORegion,
     Objective,
+    PGTVPenalty,
+    RolloutIS,
+    SoftCPPO,
     TopKObjective,
     anchored,
     make_correction,
@@ -191,6 +195,30 @@ def test_the_gradient_of_a_sequence_objective_is_that_of_the_sequence_loss(
         # The default is 0.3: 0.25 is inside and 0.35 outside; r = 0.5 and 0.3
         pytest.param(IPO(), 0.25, 0.5, -1.0, 1, 0.5, id="ipo-default-inside"),
         pytest.param(IPO(), 0.15, 0.5, -1.0, 0, 0, id="ipo-default-outside"),
+        # Rollout IS: r = 1.5 > 1.28, moving away and coming back; r = 0.75 < 0.8; r = 1.25 and L = −1.25 · 2
+        pytest.param(RolloutIS(), 0.6, 0.4, 2.0, 0, 0, id="rollout_is-above"),
+        pytest.param(RolloutIS(), 0.6, 0.4, -2.0, 0, 0, id="rollout_is-coming-back"),
+        pytest.param(RolloutIS(), 0.3, 0.4, 1.0, 0, 0, id="rollout_is-below"),
+        pytest.param(RolloutIS(), 0.5, 0.4, 2.0, 1, -2.5, id="rollout_is-inside"),
+        # SAO's band: r = 1.5 < 6 and 0.75 > 0.7
+        pytest.param(RolloutIS(clip_low=0.3, clip_high=5.0), 0.6, 0.4, 2.0, 1, -3, id="rollout_is-sao-high"),
+        pytest.param(RolloutIS(clip_low=0.3, clip_high=5.0), 0.3, 0.4, 1.0, 1, -0.75, id="rollout_is-sao-low"),
+        # Mask-DRPO with two thresholds: 0.2 > 0.15, so w = 1 − 0.2 / 0.4 and L = −3 + 2 · 0.4 · 0.25 / 0.8
+        pytest.param(MaskDRPORegion(delta=0.4), 0.6, 0.4, 2.0, 0.5, -2.75, id="mask_drpo_region-outside"),
+        pytest.param(MaskDRPORegion(delta=0.1), 0.5, 0.4, 2.0, 1, -2.5, id="mask_drpo_region-inside"),
+        # 0.2 > 0.1, but w = 1 − 0.2 / 12.5
+        pytest.param(
+            MaskDRPORegion(region_delta=0.1), 0.6, 0.4, 2.0, 0.984, -3 + 0.2 / 25, id="mask_drpo_region-default"
+        ),
+        # r = 1.5; w = 1/1.5 − 0.5 / 2; L = −2 ln 0.6 + 0.5 · 0.5
+        pytest.param(
+            PGTVPenalty(beta=0.5), 0.6, 0.4, 2.0, 2 / 3 - 0.25, 0.25 - 2 * math.log(0.6), id="pg_tv_penalty-away"
+        ),
+        # r = 0.5, A < 0; w = 2 − 0.5; L = ln 0.2 + 0.5 · 0.5
+        pytest.param(PGTVPenalty(beta=0.5), 0.2, 0.4, -1.0, 1.5, 0.25 + math.log(0.2), id="pg_tv_penalty-negative"),
+        # Soft CPPO of one token: Z = 0.2 > 0.15; w = 0.15 / 0.2; L = −0.75 · 3
+        pytest.param(SoftCPPO(), 0.6, 0.4, 2.0, 0.75, -2.25, id="cppo_soft-outside"),
+        pytest.param(SoftCPPO(), 0.6, 0.4, -2.0, 1, 3, id="cppo_soft-coming-back"),
         # SPO: r = 3; w = 1 − 2 / 0.5; L = −3 + 1 · 4 / 1
         pytest.param(SPO(epsilon=0.5), 0.3, 0.1, 1.0, -3, 1, id="spo-reversed"),
         # r = 1.5; w = 1 − 0.5 / 0.5; L = −3 + 2 · 0.25 / 1
@@ -318,6 +346,14 @@ def test_cppo_tightens_by_what_the_prefix_has_spent_beyond_its_allowance() -> No
     assert CPPO(delta=0.2, weight_min=1.0, allowance_low=1e-3).gradient_weight(t)[0, -1] == 0
     # The same without the prefix: 0.1 < 0.2.
     assert CPPO(delta=0.2, weight_min=0.5).gradient_weight(one_token(0.5, 0.4, 1.0)).item() == 1
+
+
+def test_soft_cppo_weighs_a_token_down_to_what_its_prefix_left_it() -> None:
+    # ω = 1, 0.75, 0.5 and Z = 0.15, 0.15, 0.1; the allowance is clip(90 % quantile of 0.15, 0.2, 0.2) to 0.04.
+    t = tokens(prob=[0.25, 0.6, 0.6], behavior_prob=[0.4, 0.4, 0.4], advantage=[1.0, 1.0, 1.0])
+    # Coming back. Then B = 0.2 + 0.04 − 0.15 = 0.09 and 0.09 / 0.15; then B = 0.2 + 0.04 · 1.75 − 0.3 = −0.03.
+    weight = SoftCPPO(delta=0.2, weight_min=0.5).gradient_weight(t)
+    assert weight[0].tolist() == pytest.approx([1, 0.6, 0])
 
 
 def two_of_four(sampled: int) -> TokenBatch:

@@ -84,6 +84,14 @@ def trl_loss(
             "seq-mean-token-mean",
             {"importance_sampling_level": "sequence"},
         ),
+        # LUSPO: every token has its sequence's loss, and they add up.
+        (
+            "luspo",
+            "gspo",
+            {"clip_low": EPSILON, "clip_high": EPSILON_HIGH},
+            "seq-mean-token-sum",
+            {"importance_sampling_level": "sequence"},
+        ),
         # TRL's two-sided clip is the dual clip.
         (
             "dapo",

@@ -32,7 +32,7 @@ def describe_objective(objective: Any, where: str, smaller: str) -> Iterator[Fin
     """An objective with its hyperparameters; a warning where δ leaves its trust region without an edge."""
     values = ", ".join(f"{name} = {value:g}" for name, value in asdict(objective).items())
     yield Finding("ok", f"{where}{type(objective).__name__}({values})")
-    if type(objective).__name__ in ("DRPO", "MaskDRPO") and objective.delta >= 1:
+    if type(objective).__name__ in ("DRPO", "MaskDRPO", "MaskDRPORegion") and objective.delta >= 1:
         low, high = objective.weight_bounds
         yield Finding(
             "warning",
@@ -58,7 +58,7 @@ def check_anchor(recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
             "correction: token_truncate, or anchor: sampler",
         )
     else:
-        correction = f", times {recipe.correction.name} of π_old/μ" if recipe.correction else ""
+        correction = f", under {recipe.correction.name}" if recipe.correction else ""
         yield Finding("ok", f"anchor: {ANCHORS[anchor]}{correction}")
 
 

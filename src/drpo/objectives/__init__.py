@@ -8,6 +8,7 @@ from drpo.objectives.base import SYMBOLS, Anchor, Objective, TopKObjective
 from drpo.objectives.cispo import CISPO
 from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, anchored, make_correction
 from drpo.objectives.cppo import CPPO
+from drpo.objectives.cppo_soft import SoftCPPO
 from drpo.objectives.dgpo import DGPO
 from drpo.objectives.dppo_kl import DPPOBinaryKL
 from drpo.objectives.dppo_topk_kl import DPPOTopKKL
@@ -25,10 +26,13 @@ from drpo.objectives.gspo import GSPO
 from drpo.objectives.icepop import IcePop
 from drpo.objectives.ipo import IPO
 from drpo.objectives.mask_drpo import MaskDRPO
+from drpo.objectives.mask_drpo_region import MaskDRPORegion
 from drpo.objectives.pdm import PDM
 from drpo.objectives.pg import PG
+from drpo.objectives.pg_tv_penalty import PGTVPenalty
 from drpo.objectives.ppo import PPO
 from drpo.objectives.ppo_dual_clip import DualClipPPO
+from drpo.objectives.rollout_is import RolloutIS
 from drpo.objectives.sapo import SAPO
 from drpo.objectives.spo import SPO
 from drpo.objectives.vespo import VESPO
@@ -37,17 +41,21 @@ from drpo.registry import make
 OBJECTIVES: dict[str, type[Objective]] = {
     "drpo": DRPO,
     "mask_drpo": MaskDRPO,
+    "mask_drpo_region": MaskDRPORegion,
     "drpo_topk": DRPOTopK,
     "drpo_unweighted": DRPOUnweighted,
     "drpo_kl": DRPOKL,
     "drpo_tv": DRPOTV,
     "drpo_k3": DRPOK3,
+    "pg_tv_penalty": PGTVPenalty,
     "dppo_tv": DPPOBinaryTV,
     "dppo_kl": DPPOBinaryKL,
     "dppo_topk_tv": DPPOTopKTV,
     "dppo_topk_kl": DPPOTopKKL,
     "ipo": IPO,
+    "rollout_is": RolloutIS,
     "cppo": CPPO,
+    "cppo_soft": SoftCPPO,
     "pdm": PDM,
     "spo": SPO,
     "pg": PG,
@@ -107,7 +115,11 @@ __all__ = [
     "DualClipPPO",
     "IcePop",
     "MaskDRPO",
+    "MaskDRPORegion",
     "Objective",
+    "PGTVPenalty",
+    "RolloutIS",
+    "SoftCPPO",
     "TopKObjective",
     "anchored",
     "make_correction",

@@ -113,8 +113,9 @@ class MaskObjective(Objective):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        definition = cls.region.statistic.definition
-        cls.formula = f"M·r·A, with M = 0 where {cls.region.outside}, else 1{definition and f'; {definition}'}"
+        if "formula" not in vars(cls):
+            definition = cls.region.statistic.definition
+            cls.formula = f"M·r·A, with M = 0 where {cls.region.outside}, else 1{definition and f'; {definition}'}"
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:

@@ -53,6 +53,11 @@ class CPPO(MaskObjective):
             )
 
     def is_masked(self, batch: TokenBatch) -> Tensor:
+        spent, budget = self.spending(batch)
+        return self.region.side.concerns(batch) & (spent > budget)
+
+    def spending(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """What each token spends and what it may, both [B, T]."""
         divergence = self.region.statistic.measure(batch)
         counted = batch.mask.to(divergence.dtype)
         before = counted.cumsum(dim=1) - 1
@@ -60,7 +65,7 @@ class CPPO(MaskObjective):
         spent = weight * divergence
         allowance = _upper_tenth(divergence, batch).clamp(self.allowance_low, self.allowance_high)
         earned = allowance * _sum_before(weight) - _sum_before(spent)
-        return self.region.side.concerns(batch) & (spent > self.delta + earned.clamp(max=0))
+        return spent, self.delta + earned.clamp(max=0)
 
 
 def _upper_tenth(values: Tensor, batch: TokenBatch) -> Tensor:

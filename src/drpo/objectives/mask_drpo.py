@@ -32,7 +32,7 @@ class MaskDRPO(Objective):
     delta: float = 0.15
 
     def _outside(self, batch: TokenBatch) -> Tensor:
-        return self.region.is_outside(batch, None, self.delta).to(batch.advantage.dtype)
+        return self.region.is_outside(batch, None, self.edge).to(batch.advantage.dtype)
 
     @property
     def weight_bounds(self) -> tuple[float, float]:
