@@ -94,6 +94,8 @@ def _gradients(objective: Objective, rows: Tensor, rows_a_batch: int, padding: s
     sequences, lengths = _sequences()
     counts = Counts(tokens=lengths.sum(), sequences=(lengths > 0).sum())
     totals = {mode: torch.zeros(()) for mode in MODES}
+    whole = batch_of(objective, {**sequences, "mask": torch.arange(40) < lengths.unsqueeze(1)})
+    objective = objective.for_update(whole)
     for batch_rows in rows.split(rows_a_batch):
         length = lengths[batch_rows].unsqueeze(1)
         width = int(length.max())

@@ -405,6 +405,7 @@ def test_weights_draws_a_picture(here, drpo, output):
         (["weights", "drpo", "--set", "spo.epsilon=1"], "--set spo.epsilon=1: unknown objective 'spo'"),
         (["weights", "drpo", "--set", "drpo.epsilon=1"], "unknown hyperparameter 'epsilon'"),
         (["weights", "drpoo"], "unknown objective 'drpoo'"),
+        (["weights", "drpo", "m2po"], "m2po weighs a token by all tokens of its update"),
         (["weights", "drpo", "--output", "w.gif"], "--output w.gif: expected a name that ends in .png, .svg, .pdf"),
         (["weights", "drpo", "--output", "none/w.png"], "--output none/w.png: cannot be written"),
         (["train", "--set", "anchor=olt"], "anchor: got 'olt'; expected 'sampler' or 'old'"),

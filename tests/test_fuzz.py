@@ -222,6 +222,66 @@ def _mask_drpo_region(t: Tokens, delta: float, region_delta: float) -> Expected:
     )
 
 
+def _m2po(t: Tokens, clip_low: float, clip_high: float, tau: float) -> Expected:
+    ppo = _ppo(t, clip_low, clip_high)
+    assert ppo.loss is not None
+    squared = np.log(t.r_sampler) ** 2
+    ascending = np.sort(squared[t.mask])
+    means = ascending.cumsum() / np.arange(1, len(ascending) + 1)
+    kept = ascending[means < tau]
+    largest = kept[-1] if len(kept) else -1.0
+    at_kink = (
+        ppo.at_kink
+        | _near(means, tau).any()
+        | (np.isclose(squared, largest, rtol=1e-3, atol=1e-9) & (squared != largest))
+    )
+    outside = squared > largest
+    return Expected([np.where(outside, 0, ppo.loss[0])], [np.where(outside, 0, ppo.weight[0])], at_kink=at_kink)
+
+
+def _covariance(t: Tokens) -> tuple[Array, Array]:
+    """With what rounding may make of it."""
+    count = max(t.mask.sum(), 1)
+    advantage, logp = ((values * t.mask).sum() / count for values in (t.a, t.logp))
+    error = 1e-5 * (np.abs(t.a) + np.abs(advantage)) * (np.abs(t.logp) + np.abs(logp))
+    return (t.a - advantage) * (t.logp - logp), error
+
+
+def _clip_cov(t: Tokens, clip_low: float, clip_high: float, share: float, cov_low: float, cov_high: float) -> Expected:
+    """With a share of all, so that nothing is left to chance."""
+    assert share >= 1
+    cov_high += cov_low
+    ppo = _ppo(t, clip_low, clip_high)
+    assert ppo.loss is not None
+    cov, error = _covariance(t)
+    outside = (cov > cov_low) & (cov < cov_high) & (ppo.weight[0] > 0)
+    at_kink = ppo.at_kink | (np.abs(cov - cov_low) < error) | (np.abs(cov - cov_high) < error)
+    return Expected([np.where(outside, 0, ppo.loss[0])], [np.where(outside, 0, ppo.weight[0])], at_kink=at_kink)
+
+
+def _kl_cov(t: Tokens, share: float, beta: float) -> Expected:
+    cov, error = _covariance(t)
+    descending = -np.sort(-cov[t.mask])
+    wanted = min(len(descending), max(1, int(share * len(descending))))
+    least = descending[wanted - 1] if wanted else np.inf
+    penalised = cov >= least
+    close = (np.abs(cov - least) < error) & t.mask
+    at_kink = close & (close.sum() > 1)
+    sign = np.sign(t.log_r)
+    pull = np.where(penalised, beta * sign, 0)
+    return _penalised(t, [np.where(penalised, beta * np.abs(t.log_r), 0), -t.r * t.a], [t.a * t.r, -pull], at_kink)
+
+
+def _p3o(t: Tokens) -> Expected:
+    r = t.r[t.mask]
+    size = r.sum() ** 2 / (len(r) * (r**2).sum()) if len(r) else 1.0
+    capped, slope = np.minimum(t.r, size), -np.expm1(-t.log_r)
+    divergence = t.log_r - slope
+    return _penalised(
+        t, [-capped * t.a * t.logp, divergence, -size * divergence], [t.a * capped, -slope, size * slope], condition=3.0
+    )
+
+
 def _drpo_topk(t: Tokens, delta: float) -> Expected:
     within = t.is_sampled.any(2)
     shift = t.mu * t.r - t.mu
@@ -251,10 +311,12 @@ def _dro(t: Tokens, beta: float) -> Expected:
     return _penalised(t, [beta / 2 * log_r**2, -t.a * t.logp], [t.a, -beta * log_r])
 
 
-def _penalised(t: Tokens, loss: list[Array], coefficient: list[Array]) -> Expected:
+def _penalised(
+    t: Tokens, loss: list[Array], coefficient: list[Array], at_kink: Array | bool = False, condition: float = 1.0
+) -> Expected:
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = [np.where(t.a != 0, c / (t.a * t.r), float(i == 0)) for i, c in enumerate(coefficient)]
-    return Expected(loss=loss, weight=weight, coefficient=coefficient)
+    return Expected(loss=loss, weight=weight, coefficient=coefficient, at_kink=at_kink, condition=condition)
 
 
 def _drpo_tv(t: Tokens, beta: float) -> Expected:
@@ -351,6 +413,13 @@ REFERENCE: dict[str, tuple[Callable[..., Expected], dict[str, tuple[float, float
     "dppo_topk_tv": (_dppo_topk_tv, {"delta": (0.02, 0.9)}),
     "dppo_topk_kl": (_dppo_topk_kl, {"delta": (0.01, 0.5)}),
     "ipo": (_ipo, {"delta": (0.02, 0.9)}),
+    "m2po": (_m2po, {"clip_low": (0.01, 0.9), "clip_high": (0.01, 5), "tau": (0.001, 10)}),
+    "clip_cov": (
+        _clip_cov,
+        {"clip_low": (0.01, 0.9), "clip_high": (0.01, 5), "share": (1, 2), "cov_low": (0.01, 2), "cov_high": (0.1, 20)},
+    ),
+    "kl_cov": (_kl_cov, {"share": (1e-4, 0.5), "beta": (0.01, 2)}),
+    "p3o": (_p3o, {}),
     "rollout_is": (_rollout_is, {"clip_low": (0.01, 0.9), "clip_high": (0.01, 5)}),
     "pg_tv_penalty": (_pg_tv_penalty, {"beta": (0.01, 2)}),
     "mask_drpo_region": (_mask_drpo_region, {"delta": (0.02, 20), "region_delta": (0.02, 0.9)}),
@@ -384,7 +453,7 @@ REFERENCE: dict[str, tuple[Callable[..., Expected], dict[str, tuple[float, float
 }
 """By name: the reference, and the range of each hyperparameter (of its distance from the one it has to exceed, if any)."""
 
-ABOVE = {"clip_dual": "1", "allowance_high": "allowance_low"}
+ABOVE = {"clip_dual": "1", "allowance_high": "allowance_low", "cov_high": "cov_low"}
 """Hyperparameters that have to exceed another one, or 1; the references add it."""
 
 
@@ -515,7 +584,8 @@ def check_against_the_reference(name: str, seed: int, shape: tuple[int, int], dt
 
     mask = _mask(rng, shape)
     # A token at a kink tells on the rest of its sequence, if at all: the rows go as a whole.
-    mask = mask & ~(np.asarray(expect(mask).at_kink) & mask).any(axis=1, keepdims=True)
+    while (kinked := np.asarray(expect(mask).at_kink) & mask).any():
+        mask = mask & ~kinked.any(axis=1, keepdims=True)
     expected = expect(mask)
 
     counts = torch.from_numpy(mask)

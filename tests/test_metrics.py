@@ -204,6 +204,7 @@ def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
 def test_micro_batches_combine_to_the_whole(rows_a_batch: int, name: str) -> None:
     objective = make_objective(name, **TIGHT[name])
     batch = batch_of(objective, random_tensors(seed=6, shape=(12, 9)))
+    objective = objective.for_update(batch)
     metrics = TrustRegionMetrics()
     for start in range(0, 12, rows_a_batch):
         part = rows_of(batch, slice(start, start + rows_a_batch))

@@ -16,6 +16,7 @@ from builders import (
     anchored_tokens,
     batch_of,
     gradients,
+    indexed,
     objective_of,
     one_token,
     random_tensors,
@@ -36,12 +37,15 @@ from drpo.objectives import (
     GMPO,
     GSPO,
     IPO,
+    M2PO,
+    P3O,
     PDM,
     PG,
     PPO,
     SAPO,
     SPO,
     VESPO,
+    ClipCov,
     Corrected,
     DPPOBinaryKL,
     DPPOBinaryTV,
@@ -51,6 +55,7 @@ from drpo.objectives import (
     DRPOUnweighted,
     DualClipPPO,
     IcePop,
+    KLCov,
     MaskDRPO,
     MaskDRPORegion,
     Objective,
@@ -62,6 +67,7 @@ from drpo.objectives import (
     make_correction,
 )
 from drpo.objectives.base import LARGEST, SMALLEST
+from drpo.objectives.clip_cov import _draw
 from drpo.objectives.drpo import _tell_confined
 from drpo.tokens import TopK
 
@@ -87,7 +93,7 @@ def test_the_gradient_is_minus_advantage_times_ratio_times_weight(name: str, spr
         steered = batch.advantage != 0
         torch.testing.assert_close(gradient[steered], (-batch.advantage * ratio * weight)[steered], rtol=1e-9, atol=0)
         idle = batch.mask & ~steered
-        assert (gradient[idle] != 0).any() == objective.acts_without_advantage
+        assert objective.acts_without_advantage or not (gradient[idle] != 0).any()
         of_others = torch.zeros_like(others)
         if isinstance(objective, TopKObjective):
             of_others = objective.top_k_coefficient(batch)
@@ -95,6 +101,100 @@ def test_the_gradient_is_minus_advantage_times_ratio_times_weight(name: str, spr
         low, high = objective.weight_bounds
         assert ((low - 1e-12 <= weight) & (weight <= high + 1e-12))[batch.mask].all()
         assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_acts_without_advantage_says_whether_a_token_without_one_has_a_gradient(name: str) -> None:
+    objective = objective_of(name, tight=True)
+    given = random_tensors(seed=0, shape=(20, 20))
+    batch = batch_of(objective, given)
+    gradient, _ = gradients(objective.loss(batch), given)
+    assert (gradient[batch.mask & (batch.advantage == 0)] != 0).any() == objective.acts_without_advantage
+
+
+@pytest.mark.parametrize("name", [n for n, objective in OBJECTIVES.items() if objective.over_updates])
+@pytest.mark.parametrize("correct", [False, True])
+def test_an_objective_told_its_update_gives_each_part_what_it_has_in_the_whole(name: str, correct: bool) -> None:
+    objective: Objective = objective_of(name, tight=True)
+    if correct:
+        objective = Corrected(objective, make_correction("opsm", delta=0.02))
+    given = random_tensors(seed=4, shape=(12, 9))
+    whole = batch_of(objective, given)
+    told = objective.for_update(whole)
+    assert told == objective
+    assert (objective.over_updates, told.over_updates, told.over_sequences) == (True, False, correct)
+    parts = [batch_of(objective, indexed(given, slice(first, first + 3))) for first in range(0, 12, 3)]
+    for of in (lambda o, t: o.loss(t), lambda o, t: o.coefficient(t), lambda o, t: o.gradient_weight(t)):
+        assert torch.equal(torch.cat([of(told, part) for part in parts]), of(objective, whole))
+    untold = torch.cat([objective.coefficient(part) for part in parts])
+    assert not torch.equal(untold, objective.coefficient(whole))
+
+
+def test_m2po_drops_the_largest_disagreements_until_the_rest_agree() -> None:
+    # log ρ = 0.1, −0.2, 0.3; the means of 0.01, 0.04, 0.09 from the smallest on are 0.01, 0.025, 0.0467. r = 1.
+    old_prob = [0.5, 0.5, 0.5]
+    behavior_prob = [0.5 * math.exp(-log_ratio) for log_ratio in (0.3, -0.2, 0.1)]
+    t = anchored_tokens(old_prob, old_prob, behavior_prob, [2.0, 2.0, 2.0])
+    assert M2PO().gradient_weight(t).tolist() == [[0, 1, 1]]
+    assert M2PO().loss(t).tolist() == [[0, -2, -2]]
+    assert M2PO(tau=0.047).gradient_weight(t).tolist() == [[1, 1, 1]]
+    assert M2PO(tau=0.02).gradient_weight(t).tolist() == [[0, 0, 1]]
+    assert M2PO(tau=0.005).gradient_weight(t).tolist() == [[0, 0, 0]]
+    # PPO's clip on top: r = 1.5.
+    t = anchored_tokens([0.75, 0.5, 0.5], old_prob, behavior_prob[::-1], [2.0, 2.0, 2.0])
+    assert M2PO().gradient_weight(t).tolist() == [[0, 1, 0]]
+
+
+def four_covariances() -> TokenBatch:
+    """A = 3, 1, −1, −3 and log π = −1, −2, −3, −6, with means 0 and −3: cov = 6, 1, 0, 9. r = 1 but for the last, e."""
+    logp = torch.tensor([[-1.0, -2.0, -3.0, -6.0]], dtype=torch.float64)
+    anchor = torch.tensor([[-1.0, -2.0, -3.0, -7.0]], dtype=torch.float64)
+    advantage = torch.tensor([[3.0, 1.0, -1.0, -3.0]], dtype=torch.float64)
+    return TokenBatch(logp, anchor, advantage, torch.ones_like(logp))
+
+
+def test_kl_cov_penalises_the_share_of_the_tokens_with_the_largest_covariance() -> None:
+    # One token at least: the last. c = −3e − 0.5; L = 3e + 0.5 · 1
+    objective = KLCov(beta=0.5)
+    assert objective.coefficient(four_covariances())[0].tolist() == pytest.approx([3, 1, -1, -3 * math.e - 0.5])
+    assert objective.loss(four_covariances())[0].tolist() == pytest.approx([-3, -1, 1, 3 * math.e + 0.5])
+    # Half of four: the first too, which has not moved and has no slope.
+    summary = KLCov(share=0.5).summary(four_covariances())
+    assert summary.tolist() == pytest.approx([0, -3, 6])
+
+
+def test_clip_cov_drops_at_most_a_share_of_the_tokens_whose_covariance_is_in_between() -> None:
+    t = four_covariances()
+    assert ClipCov(cov_low=0.5, cov_high=5.0).gradient_weight(t).tolist() == [[1, 0, 1, 1]]
+    assert ClipCov(cov_low=0.5, cov_high=9.5).gradient_weight(t).sum() == 3
+    # A tenth of four is none, of which one remains; three quarters are all three.
+    assert ClipCov(cov_low=0.5, cov_high=9.5, share=0.1).gradient_weight(t).sum() == 3
+    assert ClipCov(cov_low=0.5, cov_high=9.5, share=0.5).gradient_weight(t).sum() == 2
+    assert ClipCov(cov_low=0.5, cov_high=9.5, share=0.75).gradient_weight(t).tolist() == [[0, 0, 1, 0]]
+    assert ClipCov(cov_low=0.5, cov_high=5.0).loss(t)[0].tolist() == pytest.approx([-3, 0, 1, 3 * math.e])
+
+
+def test_clip_cov_draws_evenly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(1, 100_000, generator=generator).abs().neg()
+    t = TokenBatch(logp, logp, torch.ones(1), torch.ones_like(logp))
+    draws = _draw(t)
+    for low in (0.0, 0.25, 0.5, 0.75):
+        assert ((draws >= low) & (draws < low + 0.25)).double().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.corrcoef(torch.cat([draws, logp.double()]))[0, 1].abs() < 0.02
+
+
+def test_p3o_caps_the_ratio_at_the_effective_sample_size_and_penalises_what_is_missing_of_it() -> None:
+    # r = 2 and 0.5: E = 2.5² / (2 · 4.25) = 25/34; log r + 1/r − 1 = ln 2 − 0.5 and 1 − ln 2, its slopes 0.5 and −1
+    t = tokens(prob=[0.4, 0.2], behavior_prob=[0.2, 0.4], advantage=[1.0, -1.0])
+    capped = [25 / 34 - 9 / 34 * 0.5, -0.5 + 9 / 34]
+    assert P3O().coefficient(t)[0].tolist() == pytest.approx(capped)
+    assert P3O().loss(t)[0].tolist() == pytest.approx(
+        [
+            -25 / 34 * math.log(0.4) + 9 / 34 * (math.log(2) - 0.5),
+            0.5 * math.log(0.2) + 9 / 34 * (1 - math.log(2)),
+        ]
+    )
 
 
 @EVERY

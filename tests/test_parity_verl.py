@@ -15,10 +15,13 @@ from builders import random_tensors
 from drpo import TokenBatch, aggregate, make_correction, make_objective
 
 BETA = 0.3
+KL_COV_SHARE = 0.3
 
 
 def verl_loss(loss_mode: str, mode: str, settings: dict[str, Any], **tensors: Tensor) -> Tensor:
-    policy_loss = PolicyLossConfig(loss_mode=loss_mode, dro_beta=BETA)
+    policy_loss = PolicyLossConfig(
+        loss_mode=loss_mode, dro_beta=BETA, clip_cov_ratio=1.0, kl_cov_ratio=KL_COV_SHARE, ppo_kl_coef=BETA
+    )
     config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy_loss, **settings)
     loss, _ = get_policy_loss_fn(loss_mode)(loss_agg_mode=mode, config=config, **tensors)
     return loss
@@ -47,6 +50,9 @@ MODES = ["token-mean", "seq-mean-token-sum"]
         ("geo_mean", clip(0.4, 0.4), "gmpo", {}, ["seq-mean-token-mean"]),
         ("cispo", clip(10.0, 0.2), "cispo", {}, MODES),
         ("dro", {}, "dro", {"beta": BETA}, MODES),
+        # A share of all: which of fewer are drawn is chance, in verl too.
+        ("clip_cov", clip(0.2, 0.28), "clip_cov", {**CLIP, "share": 1.0}, MODES),
+        ("kl_cov", {}, "kl_cov", {"share": KL_COV_SHARE, "beta": BETA}, MODES),
     ],
 )
 def test_loss_and_gradient_are_those_of_verl(
@@ -60,6 +66,8 @@ def test_loss_and_gradient_are_those_of_verl(
     given = random_tensors(seed=1, shape=(8, 120), spread=spread)
     mask = given["mask"]
     logp, behavior_logp = (given[name].detach().nan_to_num(-1.0) for name in ("logp", "behavior_logp"))
+    # No two are equal: of equal covariances verl's kl_cov takes some and ours all.
+    logp = logp - 1e-6 * torch.rand(logp.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     advantage = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).expand(8, 120)
     for mode in modes:
         theirs = logp.clone().requires_grad_()

@@ -37,6 +37,7 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "token-mean": {"aggregation": "token-mean"},
     "seq-mean-token-mean": {"aggregation": "seq-mean-token-mean", "objective": "dppo_tv"},
+    "update-level": {"objective": "kl_cov", "objective_kwargs": {"share": 0.2}, "anchor": "sampler"},
     # In the second update groups without an advantage are dropped; then ranks have unequal work.
     "dropped": {"aggregation": "token-mean", "max_steps": 2, "tokens_per_micro_batch": 100},
 }
@@ -49,7 +50,7 @@ def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path) 
     assert finished.returncode == 0, finished.stderr[-3000:]
     # The audits span both ranks, so there really were two.
     dropped = re.findall(r"Audited 683 tokens, dropped ([\d.]+)", finished.stdout)
-    assert [share == "0.000" for share in dropped[::2]] == [True, True, False]
+    assert [share == "0.000" for share in dropped[::2]] == [True, True, True, False]
     for name, settings in SETTINGS.items():
         plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None}
         one = rollouts.gradient_of_one_update(tmp_path / "one", per_device_train_batch_size=64, **{**settings, **plain})

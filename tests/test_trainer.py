@@ -208,6 +208,12 @@ class TestAudit:
         assert "dropout: attention_dropout" in _first_cause(stopped.value)
 
 
+# Against the made-up sampler, from which the policy is far before it moves.
+KL_COV = {"objective": "kl_cov", "objective_kwargs": {"share": 0.2}, "anchor": "sampler"}
+P3O = {"objective": "p3o", "anchor": "sampler"}
+OF_THE_LOSS = ("objective", "objective_kwargs", "anchor", "aggregation")
+
+
 class TestGradient:
     """The same 64 sequences, however they are split, padded and ordered (fp32, so equal to rounding)."""
 
@@ -264,6 +270,12 @@ class TestGradient:
             pytest.param({"tokens_per_micro_batch": 256}, id="dropped and split"),
             pytest.param({"tokens_per_micro_batch": 256, "drop_zero_advantage": False}, id="split"),
             pytest.param({"tokens_per_micro_batch": 256, "objective": "gspo"}, id="of a sequence-level objective"),
+            # Told the whole update before its parts.
+            pytest.param({"tokens_per_micro_batch": 256, **KL_COV}, id="of an update-level objective"),
+            pytest.param(
+                {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16, **P3O},
+                id="of an update-level objective under accumulation",
+            ),
             pytest.param(
                 {"tokens_per_micro_batch": 60, "aggregation": "seq-mean-token-mean"}, id="mean over sequences"
             ),
@@ -275,7 +287,7 @@ class TestGradient:
     def test_is_the_same_without_what_has_none(
         self, tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype, tolerance: float
     ) -> None:
-        shared = {name: settings[name] for name in ("objective", "aggregation") if name in settings}
+        shared = {name: settings[name] for name in OF_THE_LOSS if name in settings}
         plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None, **shared}
         size = {"per_device_train_batch_size": 64, "max_steps": 2}
         whole = flat(gradient_of_one_update(tmp_path / "whole", dtype, **size, **plain))

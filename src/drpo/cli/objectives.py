@@ -89,6 +89,11 @@ def weights(
     if output.suffix.lower() not in PICTURES:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(PICTURES)}")
     chosen = chosen_objectives(names, overrides or [])
+    for name, objective in chosen.items():
+        if objective.over_updates:
+            raise UserError(
+                f"{name} weighs a token by all tokens of its update, and has no weight of single tokens to draw"
+            )
 
     from drpo.files import replacing
     from drpo.report.weights import draw_weights

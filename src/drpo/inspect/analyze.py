@@ -157,6 +157,8 @@ def _why_not(objective: Objective, has_old: bool) -> str:
         return "it needs log-probs of the sampler's likeliest tokens, which the file does not have"
     if objective.corrects_mismatch and not has_old:
         return "it weighs tokens by π_old/μ, and the file has no column for old_logp"
+    if objective.over_updates:
+        return "it weighs a token by all tokens of its update, and which these were the file does not say"
     return ""
 
 

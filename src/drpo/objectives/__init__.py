@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from drpo.objectives.base import SYMBOLS, Anchor, Objective, TopKObjective
+from drpo.objectives.base import SYMBOLS, Anchor, Objective, TopKObjective, UpdateObjective
 from drpo.objectives.cispo import CISPO
+from drpo.objectives.clip_cov import ClipCov
 from drpo.objectives.corrections import CORRECTIONS, Corrected, Correction, anchored, make_correction
 from drpo.objectives.cppo import CPPO
 from drpo.objectives.cppo_soft import SoftCPPO
@@ -25,8 +26,11 @@ from drpo.objectives.gmpo import GMPO
 from drpo.objectives.gspo import GSPO
 from drpo.objectives.icepop import IcePop
 from drpo.objectives.ipo import IPO
+from drpo.objectives.kl_cov import KLCov
+from drpo.objectives.m2po import M2PO
 from drpo.objectives.mask_drpo import MaskDRPO
 from drpo.objectives.mask_drpo_region import MaskDRPORegion
+from drpo.objectives.p3o import P3O
 from drpo.objectives.pdm import PDM
 from drpo.objectives.pg import PG
 from drpo.objectives.pg_tv_penalty import PGTVPenalty
@@ -63,6 +67,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ppo": PPO,
     "ppo_dual_clip": DualClipPPO,
     "icepop": IcePop,
+    "m2po": M2PO,
+    "clip_cov": ClipCov,
+    "kl_cov": KLCov,
+    "p3o": P3O,
     "cispo": CISPO,
     "sapo": SAPO,
     "dgpo": DGPO,
@@ -95,7 +103,9 @@ __all__ = [
     "GMPO",
     "GSPO",
     "IPO",
+    "M2PO",
     "OBJECTIVES",
+    "P3O",
     "PDM",
     "PG",
     "PPO",
@@ -104,6 +114,7 @@ __all__ = [
     "SYMBOLS",
     "VESPO",
     "Anchor",
+    "ClipCov",
     "Corrected",
     "Correction",
     "DPPOBinaryKL",
@@ -114,6 +125,7 @@ __all__ = [
     "DRPOUnweighted",
     "DualClipPPO",
     "IcePop",
+    "KLCov",
     "MaskDRPO",
     "MaskDRPORegion",
     "Objective",
@@ -121,6 +133,7 @@ __all__ = [
     "RolloutIS",
     "SoftCPPO",
     "TopKObjective",
+    "UpdateObjective",
     "anchored",
     "make_correction",
     "make_objective",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -61,6 +62,9 @@ class Objective(Hyperparameters, ABC):
     over_sequences: ClassVar[bool] = False
     """Whether what a token gets depends on the other tokens of its sequence."""
 
+    over_updates: ClassVar[bool] = False
+    """Whether it depends on the other tokens of its update too, as :class:`UpdateObjective`'s does."""
+
     corrects_mismatch: ClassVar[bool] = False
     """Whether the objective weighs tokens by π_old/μ itself, and so needs both."""
 
@@ -94,6 +98,10 @@ class Objective(Hyperparameters, ABC):
     @abstractmethod
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
         """The weight w of each token's policy gradient, [B, T]; without gradient. Where A = 0 it says nothing."""
+
+    def for_update(self, update: TokenBatch) -> Objective:
+        """The objective for parts of this update."""
+        return self
 
     def coefficient(self, batch: TokenBatch) -> Tensor:
         """What each token's ∇log π is multiplied by, [B, T]; without gradient: −∂loss/∂log π = A · r · w."""
@@ -135,6 +143,33 @@ class MaskObjective(Objective):
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
         return (~self.is_masked(batch)).to(batch.advantage.dtype)
+
+
+@dataclass(frozen=True)
+class UpdateObjective(Objective):
+    """An objective for which a token depends on all tokens of its update, by a few numbers: its ``summary``.
+
+    A batch is an update by itself. Where an update is split, :meth:`for_update` takes the summary of the whole, and what
+    it returns gives the tokens of any part what they have in the whole.
+    """
+
+    over_updates: ClassVar[bool] = True
+    over_sequences: ClassVar[bool] = True
+
+    @abstractmethod
+    def summary(self, update: TokenBatch) -> Tensor:
+        """What the tokens of an update have to know of it; without gradient."""
+
+    def for_update(self, update: TokenBatch) -> Self:
+        fixed = copy(self)
+        for name, value in (("_summary", self.summary(update)), ("over_updates", False), ("over_sequences", False)):
+            object.__setattr__(fixed, name, value)
+        return fixed
+
+    def summary_of(self, batch: TokenBatch) -> Tensor:
+        """The summary of the update that a batch belongs to."""
+        fixed: Tensor | None = getattr(self, "_summary", None)
+        return self.summary(batch) if fixed is None else fixed
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,11 @@ class Corrected(Objective):
         object.__setattr__(self, "anchor", "old" if weighs else objective.anchor)
         object.__setattr__(self, "acts_without_advantage", objective.acts_without_advantage)
         object.__setattr__(self, "over_sequences", over_sequences)
+        object.__setattr__(self, "over_updates", objective.over_updates)
         object.__setattr__(self, "corrects_mismatch", objective.corrects_mismatch or weighs)
+
+    def for_update(self, update: TokenBatch) -> Objective:
+        return replace(self, objective=self.objective.for_update(update))
 
     @property
     def edge(self) -> float | None:

@@ -27,6 +27,18 @@ def larger_binary_kl(batch: TokenBatch) -> Tensor:
     return torch.maximum(binary_kl(batch, batch.others_log_ratio), reverse)
 
 
+def moments(batch: TokenBatch) -> Tensor:
+    """The means of A and of log π over the tokens that count, [2], fp64; 0 where none does."""
+    values = torch.stack([batch.advantage, batch.logp.detach()]).double()
+    return values.sum(dim=(1, 2)) / batch.mask.sum().clamp(min=1)
+
+
+def covariance(batch: TokenBatch, means: Tensor) -> Tensor:
+    """What each token adds to the covariance of A and log π about these means, [B, T] (arXiv 2505.22617)."""
+    advantage, logp = means.to(batch.advantage.dtype)
+    return (batch.advantage - advantage) * (batch.logp.detach() - logp)
+
+
 def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """π and μ over the sampler's top K, the sampled token where it is not among them, and the rest; each [B, T, K + 2].
 

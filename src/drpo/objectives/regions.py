@@ -81,6 +81,7 @@ SEQUENCE_MEAN = Scope(
 )
 SEQUENCE_SUM = Scope("sequence sum", "Σ {}", "Π {}", lambda values, _: values.sum(dim=1, keepdim=True))
 SEQUENCE_MAX = Scope("sequence max", "max {}", "max {}", lambda values, _: values.amax(dim=1, keepdim=True))
+UPDATE = Scope("update", "{}", "{}", lambda values, _: values)
 PREFIX = Scope("prefix budget", "{}", "{}", lambda values, _: values)
 
 HARMFUL = Side("harmful", "A(r − 1) > 0", moving_away)

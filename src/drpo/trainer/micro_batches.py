@@ -85,6 +85,30 @@ class MicroBatches:
             log_probs[rows, : counted.shape[1]] = columns.masked_scatter(counted, sampled.logp[sampled.mask])
         return log_probs
 
+    @torch.no_grad()
+    def whole_update(self, batches: Sequence[RolloutBatch], score: Callable[[RolloutBatch], TokenBatch]) -> TokenBatch:
+        """The tokens of the update over all ranks, in one row. All ranks call it together, after :meth:`begin_update`.
+
+        Args:
+            batches: of this rank.
+            score: gives the tokens of a micro-batch as training computes them.
+        """
+        sampled = [
+            score(part) for batch in batches for _, part in self.split(batch, loss_mask(batch).bool().any(dim=1))
+        ]
+        names = [
+            "logp",
+            "behavior_logp",
+            "advantage",
+            "mask",
+            *(["old_logp"] if sampled[0].old_logp is not None else []),
+        ]
+        own = torch.cat([torch.stack([getattr(t, name)[t.mask] for name in names]) for t in sampled], dim=1)
+        # Ranks have different numbers of tokens; the padding is masked, as it is 0 there.
+        ranks = self._accelerator.gather(self._accelerator.pad_across_processes(own, dim=1).unsqueeze(0))
+        tensors = dict(zip(names, ranks.transpose(0, 1).flatten(1).unsqueeze(1), strict=True))
+        return TokenBatch(**tensors, anchor=sampled[0].anchor)
+
     def split_to_train(self, batch: RolloutBatch, keep: Tensor) -> list[RolloutBatch]:
         """The same without rows; what is left out counts as work that was saved (:meth:`take_work`)."""
         micro_batches = [micro_batch for _, micro_batch in self.split(batch, keep)]

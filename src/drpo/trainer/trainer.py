@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -215,11 +217,18 @@ class DRPOTrainer(CheckpointedTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         accumulated = self.args.gradient_accumulation_steps
         if not self.model.training:
-            self._micro_batches.begin_update([cast(RolloutBatch, inputs)])
+            self._begin_update([cast(RolloutBatch, inputs)])
         elif self._step % accumulated == 0:
             first = self._step % (self.args.updates_per_rollout * accumulated)
-            self._micro_batches.begin_update(self._buffered_inputs[first : first + accumulated])
+            self._begin_update(self._buffered_inputs[first : first + accumulated])
         return inputs
+
+    def _begin_update(self, batches: Sequence[RolloutBatch]) -> None:
+        """Count an update's tokens, and tell an objective that looks at all of them, at the price of a forward pass. All ranks call it together."""
+        self._micro_batches.begin_update(batches)
+        if self.objective.over_updates:
+            update = self._micro_batches.whole_update(batches, self._score_unweighted)
+            self._scorer = replace(self._scorer, objective=self.objective.for_update(update))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         batch = cast(RolloutBatch, inputs)

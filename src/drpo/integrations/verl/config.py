@@ -32,6 +32,11 @@ def why_not_in_verl(objective: type[Objective]) -> str | None:
             "needs log-probs of the sampler's likeliest tokens, and verl gives a policy loss those of the sampled "
             "tokens alone; expected an objective over sampled tokens, or drpo train with Transformers generation"
         )
+    if objective.over_updates:
+        return (
+            "weighs a token by all tokens of its update, and verl gives a policy loss a micro-batch of one rank; expected "
+            "an objective over tokens or sequences, or drpo train"
+        )
     if objective.corrects_mismatch:
         return (
             "weighs by π_old/μ, and verl gives a policy loss one of the two; expected loss_mode ppo with "
