@@ -1,0 +1,239 @@
+"""A prompt that completions share through the model once: all that a layer computes token by token, it computes once.
+
+Of a decoder, attention alone looks at other tokens. The distinct tokens of a micro-batch are one row of the model's
+input; attention takes them apart into the sequences they are of, has its ordinary rows, and puts its results together
+again. So it may be of any kind that Transformers hands to ``sdpa`` or ``eager``: grouped, capped, over a window.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from drpo.trainer.batch import INPUT_WIDTH, RolloutBatch, widths
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
+"""Of :func:`why_not_shared`, over the largest hidden state, by their precision; a state that is passed on exceeds it."""
+COARSE_TOLERANCE = 0.05
+"""The same of bf16 and fp16."""
+
+_PREFIX = "shared_prompts|"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sequences whose attention is computed together; what is beyond a row's tokens repeats its last one.
+
+    Attributes:
+        queries: [n, Q], where in the model's input each query is.
+        keys: [n, K], the same of the keys, which begin with the sequence.
+        before: [n], how many tokens of the row are before its first query; None where each begins with the sequence.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    before: Tensor | None = None
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to attention's logits, [n or 1, 1, Q, K]: a query sees itself and the keys before it, in all as many as the window has."""
+        if (window, dtype) not in self._masks:
+            before = self.queries.new_zeros(1) if self.before is None else self.before
+            query = before.view(-1, 1, 1, 1) + torch.arange(self.queries.shape[1], device=before.device).unsqueeze(1)
+            key = torch.arange(self.keys.shape[1], device=before.device)
+            hidden = (key > query) if window is None else (key > query) | (key <= query - window)
+            # One for all layers, which keep it for their backward pass.
+            self._masks[window, dtype] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        return self._masks[window, dtype]
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """The distinct tokens of N sequences: their T inputs, prompts before completions, without padding.
+
+    Attributes:
+        ids: [1, T], tokens.
+        position_ids: [1, T], each as if its completion stood alone.
+        rows: for attention.
+        outputs: [T], where among the rows' queries, flattened one after another, a token's result is.
+        predicts: [N, C], which of the T predicts each token of a completion; the last one's place where there is none.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    rows: tuple[Rows, ...]
+    outputs: Tensor
+    predicts: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Of a model that :func:`add_shared_attention` was called for."""
+        # Transformers makes no mask where it gets one of four dimensions, and hands it to the attention, which has its own.
+        mask = torch.zeros(1, 1, 1, 1, device=self.ids.device)
+        return {
+            "input_ids": self.ids,
+            "position_ids": self.position_ids,
+            "attention_mask": mask,
+            "shared_tokens": self,
+        }
+
+
+def prompt_of(batch: RolloutBatch) -> Tensor:
+    """Which of the distinct prompts each sequence has, [N], counted from 0."""
+    return torch.stack([batch["prompt_ids"], batch["prompt_mask"]], dim=1).unique(dim=0, return_inverse=True)[1]
+
+
+def share_tokens(batch: RolloutBatch, longest: int) -> SharedTokens:
+    """Lay out the sequences of a micro-batch. The last token of a completion is no input.
+
+    Where all completions of a prompt are shorter than it, attention computes its queries once as well: with a mask
+    that is less than to compute them, without one, in every row.
+
+    Args:
+        batch: of N sequences.
+        longest: tokens of the longest sequence of the update; rows are padded as in :func:`left_aligned`.
+    """
+    device = batch["prompt_ids"].device
+    prompt, completion = widths(batch).unbind(dim=1)
+    completion = (completion - 1).clamp(min=0)
+    group = prompt_of(batch)
+    sequences = torch.arange(len(group), device=device)
+    leader = torch.full_like(group[: int(group.max()) + 1], len(group)).scatter_reduce(0, group, sequences, "amin")
+
+    is_input = torch.arange(batch["completion_ids"].shape[1], device=device) < completion.unsqueeze(1)
+    prompt_ids = batch["prompt_ids"][leader][batch["prompt_mask"][leader].bool()]
+    ids = torch.cat([prompt_ids, batch["completion_ids"][is_input]])
+    prompt_begins = _before(prompt[leader])[group]
+    completion_begins = len(prompt_ids) + _before(completion)
+
+    def places(rows: Tensor, tokens: Tensor) -> Tensor:
+        """Where in the input the tokens of sequences are, [n, columns] of [n, 1] and their numbers in the sequence."""
+        in_completion = tokens - prompt[rows]
+        return torch.where(
+            in_completion < 0, prompt_begins[rows] + tokens, completion_begins[rows] + in_completion.clamp(min=0)
+        )
+
+    positions = torch.empty_like(ids)
+    outputs = torch.empty_like(ids)
+    together: list[Rows] = []
+    queries = 0
+    for rows, begin, end in _attended_together(prompt, completion, group, leader):
+        rows, begin, end = rows.unsqueeze(1), begin.unsqueeze(1), end.unsqueeze(1)
+        # What is a multiple is computed with the same rounding in any micro-batch.
+        width, columns = (
+            min(longest - 1, -(-int(most) // INPUT_WIDTH) * INPUT_WIDTH) for most in ((end - begin).max(), end.max())
+        )
+        tokens = begin + torch.arange(width, device=device)
+        query_places = places(rows, tokens.minimum(end - 1))
+        key_places = places(rows, torch.arange(columns, device=device).minimum(end - 1))
+        together.append(Rows(query_places, key_places, begin.squeeze(1) if begin.any() else None))
+        # Of a prompt that several rows have, the result is that of the first.
+        own = (tokens < end) & ((tokens >= prompt[rows]) | (rows == leader[group[rows]]))
+        positions[query_places[own]] = tokens[own]
+        outputs[query_places[own]] = queries + own.flatten().nonzero().squeeze(1)
+        queries += own.numel()
+    before = prompt.unsqueeze(1) - 1 + torch.arange(batch["completion_ids"].shape[1], device=device)
+    predicts = places(sequences.unsqueeze(1), before.minimum((prompt + completion - 1).unsqueeze(1)))
+    return SharedTokens(ids.unsqueeze(0), positions.unsqueeze(0), tuple(together), outputs, predicts)
+
+
+def _before(counts: Tensor) -> Tensor:
+    """The sum of the counts before each."""
+    return counts.cumsum(dim=0) - counts
+
+
+def _attended_together(
+    prompt: Tensor, completion: Tensor, group: Tensor, leader: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Sequences, and from which token to which their queries are, of lengths that are within a factor of two."""
+    most = torch.zeros_like(leader).scatter_reduce(0, group, completion, "amax")
+    is_apart = most < prompt[leader]
+    prompts = leader[is_apart]
+    completions, whole = (torch.arange(len(group), device=group.device)[chosen] for chosen in (is_apart[group], ~is_apart[group]))
+    for rows, begin, end in (
+        (prompts, torch.zeros_like(prompts), prompt[prompts]),
+        (completions, prompt[completions], (prompt + completion)[completions]),
+        (whole, torch.zeros_like(whole), (prompt + completion)[whole]),
+    ):
+        has_queries = end > begin
+        rows, begin, end = rows[has_queries], begin[has_queries], end[has_queries]
+        octave = (end.clamp(min=INPUT_WIDTH) - 1).log2().floor()
+        for one in octave.unique():
+            chosen = octave == one
+            yield rows[chosen], begin[chosen], end[chosen]
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared_tokens: SharedTokens | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' attention function of the model, of rows where ``shared_tokens`` says which.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, T, width], as ``key`` and ``value``.
+        attention_mask: the model's own; not used where tokens are shared.
+        shared_tokens: of the model's input.
+        kwargs: what the layer says of itself, ``sliding_window`` among them.
+    """
+    name = module.config._attn_implementation.removeprefix(_PREFIX)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attention: Any = ALL_ATTENTION_FUNCTIONS.get(name, eager)
+    if shared_tokens is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    kwargs.pop("position_ids", None)
+    results = []
+    for rows in shared_tokens.rows:
+        mask = None
+        is_plain = rows.before is None and (window is None or window >= rows.keys.shape[1])
+        if name == "eager" or not is_plain:
+            mask = rows.mask(window, query.dtype)
+        taken = (_take(query, rows.queries), _take(key, rows.keys), _take(value, rows.keys))
+        # [n, Q, heads, width]
+        results.append(attention(module, *taken, mask, **kwargs)[0].flatten(0, 1))
+    return torch.cat(results).index_select(0, shared_tokens.outputs).unsqueeze(0), None
+
+
+def _take(states: Tensor, places: Tensor) -> Tensor:
+    """[n, heads, columns, width] of [1, heads, T, width] and [n, columns]."""
+    taken = states.transpose(1, 2).squeeze(0).flatten(1).index_select(0, places.flatten())
+    return taken.view(*places.shape, *states.shape[1::2]).transpose(1, 2)
+
+
+def add_shared_attention(model: Any) -> None:
+    """Let the model's forward take ``shared_tokens``; other calls stay as they are."""
+    name = model.config._attn_implementation
+    AttentionInterface.register(_PREFIX + name, attend)
+    AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    model.config._attn_implementation = _PREFIX + name
+
+
+def why_not_shared(model: Any) -> str | None:
+    """Why prompts of this model cannot be shared; None where they can, as they may from then on."""
+    config = model.config.get_text_config()
+    name = config._attn_implementation
+    if name not in ("sdpa", "eager"):
+        return f"its attention is {name}, not sdpa or eager"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}, where a token sees others by other means"
+    parameters = inspect.signature(model.base_model.forward).parameters
+    if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return "its body takes no position_ids, or hands nothing on to its attention"
+    return None
