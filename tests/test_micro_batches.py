@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask, select
-from drpo.trainer.micro_batches import MicroBatches, split_by_length
+from drpo.trainer.micro_batches import MicroBatches, PaddedRows, split_within
 
 
 @given(
@@ -85,7 +85,7 @@ def test_left_aligned_pads_a_model_s_input_to_a_multiple_of_16_or_the_longest(lo
 
 class TestMicroBatches:
     def test_of_an_update_share_its_counts(self) -> None:
-        micro_batches = MicroBatches(Accelerator(cpu=True), budget=None, pads_apart=False)
+        micro_batches = MicroBatches(Accelerator(cpu=True), budget=None, layout=PaddedRows)
         batch = rollout_batch()
         micro_batches.begin_update([batch, batch])
         # Completions of 2, 1 and 3 tokens, twice; prompt and completion of the third are 7.
@@ -94,7 +94,7 @@ class TestMicroBatches:
         assert micro_batches.share(batch) == 0.5
 
     def test_say_which_share_of_the_work_was_saved(self) -> None:
-        micro_batches = MicroBatches(Accelerator(cpu=True), budget=None, pads_apart=False)
+        micro_batches = MicroBatches(Accelerator(cpu=True), budget=None, layout=PaddedRows)
         assert micro_batches.take_work() == {}
         (part,) = micro_batches.split_to_train(rollout_batch(), torch.tensor([True, True, False]))
         assert part["advantages"].tolist() == [1.0, 2.0]
@@ -106,7 +106,7 @@ class TestMicroBatches:
         assert micro_batches.take_work() == {}
 
     def test_are_idle_where_nothing_is_kept(self) -> None:
-        micro_batches = MicroBatches(Accelerator(cpu=True), budget=None, pads_apart=False)
+        micro_batches = MicroBatches(Accelerator(cpu=True), budget=None, layout=PaddedRows)
         ((_, idle),) = micro_batches.split(rollout_batch(), torch.zeros(3, dtype=torch.bool))
         assert loss_mask(idle).sum() == 0
         assert lengths(idle).tolist() == [2]

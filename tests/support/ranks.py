@@ -20,7 +20,7 @@ from drpo.data.problems import builtin_problems
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.fused_head import ScoredTokens, add_policy_loss
 from drpo.trainer.heldout import evaluate
-from drpo.trainer.micro_batches import MicroBatches
+from drpo.trainer.micro_batches import MicroBatches, PaddedRows
 from drpo.trainer.state_file import load_state, save_state
 from support.rollouts import load_model
 
@@ -104,7 +104,7 @@ def makes_equally_many_forward_passes() -> bool:
         "completion_mask": torch.ones(rows, 2, dtype=torch.long),
     }
     keep = torch.full((rows,), accelerator.is_main_process)
-    micro_batches = MicroBatches(accelerator, budget=10, pads_apart=False).split(batch, keep)
+    micro_batches = MicroBatches(accelerator, budget=10, layout=PaddedRows).split(batch, keep)
     counted = sum(int(loss_mask(part).sum()) for _, part in micro_batches)
     return len(micro_batches) == 2 and counted == (8 if accelerator.is_main_process else 0)
 

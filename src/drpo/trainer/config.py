@@ -127,6 +127,8 @@ class DRPOConfig(GRPOConfig):
             (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
         drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,
             under objectives that give them no gradient. They stay in the denominators.
+        share_prompts: let a prompt go through the model once, however many of its completions are in a micro-batch
+            (:mod:`drpo.trainer.shared_prompts`), where the model's layers and the fused loss allow it.
         tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
             sequences of a batch are sorted by length and split accordingly; a longer sequence goes
             alone. None takes a batch as a whole.
@@ -167,6 +169,7 @@ class DRPOConfig(GRPOConfig):
     audit_threshold: float | None = None
     fused_loss: bool = True
     drop_zero_advantage: bool = True
+    share_prompts: bool = True
     tokens_per_micro_batch: int | None = 16_384
     train_precision: TrainPrecision | None = None
     rollout_precision: RolloutPrecision | None = None

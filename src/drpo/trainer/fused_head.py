@@ -30,12 +30,12 @@ class ScoredTokens:
     """What :func:`fused_policy_loss` needs beside hidden states and head.
 
     Args:
-        places: [B, L], bool, where the next token is one that counts.
+        places: where among [B, L] hidden states the next token is one that counts: bool, or rows and columns.
         objective: of the loss.
         tokens: those tokens, in order.
     """
 
-    places: Tensor
+    places: Tensor | tuple[Tensor, Tensor]
     objective: Objective
     tokens: PackedTokens
 

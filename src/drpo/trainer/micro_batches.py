@@ -7,7 +7,7 @@ under any. Both stay in the denominators of the loss, which are counted before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,18 +23,18 @@ class MicroBatches:
     Args:
         accelerator: Accelerate's, of the ranks that share an update.
         budget: tokens, padding included, that go through the model at once; None takes a batch as a whole.
-        pads_apart: whether prompts and completions are padded each by itself, as for TRL's LM head.
+        layout: how a scorer lays out the sequences of a batch.
 
     Attributes:
         counts: tokens and sequences of the update that count, over its batches and all ranks.
         longest: tokens of the longest sequence among them.
     """
 
-    def __init__(self, accelerator: Any, budget: int | None, pads_apart: bool) -> None:
+    def __init__(self, accelerator: Any, budget: int | None, layout: Callable[[RolloutBatch], Layout]) -> None:
         self._accelerator = accelerator
         self._budget = budget
-        self._pads_apart = pads_apart
-        self._work = torch.zeros(4, dtype=torch.long)
+        self._layout = layout
+        self._work = torch.zeros(6, dtype=torch.long)
 
     def begin_update(self, batches: Sequence[RolloutBatch]) -> None:
         """Count what the update on these batches is averaged over. All ranks call it together."""
@@ -52,14 +52,14 @@ class MicroBatches:
     def split(self, batch: RolloutBatch, keep: Tensor) -> list[tuple[Tensor, RolloutBatch]]:
         """Micro-batches of the sequences to keep, each after its rows in the batch. All ranks call it together.
 
-        They come in order of length, longest first. Every rank gets as many as the busiest; in those that only make up
+        What is longest comes first. Every rank gets as many as the busiest; in those that only make up
         the number no token counts.
 
         Args:
             batch: of this rank.
             keep: [B], bool, the sequences that go through the model.
         """
-        groups = split_by_length(self._widths(batch), keep, self._budget)
+        groups = split_within(self._layout(batch), keep, self._budget)
         passes = max(1, len(groups))
         if self._accelerator.num_processes > 1:
             passes = int(self._accelerator.gather(torch.tensor([passes], device=keep.device)).max())
@@ -112,46 +112,77 @@ class MicroBatches:
     def split_to_train(self, batch: RolloutBatch, keep: Tensor) -> list[RolloutBatch]:
         """The same without rows; what is left out counts as work that was saved (:meth:`take_work`)."""
         micro_batches = [micro_batch for _, micro_batch in self.split(batch, keep)]
-        widest = [self._widths(part).amax(dim=0).sum() * len(part["completion_ids"]) for part in micro_batches]
+        computed = sum(self._layout(part).positions(list(range(len(part["completion_ids"])))) for part in micro_batches)
+        tokens = sum(int(lengths(part).sum()) for part in micro_batches)
         padded = batch["prompt_ids"].numel() + batch["completion_ids"].numel()
-        self._work += torch.tensor([len(keep), len(keep) - int(keep.sum()), padded, int(torch.stack(widest).sum())])
+        shared = max(0, tokens - computed)
+        self._work += torch.tensor([len(keep), len(keep) - int(keep.sum()), padded, computed, tokens, shared])
         return micro_batches
 
     def take_work(self) -> dict[str, float]:
         """Shares of sequences and of tokens left out since the last call, over all ranks; empty if nothing was trained on."""
         work = self._accelerator.gather(self._work.unsqueeze(0).to(self._accelerator.device)).sum(dim=0)
         self._work.zero_()
-        sequences, dropped, padded, computed = work.tolist()
+        sequences, dropped, padded, computed, tokens, shared = work.tolist()
         if not computed:
             return {}
-        return {"work/dropped_sequences": dropped / sequences, "work/saved_tokens": 1 - computed / padded}
-
-    def _widths(self, batch: RolloutBatch) -> Tensor:
-        """Tokens of each part of a sequence that is padded by itself, [B, parts]."""
-        return widths(batch) if self._pads_apart else lengths(batch).unsqueeze(1)
+        shares = {"work/dropped_sequences": dropped / sequences, "work/saved_tokens": 1 - computed / padded}
+        return shares | ({"work/shared_tokens": shared / tokens} if shared else {})
 
 
-def split_by_length(sequence_widths: Tensor, keep: Tensor, budget: int | None) -> list[Tensor]:
-    """The kept sequences, longest first, in as few groups as hold ``budget`` tokens with their padding.
+class Layout(Protocol):
+    """How the sequences of a batch go through the model."""
+
+    def units(self, keep: Tensor) -> list[list[int]]:
+        """The sequences to keep, those that are better not parted together; the longest first."""
+        ...
+
+    def positions(self, rows: list[int]) -> int:
+        """How many positions these sequences have together."""
+        ...
+
+
+class PaddedRows:
+    """A row of the model's input is a sequence.
 
     Args:
-        sequence_widths: [B, parts], tokens of each part of a sequence that is padded by itself.
-        keep: [B], bool.
-        budget: tokens; a longer sequence is a group of its own. None makes one group.
-
-    Returns:
-        The indices of each group's sequences.
+        batch: of the sequences.
+        apart: whether prompts and completions are padded each by itself, as for TRL's LM head.
     """
+
+    def __init__(self, batch: RolloutBatch, *, apart: bool = False) -> None:
+        self._widths = widths(batch) if apart else lengths(batch).unsqueeze(1)
+
+    def units(self, keep: Tensor) -> list[list[int]]:
+        return [[row] for row in longest_first(self._widths.sum(dim=1), keep)]
+
+    def positions(self, rows: list[int]) -> int:
+        return len(rows) * int(self._widths[rows].amax(dim=0).sum())
+
+
+def longest_first(sizes: Tensor, keep: Tensor) -> list[int]:
+    """The indices to keep, [B] of bool, in order of their sizes."""
     kept = keep.nonzero().squeeze(1)
-    ordered = kept[sequence_widths[kept].sum(dim=1).argsort(descending=True, stable=True)]
+    return kept[sizes[kept].argsort(descending=True, stable=True)].tolist()
+
+
+def split_within(layout: Layout, keep: Tensor, budget: int | None) -> list[Tensor]:
+    """The indices of the sequences to keep, in as few groups of up to ``budget`` positions as their order allows.
+
+    Args:
+        layout: of a batch.
+        keep: [B], bool.
+        budget: positions; a longer sequence is a group of its own. None makes one group.
+    """
+
+    def fits(rows: list[int]) -> bool:
+        return budget is None or layout.positions(rows) <= budget
+
     groups: list[list[int]] = []
-    widest: list[int] = []
-    for index, own in zip(ordered.tolist(), sequence_widths[ordered].tolist(), strict=True):
-        together = [max(pair) for pair in zip(widest or own, own, strict=True)]
-        if groups and (budget is None or (len(groups[-1]) + 1) * sum(together) <= budget):
-            groups[-1].append(index)
-            widest = together
-        else:
-            groups.append([index])
-            widest = own
+    for unit in layout.units(keep):
+        for rows in [unit] if fits(unit) else [[row] for row in unit]:
+            if groups and fits(groups[-1] + rows):
+                groups[-1] += rows
+            else:
+                groups.append(list(rows))
     return [torch.tensor(group, device=keep.device) for group in groups]

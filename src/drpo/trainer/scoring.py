@@ -23,6 +23,8 @@ from drpo.tokens import TokenBatch, TopK
 from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.fused_head import ScoredTokens, add_policy_loss, lengthens_prompts, why_not_fused
+from drpo.trainer.micro_batches import Layout, PaddedRows
+from drpo.trainer.shared_prompts import DistinctTokens, add_shared_attention, share_tokens, why_not_shared
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,18 @@ class FusedScorer:
         objective: of the loss.
         anchor: what its ratio is taken against.
         with_aux_loss: ask a mixture of experts for its load-balancing loss.
+        shares_prompts: let a prompt go through the model once, however many completions of it are in a micro-batch.
     """
 
     objective: Objective
     anchor: Anchor
     with_aux_loss: bool = False
+    shares_prompts: bool = False
+
+    @property
+    def layout(self) -> Callable[[RolloutBatch], Layout]:
+        """Of the sequences of a batch."""
+        return DistinctTokens if self.shares_prompts else PaddedRows
 
     def __call__(self, model: Any, batch: RolloutBatch, scale: Tensor, longest: int) -> Scored:
         """Score a micro-batch.
@@ -73,10 +82,9 @@ class FusedScorer:
         def values_of_tokens(name: str) -> Tensor | None:
             return batch[name][counted] if name in batch else None
 
-        ids, places = left_aligned(batch, longest)
-        sequences, _ = places.nonzero(as_tuple=True)
+        sequences, _ = counted.nonzero(as_tuple=True)
         tokens = PackedTokens(
-            token_ids=ids[places],
+            token_ids=batch["completion_ids"][counted],
             behavior_logp=batch["sampling_per_token_logps"][counted],
             advantage=batch["advantages"][sequences],
             scale=scale[counted],
@@ -87,16 +95,24 @@ class FusedScorer:
             top_k_ids=values_of_tokens("top_k_ids"),
             top_k_behavior_logp=values_of_tokens("top_k_per_token_logps"),
         )
-        inputs: dict[str, Any] = {"input_ids": ids[:, :-1]}
-        predicts = places[:, 1:]
-        if self.with_aux_loss:
-            # It is over all tokens, also the last of the longest sequence, which predicts none.
-            has_token = torch.arange(ids.shape[1], device=ids.device) < lengths(batch).unsqueeze(1)
-            inputs = {"input_ids": ids, "attention_mask": has_token.long(), "output_router_logits": True}
-            predicts = pad(predicts, (0, 1))
+        inputs, predicts = self._inputs(batch, longest)
         (loss, logp, entropy, weight), aux_loss = model(**inputs, scored=ScoredTokens(predicts, self.objective, tokens))
         in_one_row = replace(tokens, sequence_ids=None)
         return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0), aux_loss)
+
+    def _inputs(self, batch: RolloutBatch, longest: int) -> tuple[dict[str, Any], Tensor | tuple[Tensor, Tensor]]:
+        """The model's inputs, and where in them the next token is one that counts."""
+        if self.shares_prompts:
+            shared = share_tokens(batch, longest)
+            places = shared.predicts[loss_mask(batch).bool()]
+            return shared.inputs, (torch.zeros_like(places), places)
+        ids, places = left_aligned(batch, longest)
+        if not self.with_aux_loss:
+            return {"input_ids": ids[:, :-1]}, places[:, 1:]
+        # It is over all tokens, also the last of the longest sequence, which predicts none.
+        has_token = torch.arange(ids.shape[1], device=ids.device) < lengths(batch).unsqueeze(1)
+        inputs = {"input_ids": ids, "attention_mask": has_token.long(), "output_router_logits": True}
+        return inputs, pad(places[:, 1:], (0, 1))
 
 
 class LogProbs(NamedTuple):
@@ -133,6 +149,11 @@ class PaddedScorer:
     log_probs: Callable[[Any, RolloutBatch, dict[str, Any]], LogProbs]
     takes_positions: bool
     with_aux_loss: bool = False
+
+    @property
+    def layout(self) -> Callable[[RolloutBatch], Layout]:
+        """Of the sequences of a batch."""
+        return partial(PaddedRows, apart=True)
 
     def __call__(self, model: Any, batch: RolloutBatch, scale: Tensor, longest: int) -> Scored:
         """Score a micro-batch; arguments as :class:`FusedScorer`'s, of which ``longest`` is not needed."""
@@ -193,7 +214,8 @@ def make_scorer(
     [reason] = broadcast_object_list([reason])
     if reason is None:
         add_policy_loss(bare, temperature)
-        return FusedScorer(objective, anchor, with_aux_loss)
+        shares_prompts = args.share_prompts and _shares_prompts(policy, bare, with_aux_loss)
+        return FusedScorer(objective, anchor, with_aux_loss, shares_prompts)
     if args.fused_loss and PartialState().is_main_process:
         logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
     log_probs = chunked_log_probs
@@ -203,6 +225,22 @@ def make_scorer(
         log_probs = partial(support_log_probs, temperature=temperature)
     takes_positions = "position_ids" in inspect.signature(bare.forward).parameters
     return PaddedScorer(objective, anchor, log_probs, takes_positions, with_aux_loss)
+
+
+def _shares_prompts(policy: Any, bare: Any, with_aux_loss: bool) -> bool:
+    """Whether the model's prompts are shared, as they are where that changes nothing; elsewhere one line says why not. All ranks call it together."""
+    adapters = getattr(policy, "peft_config", {}).values()
+    reasons = (
+        (with_aux_loss, "its load-balancing loss counts the tokens of every sequence"),
+        (any(adapter.is_prompt_learning for adapter in adapters), "its adapters put tokens before the prompt"),
+    )
+    reason = next((text for applies, text in reasons if applies), None) or why_not_shared(bare)
+    [reason] = broadcast_object_list([reason])
+    if reason is None:
+        add_shared_attention(bare)
+    elif PartialState().is_main_process:
+        logger.warning("The prompt of a group is computed once a completion: %s.", reason)
+    return reason is None
 
 
 def chunked_log_probs(model: Any, batch: RolloutBatch, inputs: dict[str, Any]) -> LogProbs:

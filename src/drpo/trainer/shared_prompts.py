@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from drpo.trainer.batch import INPUT_WIDTH, RolloutBatch, widths
+from drpo.trainer.batch import INPUT_WIDTH, RolloutBatch, left_aligned, loss_mask, widths
+from drpo.trainer.micro_batches import longest_first
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Of :func:`why_not_shared`, over the largest hidden state, by their precision; a state that is passed on exceeds it."""
@@ -37,23 +38,25 @@ class Rows:
         queries: [n, Q], where in the model's input each query is.
         keys: [n, K], the same of the keys, which begin with the sequence.
         before: [n], how many tokens of the row are before its first query; None where each begins with the sequence.
+        masks: those that were asked for, by window and precision. All layers have one, which each keeps for its backward pass.
     """
 
     queries: Tensor
     keys: Tensor
     before: Tensor | None = None
-    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to attention's logits, [n or 1, 1, Q, K]: a query sees itself and the keys before it, in all as many as the window has."""
-        if (window, dtype) not in self._masks:
+        if (window, dtype) not in self.masks:
             before = self.queries.new_zeros(1) if self.before is None else self.before
             query = before.view(-1, 1, 1, 1) + torch.arange(self.queries.shape[1], device=before.device).unsqueeze(1)
             key = torch.arange(self.keys.shape[1], device=before.device)
             hidden = (key > query) if window is None else (key > query) | (key <= query - window)
-            # One for all layers, which keep it for their backward pass.
-            self._masks[window, dtype] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-        return self._masks[window, dtype]
+            self.masks[window, dtype] = torch.zeros_like(hidden, dtype=dtype).masked_fill(
+                hidden, torch.finfo(dtype).min
+            )
+        return self.masks[window, dtype]
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,9 @@ def _attended_together(
     most = torch.zeros_like(leader).scatter_reduce(0, group, completion, "amax")
     is_apart = most < prompt[leader]
     prompts = leader[is_apart]
-    completions, whole = (torch.arange(len(group), device=group.device)[chosen] for chosen in (is_apart[group], ~is_apart[group]))
+    completions, whole = (
+        torch.arange(len(group), device=group.device)[chosen] for chosen in (is_apart[group], ~is_apart[group])
+    )
     for rows, begin, end in (
         (prompts, torch.zeros_like(prompts), prompt[prompts]),
         (completions, prompt[completions], (prompt + completion)[completions]),
@@ -217,7 +222,7 @@ def _take(states: Tensor, places: Tensor) -> Tensor:
 
 
 def add_shared_attention(model: Any) -> None:
-    """Let the model's forward take ``shared_tokens``; other calls stay as they are."""
+    """Let the model's body take ``shared_tokens``; other calls stay as they are."""
     name = model.config._attn_implementation
     AttentionInterface.register(_PREFIX + name, attend)
     AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -225,15 +230,77 @@ def add_shared_attention(model: Any) -> None:
 
 
 def why_not_shared(model: Any) -> str | None:
-    """Why prompts of this model cannot be shared; None where they can, as they may from then on."""
+    """Why prompts of this model cannot be shared; None where they can."""
     config = model.config.get_text_config()
     name = config._attn_implementation
     if name not in ("sdpa", "eager"):
         return f"its attention is {name}, not sdpa or eager"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of {', '.join(sorted(kinds))}, where a token sees others by other means"
-    parameters = inspect.signature(model.base_model.forward).parameters
-    if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return "its body takes no position_ids, or hands nothing on to its attention"
+    layer_types = getattr(config, "layer_types", None)
+    others = set(layer_types or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"it has layers of {', '.join(sorted(others))}, in which a token gets at others by other means"
+    parameters = inspect.signature(model.base_model.forward).parameters.values()
+    if not any(p.name == "position_ids" for p in parameters) or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return "its body takes no position_ids, or nothing that it would hand on to its attention"
+    if model.get_output_embeddings().weight.is_meta:
+        return None
+    error, windows = _probe(model)
+    if not error <= TOLERANCE.get(model.dtype, COARSE_TOLERANCE):
+        return f"its hidden states are {error:.2g} times their largest away from those of sequences by themselves"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (layer_types is None or "sliding_attention" in layer_types) and window not in windows:
+        return "its layers do not say over which window they attend"
     return None
+
+
+@torch.no_grad()
+def _probe(model: Any) -> tuple[float, set[int | None]]:
+    """How far hidden states of a few tokens are from those of their sequences by themselves, over the largest of them.
+
+    Also the windows that layers asked for.
+    """
+    device = model.get_output_embeddings().weight.device
+    ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, 4 * 11, device=device).long().view(4, 11)
+    # Completions shorter than their prompt, and longer.
+    prompts, completions = (torch.tensor(n, device=device).unsqueeze(1) for n in ([6, 6, 2, 2], [3, 2, 5, 3]))
+    batch: RolloutBatch = {
+        "prompt_ids": ids[[0, 0, 1, 1], :6],
+        "prompt_mask": (torch.arange(6, device=device) >= 6 - prompts).long(),
+        "completion_ids": ids[:, 6:],
+        "completion_mask": (torch.arange(5, device=device) < completions).long(),
+    }
+    longest = 9
+    tokens, (alone, places) = share_tokens(batch, longest), left_aligned(batch, longest)
+    own_name, training = model.config._attn_implementation, model.training
+    model.eval()
+    expected = model.base_model(input_ids=alone[:, :-1], use_cache=False).last_hidden_state[places[:, 1:]]
+    try:
+        add_shared_attention(model)
+        states = model.base_model(**tokens.inputs, use_cache=False).last_hidden_state[0]
+    finally:
+        model.config._attn_implementation = own_name
+        model.train(training)
+    error = (states[tokens.predicts[loss_mask(batch).bool()]] - expected).abs().amax() / expected.abs().amax()
+    return error.item(), {window for rows in tokens.rows for window, _ in rows.masks}
+
+
+class DistinctTokens:
+    """The layout of :func:`share_tokens`, of which completions of one prompt are better not parted.
+
+    Args:
+        batch: of the sequences.
+    """
+
+    def __init__(self, batch: RolloutBatch) -> None:
+        self._prompt_of = prompt_of(batch)
+        self._prompts, self._completions = widths(batch).unbind(dim=1)
+
+    def units(self, keep: Tensor) -> list[list[int]]:
+        units: dict[int, list[int]] = {}
+        for row in longest_first(self._prompts + self._completions, keep):
+            units.setdefault(int(self._prompt_of[row]), []).append(row)
+        return list(units.values())
+
+    def positions(self, rows: list[int]) -> int:
+        prompts = dict(zip(self._prompt_of[rows].tolist(), self._prompts[rows].tolist(), strict=True))
+        return sum(prompts.values()) + int(self._completions[rows].sum())

@@ -37,7 +37,7 @@ from drpo.trainer.rollouts import (
     raising_together,
     rewards_and_advantages,
 )
-from drpo.trainer.scoring import PaddedScorer, Scored, make_scorer
+from drpo.trainer.scoring import Scored, make_scorer
 from drpo.trainer.token_log import TokenLog
 
 
@@ -130,7 +130,7 @@ class DRPOTrainer(CheckpointedTrainer):
         self._micro_batches = MicroBatches(
             self.accelerator,
             budget=None if is_deepspeed else args.tokens_per_micro_batch,
-            pads_apart=isinstance(self._scorer, PaddedScorer),
+            layout=self._scorer.layout,
         )
         self._guard = UpdateGuard(args)
         self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
