@@ -27,7 +27,9 @@ def test_every_kept_sequence_is_in_one_group_within_the_budget(
     sizes = widths.sum(dim=1)
     # Prompts and completions may be padded each by itself.
     padded = widths if apart else sizes.unsqueeze(1)
-    groups = split_by_length(padded, keep, budget)
+    prompt_mask, completion_mask = ((torch.arange(50) < part.unsqueeze(1)).long() for part in widths.unbind(dim=1))
+    batch: RolloutBatch = {"prompt_mask": prompt_mask, "completion_mask": completion_mask}
+    groups = split_within(PaddedRows(batch, apart=apart), keep, budget)
     assert sorted(torch.cat([*groups, torch.zeros(0)]).tolist()) == keep.nonzero().squeeze(1).tolist()
     for group in groups:
         tokens = len(group) * padded[group].amax(dim=0).sum().item()

@@ -52,7 +52,7 @@ def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path) 
     dropped = re.findall(r"Audited 683 tokens, dropped ([\d.]+)", finished.stdout)
     assert [share == "0.000" for share in dropped[::2]] == [True, True, True, False]
     for name, settings in SETTINGS.items():
-        plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None}
+        plain = {"drop_zero_advantage": False, "share_prompts": False, "tokens_per_micro_batch": None}
         one = rollouts.gradient_of_one_update(tmp_path / "one", per_device_train_batch_size=64, **{**settings, **plain})
         two = load_file(tmp_path / f"{name}.safetensors")
         assert two.keys() == one.keys()

@@ -220,7 +220,11 @@ class TestGradient:
     @pytest.fixture(scope="class")
     @staticmethod
     def whole(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-        return flat(gradient_of_one_update(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=64))
+        return flat(
+            gradient_of_one_update(
+                tmp_path_factory.mktemp("whole"), per_device_train_batch_size=64, share_prompts=False
+            )
+        )
 
     @pytest.mark.parametrize(
         "settings",
@@ -288,7 +292,7 @@ class TestGradient:
         self, tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype, tolerance: float
     ) -> None:
         shared = {name: settings[name] for name in OF_THE_LOSS if name in settings}
-        plain = {"drop_zero_advantage": False, "tokens_per_micro_batch": None, **shared}
+        plain = {"drop_zero_advantage": False, "share_prompts": False, "tokens_per_micro_batch": None, **shared}
         size = {"per_device_train_batch_size": 64, "max_steps": 2}
         whole = flat(gradient_of_one_update(tmp_path / "whole", dtype, **size, **plain))
         less = flat(gradient_of_one_update(tmp_path / "less", dtype, **{**size, **settings}))

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from drpo import DRPOConfig, DRPOTrainer
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.rewards import exact_answer
+from support.fp64 import compute_in_fp64
 
 T = TypeVar("T", bound=DRPOTrainer)
 
@@ -126,6 +127,8 @@ def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **s
     With ``max_steps=2`` that of the second; the first left the weights as they were.
     """
     model, tokenizer = load_model(dtype)
+    if dtype == torch.float64:
+        compute_in_fp64(model)
     keeper = GradientKeeper()
     trainer = DRPOTrainer(
         model=model,
