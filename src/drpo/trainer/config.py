@@ -127,11 +127,12 @@ class DRPOConfig(GRPOConfig):
             (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
         drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,
             under objectives that give them no gradient. They stay in the denominators.
-        share_prompts: let a prompt go through the model once, however many of its completions are in a micro-batch
-            (:mod:`drpo.trainer.shared_prompts`), where the model's layers and the fused loss allow it.
+        share_prompts: let the prompt of a group go through the model once an update instead of once a completion, where
+            the model allows it and the fused loss is on (:mod:`drpo.trainer.shared_prompts`).
         tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
             sequences of a batch are sorted by length and split accordingly; a longer sequence goes
-            alone. None takes a batch as a whole.
+            alone. A shared prompt counts once, and its completions stay together if they fit. None
+            takes a batch as a whole.
         train_precision: ``fp32``, ``bf16`` (autocast) or ``fp8`` (that, with linear layers that multiply
             in FP8 e4m3; emulated where the hardware has none). Weights, LM head and log-probs stay
             in fp32. None goes by TRL's ``bf16``.
