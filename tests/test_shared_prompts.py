@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask, select
 from drpo.trainer.micro_batches import split_within
+from drpo.trainer.scoring import FusedScorer
 from drpo.trainer.shared_prompts import DistinctTokens, add_shared_attention, share_tokens, why_not_shared
 from support.fp64 import AllInFP64
 from support.rollouts import GradientKeeper, flat, made_up_reward, made_up_rollout, make_trainer
@@ -215,7 +216,11 @@ class TestMicroBatches:
         ("Bloom", {}, "its body takes no position_ids"),
         ("Qwen3", {"attn_implementation": "flex_attention"}, "its attention is flex_attention, not sdpa or eager"),
         ("FalconH1", {}, "it has layers of hybrid, in which"),
-        ("Qwen2Moe", {**WINDOWS, "sliding_window": 6}, "times their largest away from those of sequences by themselves"),
+        (
+            "Qwen2Moe",
+            {**WINDOWS, "sliding_window": 6},
+            "times their largest away from those of sequences by themselves",
+        ),
         ("Qwen2Moe", {**WINDOWS, "sliding_window": 60}, "its layers do not say over which window they attend"),
     ],
 )
@@ -280,4 +285,5 @@ class TestTraining:
         assert (
             caplog.text.count("The prompt of a group is computed once a completion: it has layers of linear_att") == 1
         )
+        assert isinstance(trainer._scorer, FusedScorer)
         assert not trainer._scorer.shares_prompts

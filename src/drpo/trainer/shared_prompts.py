@@ -22,10 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from drpo.trainer.batch import INPUT_WIDTH, RolloutBatch, left_aligned, loss_mask, widths
 from drpo.trainer.micro_batches import longest_first
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
-"""Of :func:`why_not_shared`, over the largest hidden state, by their precision; a state that is passed on exceeds it."""
-COARSE_TOLERANCE = 0.05
-"""The same of bf16 and fp16."""
+TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05
+"""Of :func:`why_not_shared`, over the largest hidden state: above rounding in fp32, and in fp16 and bf16."""
 
 _PREFIX = "shared_prompts|"
 
@@ -197,8 +195,9 @@ def attend(
         kwargs: what the layer says of itself, ``sliding_window`` among them.
     """
     name = module.config._attn_implementation.removeprefix(_PREFIX)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attention: Any = ALL_ATTENTION_FUNCTIONS.get(name, eager)
+    # Each of Transformers' files of a model has an eager attention of its own.
+    own: Any = sys.modules[type(module).__module__]
+    attention: Any = own.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     if shared_tokens is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
@@ -245,7 +244,7 @@ def why_not_shared(model: Any) -> str | None:
     if model.get_output_embeddings().weight.is_meta:
         return None
     error, windows = _probe(model)
-    if not error <= TOLERANCE.get(model.dtype, COARSE_TOLERANCE):
+    if not error <= (TOLERANCE if model.dtype.itemsize >= 4 else HALF_TOLERANCE):
         return f"its hidden states are {error:.2g} times their largest away from those of sequences by themselves"
     window = getattr(config, "sliding_window", None)
     if window is not None and (layer_types is None or "sliding_attention" in layer_types) and window not in windows:
