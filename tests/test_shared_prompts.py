@@ -132,6 +132,14 @@ class TestTokens:
         # 103 and 93 tokens, 33, and 8 and 4; each width a multiple of 16 or that of the longest.
         assert [tuple(rows.queries.shape) for rows in shared.rows] == [(2, 16), (1, 48), (2, 103)]
 
+    def test_of_a_completion_that_is_empty_are_its_prompt_s(self) -> None:
+        batch = make_batch([(3, [1, 1])])
+        batch["completion_mask"][:] = 0
+        shared = share_tokens(batch, longest=3)
+        assert shared.position_ids.tolist() == [[0, 1, 2]]
+        assert shared.predicts.tolist() == [[2], [2]]
+        assert shared.outputs.tolist() == [0, 1, 2]
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", MODELS)

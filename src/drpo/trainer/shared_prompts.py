@@ -129,10 +129,7 @@ def share_tokens(batch: RolloutBatch, longest: int) -> SharedTokens:
     queries = 0
     for rows, begin, end in _attended_together(prompt, completion, group, leader):
         rows, begin, end = rows.unsqueeze(1), begin.unsqueeze(1), end.unsqueeze(1)
-        # What is a multiple is computed with the same rounding in any micro-batch.
-        width, columns = (
-            min(longest - 1, -(-int(most) // INPUT_WIDTH) * INPUT_WIDTH) for most in ((end - begin).max(), end.max())
-        )
+        width, columns = (_padded(int(most), longest) for most in ((end - begin).max(), end.max()))
         tokens = begin + torch.arange(width, device=device)
         query_places = places(rows, tokens.minimum(end - 1))
         key_places = places(rows, torch.arange(columns, device=device).minimum(end - 1))
@@ -145,6 +142,11 @@ def share_tokens(batch: RolloutBatch, longest: int) -> SharedTokens:
     before = prompt.unsqueeze(1) - 1 + torch.arange(batch["completion_ids"].shape[1], device=device)
     predicts = places(sequences.unsqueeze(1), before.minimum((prompt + completion - 1).unsqueeze(1)))
     return SharedTokens(ids.unsqueeze(0), positions.unsqueeze(0), tuple(together), outputs, predicts)
+
+
+def _padded(width: int, longest: int) -> int:
+    """As :func:`left_aligned` pads the inputs of a row, and for its reason."""
+    return max(width, min(longest - 1, -(-width // INPUT_WIDTH) * INPUT_WIDTH))
 
 
 def _before(counts: Tensor) -> Tensor:
