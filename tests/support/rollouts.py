@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from drpo import DRPOConfig, DRPOTrainer
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.rewards import exact_answer
-from support.fp64 import compute_in_fp64
 
 T = TypeVar("T", bound=DRPOTrainer)
 
@@ -128,6 +127,9 @@ def gradient_of_one_update(output: Path, dtype: torch.dtype = torch.float32, **s
     """
     model, tokenizer = load_model(dtype)
     if dtype == torch.float64:
+        # Not at the top: as a script this file finds no package of its neighbours.
+        from support.fp64 import compute_in_fp64
+
         compute_in_fp64(model)
     keeper = GradientKeeper()
     trainer = DRPOTrainer(
