@@ -45,6 +45,18 @@ def parse_each_file_once() -> Iterator[None]:
 MOE = {"qwen3-30b-a3b-base", "qwen3-30b-a3b-base-fp8", "qwen3-30b-a3b-base-fp8-rollout", "qwen3.5-35b-a3b-base"}
 
 
+def test_every_recipe_has_a_folder_of_its_own() -> None:
+    delta = f"{LOSS}.hyperparameters.delta=0.2"
+    names = [
+        compose_file(RECIPES / f"{setting}.yaml", overrides).trainer.experiment_name
+        for setting in SETTINGS
+        for overrides in (*([f"objective={objective}"] for objective in OBJECTIVES), [delta])
+    ]
+    assert len(set(names)) == len(names) == 36
+    # verl's file logger takes a slash for a folder.
+    assert not any("/" in name for name in names)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_recipe_does_what_its_hardware_needs(setting: str) -> None:
     config = compose_file(RECIPES / f"{setting}.yaml")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import instantiate
 from typer.testing import CliRunner
 
@@ -99,6 +100,12 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
         (["--verl", "trainer.nnodes=2"], "--verl trainer.nnodes=2: expected with --engine verl"),
         (["--engine", "verl", "--set", "objective=pdm"], "--engine verl: .*loss_mode=pdm needs log-probs"),
         (["--engine", "verl", "--set", "reward=no_such_module:reward"], "reward: cannot load 'no_such_module:reward'"),
+        pytest.param(
+            ["--engine", "verl"],
+            "--engine verl: there is no GPU here and no Ray cluster",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
+        (["--engine", "verl", "--verl", "trainer.logger=[console]"], r"trainer.logger=\['console'\]: leaves out file"),
         (["--engine", "verl", "--verl", "trainer.nonodes=2"], "--verl trainer.nonodes=2: does not compose"),
         (["--engine", "verl", "--verl", "trainer.nnodes"], "--verl trainer.nnodes: does not compose .*missing EQUAL"),
         (["--engine", "verl", "--verl", "trainer.nnodes=[2"], r"--verl trainer.nnodes=\[2: does not compose"),

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from transformers import AutoTokenizer
 
 from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
@@ -100,6 +101,11 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, resume:
     given = changed(folder.verl_settings or [], more) if resume else list(more)
     arguments = as_arguments(settings, given)
     config = compose_main_ppo(arguments, given)
+    if "file" not in config.trainer.logger:
+        raise UserError(
+            f"--verl trainer.logger={config.trainer.logger}: leaves out file, which the run's rows are read from; expected "
+            "it among them"
+        )
     return Plan(recipe, folder, problems, heldout, given, arguments, config, _checkpoint(config) if resume else None)
 
 
@@ -128,13 +134,28 @@ def _checkpoint(config: Any) -> Path:
     return checkpoint
 
 
+def _check_devices(config: Any) -> None:
+    """Refuse to wait without an end: Ray gives verl's workers no GPU where there is none."""
+    settings = config.ray_kwargs.ray_init
+    is_elsewhere = (
+        os.environ.get("RAY_ADDRESS") or settings.get("address") or Path("/tmp/ray/ray_current_cluster").exists()
+    )
+    if config.trainer.device == "cuda" and not (torch.cuda.is_available() or is_elsewhere or settings.get("num_gpus")):
+        raise UserError(
+            "--engine verl: there is no GPU here and no Ray cluster, and verl would wait for one; expected RAY_ADDRESS of "
+            "a cluster, or the CPU as its platform (docs/verl.md, verl on a laptop)"
+        )
+
+
 def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
     """Start ``python -m verl.trainer.main_ppo`` and return the run's summary.
 
     Raises:
+        UserError: there is nothing to train on.
         VerlError: verl stopped before the end.
         TrainingInterruptedError: a signal stopped this process.
     """
+    _check_devices(planned.config)
     recipe, folder = planned.recipe, planned.folder
     own, updates = folder.path.absolute() / "verl", recipe.updates_per_rollout
     with folder.locked(), Progress(recipe.rollouts * updates, updates, show=True) as progress:
