@@ -177,6 +177,31 @@ def test_every_call_returns_the_same_names_and_an_optimizer_step_begins_another_
     assert called(config, **tensors)[2] == first
 
 
+def test_an_update_whose_step_is_skipped_is_over_too() -> None:
+    tensors, config = rollout(), actor(policy("drpo"))
+    MEASURED.reset()
+    config.global_batch_info.update(dp_size=1, global_batch_size=8, batch_num_tokens=None, loss_scale_factor=None)
+    first = [called(config, **rows)[2] for rows in _split(tensors, [3, 5])]
+    assert [called(config, **rows)[2] for rows in _split(tensors, [3, 5])] == first
+
+
+@pytest.mark.parametrize("broken", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", ["log_prob", "old_log_prob"])
+def test_a_broken_log_prob_makes_the_gradient_so_and_verl_skips_the_update(name: str, broken: float) -> None:
+    tensors, config = rollout(), actor(policy("drpo"))
+    row, column = tensors["response_mask"].nonzero()[0].tolist()
+    MEASURED.reset()
+    without = {**tensors, "response_mask": tensors["response_mask"].clone()}
+    without["response_mask"][row, column] = False
+    measured = called(config, **without)[2]
+    MEASURED.reset()
+    tensors[name][row, column] = broken
+    loss, gradient, metrics = called(config, **tensors)
+    assert loss.isnan()
+    assert gradient.isnan().any()
+    assert metrics == measured
+
+
 @pytest.mark.parametrize(
     ("settings", "correction", "message"),
     [

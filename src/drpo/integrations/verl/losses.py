@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
@@ -33,13 +37,22 @@ def policy_loss(
         rollout_is_weights: [B, T], verl's correction by π_old/μ, outside bypass mode.
     """
     objective = objective_of(config)
-    tokens = TokenBatch(log_prob, old_log_prob, advantages, response_mask)
+    is_broken = response_mask & ~(log_prob.isfinite() & old_log_prob.isfinite())
+    tokens = TokenBatch(log_prob, old_log_prob, advantages, response_mask & ~is_broken)
     per_token, weight = objective.loss(tokens), objective.gradient_weight(tokens)
     if rollout_is_weights is not None:
         per_token, weight = per_token * rollout_is_weights, weight * rollout_is_weights
-    MEASURED.add(tokens, weight)
-    loss = agg_loss(per_token, response_mask, loss_agg_mode, **config.global_batch_info)
+    info = config.global_batch_info
+    MEASURED.add(tokens, weight, of=_sequences_of_an_update(info))
+    # verl skips an update whose gradient is not finite, which that of a broken log-prob is with verl's own losses.
+    loss = agg_loss(per_token, response_mask, loss_agg_mode, **info) * torch.where(is_broken.any(), torch.nan, 1.0)
     return loss, MEASURED.take_micro_batch(config.policy_loss.histograms)
+
+
+def _sequences_of_an_update(info: Mapping[str, Any]) -> int | None:
+    """On one rank; None where verl does not say."""
+    total = info.get("global_batch_size")
+    return None if total is None else total // info["dp_size"]
 
 
 def register() -> dict[str, str]:

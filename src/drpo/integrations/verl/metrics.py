@@ -23,7 +23,10 @@ HISTOGRAMS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogr
 
 
 class UpdateMetrics:
-    """Measurements over the micro-batches of an update on this rank, from one optimizer step to the next."""
+    """Measurements over the micro-batches of an update on this rank.
+
+    An update ends with the optimizer's step, or with the last of its sequences where verl skips the step.
+    """
 
     def __init__(self) -> None:
         self._measured = TrustRegionMetrics(by_group=False)
@@ -32,11 +35,18 @@ class UpdateMetrics:
     def reset(self) -> None:
         """Begin another update."""
         self._measured.reset()
-        self._micro_batches = 0
+        self._micro_batches = self._sequences = 0
         self._before: dict[str, float] = {}
 
-    def add(self, tokens: TokenBatch, weight: Tensor) -> None:
-        """Add tokens of a micro-batch, [B, T], and the objective's gradient weight of each."""
+    def add(self, tokens: TokenBatch, weight: Tensor, of: int | None = None) -> None:
+        """Add tokens of a micro-batch, [B, T], and the objective's gradient weight of each.
+
+        Args:
+            of: the sequences of an update on this rank, where they are known.
+        """
+        if of is not None and self._sequences >= of:
+            self.reset()
+        self._sequences += len(tokens.mask)
         self._measured.update(tokens, weight)
 
     def take_micro_batch(self, histograms: bool = False) -> dict[str, float]:
