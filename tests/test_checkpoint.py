@@ -106,6 +106,21 @@ class TestResuming:
         )
         assert_same_end(tmp_path / "resumed", tmp_path / "whole")
 
+    def test_with_evaluations_before_the_first_update_and_right_after_it_is_exact(
+        self, tmp_path: Path, problems: Dataset
+    ) -> None:
+        evaluations = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "eval_on_start": True,
+            "eval_dataset": problems.select([0]),
+        }
+        make(tmp_path / "whole", problems, **evaluations).train()
+        make(tmp_path / "resumed", problems, **evaluations).train(
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+        )
+        assert_same_end(tmp_path / "resumed", tmp_path / "whole")
+
     def test_of_adapters_within_a_rollout_is_exact(self, tmp_path: Path, problems: Dataset) -> None:
         peft = pytest.importorskip("peft")
 

@@ -70,7 +70,7 @@ def make_trainer(output: Path, problems: Dataset, kind: type[T] = DRPOTrainer, m
     settings = {"per_device_train_batch_size": 8, "num_generations": 4, "updates_per_rollout": 2, "max_steps": 2}
     extra = {
         name: kwargs.pop(name)
-        for name in ("peft_config", "callbacks", "rollout_func", "reward_funcs")
+        for name in ("peft_config", "callbacks", "rollout_func", "reward_funcs", "eval_dataset")
         if name in kwargs
     }
     loaded, tokenizer = load_model()

@@ -37,7 +37,7 @@ class Measurements:
         self._trust_region[mode].update(scored.sampled, scored.gradient_weight, scored.entropy)
         if mode == "train" and self._split is not None:
             self._split.update(batch, scored.sampled)
-        if mode == "train" and audits:
+        if audits:
             self.differences.add(scored.sampled)
 
     def take(self, mode: Mode, gather: Callable[[Tensor], Tensor]) -> tuple[TrustRegion, dict[str, float]]:

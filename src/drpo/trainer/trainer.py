@@ -267,7 +267,8 @@ class DRPOTrainer(CheckpointedTrainer):
             loss_mask(batch), self.args.aggregation, counts=self._micro_batches.counts, horizon=self.args.horizon
         )
         scored = self._score(model, batch, scale)
-        self._measurements.add(mode, batch, scored, audits=self.audit is None and self._is_sampled_by_now(batch))
+        audits = mode == "train" and self.audit is None and self._is_sampled_by_now(batch)
+        self._measurements.add(mode, batch, scored, audits)
         if mode == "train":
             self._guard.add(batch, scored)
             if self.token_log is not None:
