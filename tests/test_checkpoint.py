@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from drpo.errors import TrainingInterruptedError, TrainingStoppedError
 from drpo.rewards import exact_answer
-from drpo.trainer.checkpoint import MANIFEST, CheckpointError, checkpoints_in, newest_checkpoint, verify
+from drpo.trainer.checkpoint import MANIFEST, CheckpointError, check_same_run, checkpoints_in, newest_checkpoint, verify
 from drpo.trainer.state_file import load_state, save_state
 from drpo.trainer.trainer import DRPOTrainer
 from support.rollouts import load_model, make_trainer
@@ -135,6 +135,18 @@ class TestResuming:
         for name in ("adapter_model.safetensors", *DECIDING[1:]):
             files = [tmp_path / folder / "checkpoint-10" / name for folder in ("whole", "resumed")]
             assert files[0].read_bytes() == files[1].read_bytes(), name
+
+    @pytest.mark.parametrize("field", ["eos_token_id", "architectures", "dtype"])
+    def test_takes_no_notice_of_what_training_completes_in_a_model_s_configuration(
+        self, tmp_path: Path, problems: Dataset, field: str
+    ) -> None:
+        def incomplete() -> DRPOTrainer:
+            model = with_dropout()
+            setattr(model.config, field, None)
+            return make(tmp_path, problems, model=model, max_steps=3)
+
+        incomplete().train()
+        incomplete().train(resume_from_checkpoint=True)
 
     def test_from_the_last_checkpoint_makes_no_update(self, whole: Path, tmp_path: Path, problems: Dataset) -> None:
         trainer = make(tmp_path, problems)
@@ -389,6 +401,36 @@ class TestAnotherRun:
             model.model.embed_tokens.weight[5, 5] += 1e-6
         with pytest.raises(CheckpointError, match=r"model\.parameters is"):
             make(tmp_path, problems, peft_config=adapters, model=model).train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("changed", [{"lora_alpha": 64}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=str)
+    def test_with_other_adapters_of_the_same_shapes_is_not_resumed(
+        self, tmp_path: Path, problems: Dataset, changed: dict[str, Any]
+    ) -> None:
+        peft = pytest.importorskip("peft")
+        adapters = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+        make(tmp_path, problems, peft_config=peft.LoraConfig(**adapters), max_steps=3).train()
+        with pytest.raises(CheckpointError, match=rf"peft\.default\.{next(iter(changed))} is"):
+            make(tmp_path, problems, peft_config=peft.LoraConfig(**adapters, **changed)).train(
+                resume_from_checkpoint=True
+            )
+
+    def test_with_another_chat_template_is_not_resumed(self, run: Path, problems: Dataset) -> None:
+        trainer = make(run, problems)
+        trainer.processing_class.chat_template = "{{ messages[0].content }}="
+        with pytest.raises(CheckpointError, match="tokenizer is"):
+            trainer.train(resume_from_checkpoint=True)
+
+    def test_an_option_that_only_another_version_has_is_warned_of(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        then = {"versions.trl": "1.16", "seed": 1, "gone": 0}
+        with caplog.at_level(logging.WARNING):
+            check_same_run(tmp_path, then, {"versions.trl": "1.17", "seed": 1, "new": 0})
+        assert [text in caplog.text for text in ("versions.trl is", "gone is None", "new is 0")] == [True] * 3
+        with pytest.raises(CheckpointError, match="seed is 2"):
+            check_same_run(tmp_path, then, {"versions.trl": "1.17", "seed": 2, "new": 0})
+        with pytest.raises(CheckpointError, match="gone is None"):
+            check_same_run(tmp_path, then, {"versions.trl": "1.16", "seed": 1})
 
     def test_on_another_number_of_processes_is_not_resumed(
         self, run: Path, problems: Dataset, monkeypatch: pytest.MonkeyPatch

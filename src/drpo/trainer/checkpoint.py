@@ -139,15 +139,17 @@ def delete_oldest(folder: Path, keep: int, but: set[Path]) -> None:
 def check_same_run(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Compare the fingerprint in a checkpoint with the one of the run that wants to go on from it.
 
-    Versions of packages that differ are warned of: another one may round differently.
+    Versions of packages that differ are warned of: another one may round differently, and have options more or less.
 
     Raises:
         CheckpointError: they differ; the message names the first field.
     """
     differences = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    versions = {name for name in differences if name.startswith("versions.")}
+    options_of_versions = then.keys() ^ now.keys() if versions else set()
     for name in differences:
         message = f"{name} is {now.get(name)!r}, but the run of the checkpoint has {then.get(name)!r}"
-        if not name.startswith("versions."):
+        if name not in versions | options_of_versions:
             raise CheckpointError(
                 f"{checkpoint}: {message}; to begin another run from its weights, give the folder as the model"
             )

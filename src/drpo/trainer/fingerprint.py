@@ -35,7 +35,13 @@ FREE_OPTIONS = (
 )  # fmt: skip
 """Beginnings of the names of options that may change when a run is resumed."""
 
-_FREE_IN_CONFIG = {"_name_or_path", "transformers_version", "use_cache", "output_router_logits"}
+_FREE_IN_CONFIG = {
+    "_name_or_path", "transformers_version", "use_cache", "output_router_logits",
+    # What training and saving set on the way, the tokens by the tokenizer's.
+    "architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+_FREE_IN_ADAPTERS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"}
 
 
 def fingerprint(trainer: CheckpointedTrainer) -> dict[str, Any]:
@@ -51,7 +57,10 @@ def fingerprint(trainer: CheckpointedTrainer) -> dict[str, Any]:
         "train_dataset": f"{len(dataset)} rows, {digest_of_rows(rows)}",
         "reward_funcs": list(trainer.reward_func_names),
         "model.parameters": _digest_of_parameters(policy),
+        "model.dtype": str(policy.dtype),
         **{f"model.{name}": value for name, value in policy.config.to_dict().items() if name not in _FREE_IN_CONFIG},
+        **_adapters(policy),
+        "tokenizer": _digest_of_tokenizer(trainer.processing_class),
         **{f"versions.{name}": value for name, value in versions().items()},
         **trainer.run_fingerprint,
     }
@@ -65,6 +74,22 @@ def digest_of_rows(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.update(json.dumps(row, default=str).encode())
     return f"SHA-256 {digest.hexdigest()[:16]}"
+
+
+def _adapters(policy: Any) -> dict[str, Any]:
+    """What peft's adapters have that no weight tells, such as ``lora_alpha``."""
+    return {
+        f"peft.{adapter}.{name}": sorted(value) if isinstance(value, set) else value
+        for adapter, config in getattr(policy, "peft_config", {}).items()
+        for name, value in config.to_dict().items()
+        if name not in _FREE_IN_ADAPTERS
+    }
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str:
+    return digest_of_rows(
+        [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    )
 
 
 def _digest_of_parameters(policy: Any) -> str:
