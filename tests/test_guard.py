@@ -52,6 +52,26 @@ def test_a_gradient_that_is_not_finite_once_is_skipped_and_counted(
     assert {"0.completion_ids", "0.sampling_per_token_logps", "0.advantages"} <= batch.keys()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens_per_micro_batch": 32},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"objective": "ppo", "split_distance": True, "tokens_per_micro_batch": 32},
+    ],
+    ids=str,
+)
+def test_an_update_in_parts_is_skipped_with_all_of_them(
+    tmp_path: Path, problems: Dataset, settings: dict[str, Any]
+) -> None:
+    trainer = poisoned(make_trainer(tmp_path, problems, **settings), 2)
+    trainer.train()
+    assert all(weight.isfinite().all() for weight in weights(trainer).values())
+    batch = load_file(tmp_path / "skipped_updates" / "update-000002-rank-0.safetensors")
+    parts = [tensor for name, tensor in batch.items() if name.endswith(".completion_ids")]
+    assert len(parts) > 1
+
+
 def test_an_optimizer_remembers_nothing_of_a_skipped_update(tmp_path: Path, problems: Dataset) -> None:
     trainer = poisoned(make_trainer(tmp_path, problems, max_steps=2), 2)
     trainer.train()

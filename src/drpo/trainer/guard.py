@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,8 +72,9 @@ class UpdateGuard:
         folder = Path(str(self._args.output_dir)) / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"update-{update:06d}-rank-{PartialState().process_index}.safetensors"
+        # Parts of an update share some tensors, which the format does not take.
         batches = {
-            f"{number}.{name}": tensor.contiguous()
+            f"{number}.{name}": tensor.clone(memory_format=torch.contiguous_format)
             for number, (batch, _) in enumerate(parts)
             for name, tensor in batch.items()
             if isinstance(tensor, Tensor)
