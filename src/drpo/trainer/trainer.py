@@ -37,7 +37,7 @@ from drpo.trainer.rollouts import (
     raising_together,
     rewards_and_advantages,
 )
-from drpo.trainer.scoring import Scored, make_scorer
+from drpo.trainer.scoring import make_scorer
 from drpo.trainer.token_log import TokenLog
 
 
@@ -59,8 +59,7 @@ class DRPOTrainer(CheckpointedTrainer):
         objective: the objective being optimised.
         anchor: what its ratio is taken against, ``sampler`` or ``old``.
         audit: the comparison made before the first update that has tokens; None until then.
-        trust_region: what was measured over the updates last logged, on every rank: of the tokens trained on,
-            which those of dropped sequences are not.
+        trust_region: what was measured over the updates last logged, on every rank, of the tokens trained on.
         token_log: where the tokens trained on are collected; None unless somebody wants them.
     """
 
@@ -104,8 +103,7 @@ class DRPOTrainer(CheckpointedTrainer):
         if self.rollout_func is not None:
             self.rollout_func = checked(self.rollout_func)
         generation_kwargs: Any = args.generation_kwargs or {}
-        stops = generation_kwargs.get("eos_token_id")
-        if stops is not None:
+        if (stops := generation_kwargs.get("eos_token_id")) is not None:
             # These take the place of the model's own in generation; the completion mask has to end at the same tokens.
             self.eos_token_ids = [stops] if isinstance(stops, int) else list(stops)
         if self.aux_loss_enabled:
@@ -224,7 +222,7 @@ class DRPOTrainer(CheckpointedTrainer):
         return inputs
 
     def _begin_update(self, batches: Sequence[RolloutBatch]) -> None:
-        """Count an update's tokens, and tell an objective that looks at all of them, at the price of a forward pass. All ranks call it together."""
+        """Count an update's tokens, and tell an objective that looks at all of them. All ranks call it together."""
         self._micro_batches.begin_update(batches)
         if self.objective.over_updates:
             update = self._micro_batches.whole_update(batches, self._score_unweighted)
@@ -266,7 +264,7 @@ class DRPOTrainer(CheckpointedTrainer):
         scale = token_scale(
             loss_mask(batch), self.args.aggregation, counts=self._micro_batches.counts, horizon=self.args.horizon
         )
-        scored = self._score(model, batch, scale)
+        scored = self._scorer(model, batch, scale, self._micro_batches.longest)
         audits = mode == "train" and self.audit is None and self._is_sampled_by_now(batch)
         self._measurements.add(mode, batch, scored, audits)
         if mode == "train":
@@ -283,18 +281,15 @@ class DRPOTrainer(CheckpointedTrainer):
 
     def _score_unweighted(self, batch: RolloutBatch) -> TokenBatch:
         """The sampled tokens of a micro-batch, which no loss is made of."""
-        return self._score(self.model, batch, torch.zeros_like(batch["sampling_per_token_logps"])).sampled
-
-    def _score(self, model: Any, batch: RolloutBatch, scale: Tensor) -> Scored:
-        return self._scorer(model, batch, scale, self._micro_batches.longest)
+        scale = torch.zeros_like(batch["sampling_per_token_logps"])
+        return self._scorer(self.model, batch, scale, self._micro_batches.longest).sampled
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """What Transformers asks for between the backward pass and the optimizer's step: a gradient that is not finite goes."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # The scaling of fp16's loss skips such updates by itself, to find its scale.
         if self.accelerator.scaler is None:
-            is_finite = math.isfinite(grad_norm)
-            if not is_finite:
+            if not (is_finite := math.isfinite(grad_norm)):
                 # An optimizer leaves parameters without a gradient, and what it remembers of them, as they are.
                 model.zero_grad(set_to_none=True)
             self._guard.end_update(self.state.global_step + 1, is_finite)
