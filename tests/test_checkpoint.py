@@ -20,7 +20,15 @@ from transformers import TrainerCallback
 
 from drpo.errors import TrainingInterruptedError, TrainingStoppedError
 from drpo.rewards import exact_answer
-from drpo.trainer.checkpoint import MANIFEST, CheckpointError, check_same_run, checkpoints_in, newest_checkpoint, verify
+from drpo.trainer.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    check_same_run,
+    checkpoints_in,
+    delete_oldest,
+    newest_checkpoint,
+    verify,
+)
 from drpo.trainer.state_file import load_state, save_state
 from drpo.trainer.trainer import DRPOTrainer
 from support.rollouts import load_model, make_trainer
@@ -328,6 +336,19 @@ class TestWriting:
         assert len(checkpoints_in(run)) == limit
         verify(run / "checkpoint-10")
 
+    def test_of_a_run_is_newer_than_one_of_a_run_before_in_its_folder(self, run: Path, problems: Dataset) -> None:
+        with pytest.raises(TrainingInterruptedError):
+            make(run, problems, save_steps=2, callbacks=[Signals(signal.SIGTERM, 5)]).train()
+        assert [path.name for path in checkpoints_in(run)] == [f"checkpoint-{update}" for update in (2, 3, 4, 5, 6, 9)]
+        assert newest_checkpoint(run) == run / "checkpoint-5"
+        make(run, problems, max_steps=6).train(resume_from_checkpoint=True)
+        assert newest_checkpoint(run) == run / "checkpoint-6"
+
+    def test_that_is_deleted_is_never_there_in_part(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: (folder / "checkpoint-3" / MANIFEST).unlink())
+        delete_oldest(run, keep=2, but=set())
+        assert [path.name for path in checkpoints_in(run)] == ["checkpoint-6", "checkpoint-9"]
+
     def test_takes_no_state_that_would_have_to_be_pickled(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a Path|state\['a'\]\[1\] is a PosixPath"):
             save_state(tmp_path / "state", {"a": [1, tmp_path]})
@@ -348,6 +369,47 @@ class TestWriting:
         assert torch.equal(loaded[0].pop("step"), state[0].pop("step"))
         assert loaded == state
         assert type(loaded["numbers"][3]) is bool
+
+
+class TestBest:
+    """The best checkpoint, which the end of training goes back to: here the first, by the least tokens seen."""
+
+    @staticmethod
+    def make(folder: Path, problems: Dataset, **settings: Any) -> DRPOTrainer:
+        best = {
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "eval_dataset": problems.select([0]),
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_num_tokens",
+            "greater_is_better": False,
+            "max_steps": 9,
+        }
+        return make(folder, problems, **{**best, **settings})
+
+    @pytest.fixture
+    def begun(self, problems: Dataset, tmp_path: Path) -> Path:
+        folder = tmp_path / "begun"
+        with pytest.raises(TrainingInterruptedError):
+            self.make(folder, problems, callbacks=[Signals(signal.SIGTERM, 6)]).train()
+        return folder
+
+    @pytest.mark.parametrize("limit", [1, None])
+    def test_is_found_where_the_run_was_moved_to(self, begun: Path, problems: Dataset, limit: int | None) -> None:
+        moved = begun.rename(begun.with_name("moved"))
+        trainer = self.make(moved, problems, save_total_limit=limit)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.best_model_checkpoint == str(moved / "checkpoint-3")
+        best = load_file(moved / "checkpoint-3" / "model.safetensors")
+        assert all(torch.equal(trainer.model.state_dict()[name], weight) for name, weight in best.items())
+
+    def test_that_is_damaged_is_named(self, begun: Path, problems: Dataset) -> None:
+        damaged = begun / "checkpoint-3" / "model.safetensors"
+        content = bytearray(damaged.read_bytes())
+        content[-100] ^= 1
+        damaged.write_bytes(content)
+        with pytest.raises(TrainingStoppedError, match=r"best checkpoint is damaged.*model\.safetensors: has not the"):
+            self.make(begun, problems).train(resume_from_checkpoint=True)
 
 
 class TestAnotherRun:

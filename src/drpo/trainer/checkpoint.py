@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from drpo.files import flush
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-"""Names, sizes and SHA-256 of a checkpoint's files, and the fingerprint of the run that it is of."""
+"""Names, sizes and SHA-256 of a checkpoint's files, the fingerprint of the run that it is of, and when that began."""
 
 PREFIX = "checkpoint-"
 """Transformers' name of a checkpoint, before the number of updates made."""
@@ -36,12 +37,13 @@ def remove_unfinished(folder: Path) -> None:
     shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
-def finish(checkpoint: Path, fingerprint: dict[str, Any], checksums: bool) -> None:
+def finish(checkpoint: Path, fingerprint: dict[str, Any], begun: float, checksums: bool) -> None:
     """Write the manifest of an unfinished checkpoint, and put it in place of what has its name.
 
     Args:
         checkpoint: its name to be.
         fingerprint: of the run.
+        begun: when the run did, in seconds since 1970.
         checksums: flush the files to disk and note their SHA-256; without, their sizes alone are noted.
     """
     written = unfinished(checkpoint.parent) / checkpoint.name
@@ -49,7 +51,7 @@ def finish(checkpoint: Path, fingerprint: dict[str, Any], checksums: bool) -> No
     with ThreadPoolExecutor() as pool:
         descriptions = pool.map(_flush_and_describe if checksums else _describe, paths)
         files = {str(path.relative_to(written)): file for path, file in zip(paths, descriptions, strict=True)}
-    content = {"files": files, "fingerprint": fingerprint}
+    content = {"files": files, "fingerprint": fingerprint, "begun": begun}
     manifest = written / MANIFEST
     manifest.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
     if checksums:
@@ -64,7 +66,7 @@ def finish(checkpoint: Path, fingerprint: dict[str, Any], checksums: bool) -> No
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint and return the fingerprint of its run.
+    """Read every byte of a checkpoint and return what its manifest says.
 
     Raises:
         CheckpointError: it is not whole; the message names the file.
@@ -72,7 +74,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        content = {name: manifest[name] for name in ("files", "fingerprint")}
+        content = {name: manifest[name] for name in ("files", "fingerprint", "begun")}
         is_whole = manifest["sha256"] == _digest(content)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is missing, so nothing says that the checkpoint is whole") from error
@@ -93,7 +95,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {error.strerror or error}") from error
         if digest != written["sha256"]:
             raise CheckpointError(f"{file}: has not the bytes that were written")
-    return content["fingerprint"]
+    return content
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -110,11 +112,13 @@ def update_of(checkpoint: Path) -> int:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole, with a warning for each newer one that is not; None where there are none.
 
+    A run that began later has newer ones than another in its folder, whatever their numbers.
+
     Raises:
         CheckpointError: there are checkpoints and none is whole.
     """
     mistakes: list[str] = []
-    for checkpoint in reversed(checkpoints_in(folder)):
+    for checkpoint in sorted(checkpoints_in(folder), key=lambda path: (_begun(path), update_of(path)), reverse=True):
         try:
             verify(checkpoint)
         except CheckpointError as error:
@@ -128,12 +132,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _begun(checkpoint: Path) -> float:
+    """When a checkpoint's run began; of one that does not say so, which is looked at first, that it is to come."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["begun"] + 0.0
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def delete_oldest(folder: Path, keep: int, but: set[Path]) -> None:
-    """Delete what was written first until ``keep`` checkpoints are left, and none of ``but``."""
+    """Delete what was written first until ``keep`` checkpoints are left, and none of ``but``; a kill leaves none in part."""
     by_age = sorted(checkpoints_in(folder), key=lambda path: path.stat().st_mtime_ns)
     others = [path for path in by_age if path not in but]
     for checkpoint in others[: max(0, len(by_age) - keep)]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        unfinished(folder).mkdir(exist_ok=True)
+        os.rename(checkpoint, unfinished(folder) / checkpoint.name)
+        remove_unfinished(folder)
 
 
 def check_same_run(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -69,6 +71,7 @@ class CheckpointedTrainer(GRPOTrainer):
         self._fingerprint: dict[str, Any] = {}
         self._is_saving = False
         self._last_checkpoint: Path | None = None
+        self._begun = 0.0
 
     # Training.
 
@@ -83,6 +86,7 @@ class CheckpointedTrainer(GRPOTrainer):
             TrainingStoppedError: going on would train on something wrong, or nothing can be saved.
             TrainingInterruptedError: a signal ended training; it is a SystemExit.
         """
+        self._begun = time.time()
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         self._last_checkpoint = None if checkpoint is None else Path(checkpoint)
         with self._interruption.awaited():
@@ -108,7 +112,9 @@ class CheckpointedTrainer(GRPOTrainer):
                 raise CheckpointError(f"{self.args.output_dir}: holds no checkpoint to resume from")
         else:
             checkpoint = Path(str(resume_from_checkpoint))
-        check_same_run(checkpoint, verify(checkpoint), self._make_fingerprint())
+        manifest = verify(checkpoint)
+        check_same_run(checkpoint, manifest["fingerprint"], self._make_fingerprint())
+        self._begun = manifest["begun"]
         if not (checkpoint / self._rank_file).is_file():
             raise CheckpointError(f"{checkpoint}: holds weights alone (save_only_model), from which no run can go on")
         return checkpoint
@@ -119,6 +125,18 @@ class CheckpointedTrainer(GRPOTrainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', which loads the best checkpoint as it is."""
+        best = self._find_best(Path(self._get_output_dir(trial)))
+        if best is not None and self.args.load_best_model_at_end:
+            try:
+                verify(best)
+            except CheckpointError as error:
+                raise TrainingStoppedError(
+                    f"training is complete, but its best checkpoint is damaged: {error}; {self._last_saved()}"
+                ) from error
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
@@ -178,15 +196,21 @@ class CheckpointedTrainer(GRPOTrainer):
 
     def _finish_checkpoint(self, checkpoint: Path) -> None:
         folder = checkpoint.parent
-        written = unfinished(folder) / checkpoint.name
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(checkpoint)
-            self.state.save_to_json(str(written / "trainer_state.json"))
-        finish(checkpoint, self._make_fingerprint(), self.args.checkpoint_checksums)
+        best = self._find_best(folder)
+        self.state.save_to_json(str(unfinished(folder) / checkpoint.name / TRAINER_STATE_NAME))
+        finish(checkpoint, self._make_fingerprint(), self._begun, self.args.checkpoint_checksums)
         if self.args.save_total_limit:
-            best = self.state.best_model_checkpoint
-            protected = {checkpoint} if best is None else {checkpoint, Path(best)}
-            delete_oldest(folder, keep=self.args.save_total_limit, but=protected)
+            delete_oldest(folder, keep=self.args.save_total_limit, but={checkpoint, best or checkpoint})
+
+    def _find_best(self, folder: Path) -> Path | None:
+        """The best checkpoint, of which Transformers remembers where it was: not yet finished, or before the run was moved."""
+        if self.state.best_model_checkpoint is None:
+            return None
+        best = Path(self.state.best_model_checkpoint)
+        if best.parent == unfinished(folder) or (folder / best.name).is_dir():
+            best = folder / best.name
+            self.state.best_model_checkpoint = str(best)
+        return best
 
     def _last_saved(self) -> str:
         return "none was taken before" if self._last_checkpoint is None else f"the last one is {self._last_checkpoint}"
