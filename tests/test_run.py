@@ -98,6 +98,33 @@ def test_rewind_of_a_run_that_logged_nothing_leaves_no_rows(run):
     assert read_jsonl(run.metrics) == read_jsonl(run.evaluations) == read_jsonl(run.samples) == []
 
 
+@pytest.mark.parametrize("written", [0, 3])
+def test_rewind_says_that_rows_are_lost(run, caplog, written):
+    append_jsonl(run.metrics, *({"update": update} for update in range(1, written + 1)))
+    run.rewind(4)
+    assert f"metrics.jsonl has rows of {written} updates of 4; those of the others are lost" in caplog.text
+
+
+def test_rewind_says_nothing_where_no_row_is_lost(run, caplog):
+    append_jsonl(run.metrics, *({"update": update} for update in (1, 2, 3, 4, 5)))
+    run.rewind(4)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("row", [{}, {"update": "4"}, {"update": None}], ids=str)
+def test_rewind_names_a_log_with_a_row_of_no_update(run, row):
+    append_jsonl(run.metrics, {"update": 1}, row)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is damaged; expected the number of an update"):
+        run.rewind(4)
+
+
+def test_the_accuracy_before_is_that_before_the_first_update(run):
+    append_jsonl(run.metrics, {"update": 4, "rollout": 1, "seconds": 1.0})
+    append_jsonl(run.evaluations, {"update": 4, "accuracy": 0.75})
+    summary = run.write_summary(load_recipe(None))
+    assert (summary["accuracy_before"], summary["accuracy_after"]) == (None, 0.75)
+
+
 def test_a_new_run_folder_holds_its_recipe_and_is_recognised(tmp_path):
     recipe = load_recipe(None, ["seed=7"])
     folder = RunFolder(tmp_path / "runs" / "new")
@@ -242,7 +269,7 @@ def test_overwriting_that_is_killed_anywhere_can_be_repeated(run, monkeypatch):
     assert load_recipe(run.recipe).seed == 3
 
 
-@pytest.mark.parametrize("line", ['{"update": 2, "rol\n', "\0\n", "\xff\n"])
+@pytest.mark.parametrize("line", ['{"update": 2, "rol\n', "\0\n", "\xff\n", "5\n", "null\n", "[1]\n"])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, {"update": 1})

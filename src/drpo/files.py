@@ -121,6 +121,8 @@ def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):
                 try:
                     row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a {type(row).__name__}")
                 except ValueError as error:
                     raise UserError(f"{path}, line {number}: is damaged ({error}); expected a row of JSON") from error
                 yield row

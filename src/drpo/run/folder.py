@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 from drpo.errors import UserError
 from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, replace_text, versions, write_json
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_KEPT = 50
 """Completions written to the run folder at each evaluation."""
@@ -143,15 +146,15 @@ class RunFolder:
         Args:
             more: what the rows do not tell.
         """
-        metrics, accuracies = read_jsonl(self.metrics), [row["accuracy"] for row in read_jsonl(self.evaluations)]
+        metrics, evaluations = read_jsonl(self.metrics), read_jsonl(self.evaluations)
         last = metrics[-1]
         # Of the first update that has tokens; a resumed run may have made another.
         audited = next((row for row in metrics if "audit/logp_difference_mean" in row), None)
         summary = {
             "objective": recipe.objective.name,
             "objective_kwargs": dataclasses.asdict(recipe.objective.make()),
-            "accuracy_before": accuracies[0] if accuracies else None,
-            "accuracy_after": accuracies[-1] if accuracies else None,
+            "accuracy_before": next((row["accuracy"] for row in evaluations if row["update"] == 0), None),
+            "accuracy_after": evaluations[-1]["accuracy"] if evaluations else None,
             "rollouts": last["rollout"],
             "updates": last["update"],
             "train_seconds": round(last["seconds"], 1),
@@ -164,6 +167,17 @@ class RunFolder:
         return summary
 
     def rewind(self, update: int) -> None:
-        """Drop what was logged after an update, to continue from its checkpoint."""
+        """Drop what was logged after an update, to continue from its checkpoint; say so if rows up to it are gone.
+
+        Raises:
+            UserError: a log is damaged.
+        """
         for path in filter(Path.is_file, (self.metrics, self.rollouts, self.evaluations, self.samples)):
-            replace_jsonl(path, (row for row in iterate_jsonl(path) if row["update"] <= update))
+            try:
+                replace_jsonl(path, (row for row in iterate_jsonl(path) if row["update"] <= update))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: is damaged; expected the number of an update in each row") from error
+        # A machine that lost power may have flushed a checkpoint and not what was appended before.
+        rows = len({row["update"] for row in iterate_jsonl(self.metrics)})
+        if rows < update:
+            logger.warning("%s has rows of %d updates of %d; those of the others are lost.", self.metrics, rows, update)
