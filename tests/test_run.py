@@ -235,6 +235,18 @@ def test_creating_does_not_replace_a_run_that_began_meanwhile(run):
     assert contents(run.path) == before
 
 
+@pytest.mark.parametrize("left", [["run.partial.json"], ["run.json"], ["run.json", "recipe.partial.yaml"]], ids=str)
+def test_a_folder_whose_making_was_killed_can_be_overwritten(tmp_path, left):
+    for name in ("run.lock", *left):
+        (tmp_path / name).touch()
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match="already exists; choose another, or give --resume or --overwrite"):
+        folder.check_free(overwrite=False)
+    folder.check_free(overwrite=True)
+    folder.create(load_recipe(None, ["seed=3"]), overwrite=True)
+    assert load_recipe(folder.recipe).seed == 3
+
+
 def test_overwriting_that_is_killed_anywhere_can_be_repeated(run, monkeypatch):
     add_checkpoint(run, "checkpoint-4")
     append_jsonl(run.metrics, {"update": 1})

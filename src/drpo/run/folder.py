@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 SAMPLES_KEPT = 50
 """Completions written to the run folder at each evaluation."""
 
+_FIRST_FILES = {"run.lock", "run.partial.json", "run.json", "recipe.partial.yaml"}
+"""Of a folder that is being made; a kill leaves some of them."""
+
 
 class RunFolder:
     """A folder that holds one run.
@@ -82,7 +85,7 @@ class RunFolder:
             return
         if not overwrite:
             raise UserError(f"--output {self}: already exists; choose another, or give --resume or --overwrite")
-        if not self.is_run:
+        if not self.is_run and not {child.name for child in self.path.iterdir()} <= _FIRST_FILES:
             raise UserError(
                 f"--output {self}: is not a run folder (it has no run.json); --overwrite replaces only runs"
             )
