@@ -336,6 +336,14 @@ class TestWriting:
         assert len(checkpoints_in(run)) == limit
         verify(run / "checkpoint-10")
 
+    def test_of_an_optimizer_with_a_state_of_its_own_kind_is_refused(self, tmp_path: Path, problems: Dataset) -> None:
+        pytest.importorskip("torchao")
+        with pytest.raises(
+            TrainingStoppedError, match=r"state\['optimizer'\].* is a OptimState8bit, which a checkpoint"
+        ):
+            make(tmp_path, problems, optim="adamw_torch_8bit").train()
+        assert checkpoints_in(tmp_path) == []
+
     def test_of_a_run_is_newer_than_one_of_a_run_before_in_its_folder(self, run: Path, problems: Dataset) -> None:
         with pytest.raises(TrainingInterruptedError):
             make(run, problems, save_steps=2, callbacks=[Signals(signal.SIGTERM, 5)]).train()

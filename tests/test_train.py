@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -64,6 +66,35 @@ def test_every_objective_makes_four_updates_a_rollout_and_reports_its_weights(
     assert f'"name":"{objective}"' in page
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(run / "model").lm_head.weight).all()
     assert AutoTokenizer.from_pretrained(run / "model").decode([1]) == "<eos>"
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        ("drpo.files.flush", "run.json"),
+        ("drpo.files._line", "evaluations.jsonl"),
+        ("drpo.trainer.trainer.DRPOTrainer.save_model", "model"),
+    ],
+)
+def test_a_full_disk_ends_training_with_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    function: str,
+    named: str,
+) -> None:
+    def fail(*arguments: Any, **_: Any) -> None:
+        if "checkpoint-" not in str(arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    few = {**SMALL, "rollouts": 1, "heldout_problems": 2, "checkpoint_every": 1}
+    monkeypatch.setattr(function, fail)
+    monkeypatch.setattr(sys, "argv", ["drpo", "train", "--output", str(tmp_path / "run"), *sets(**few)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: {tmp_path / 'run' / named}: cannot be written (No space left on device)"
 
 
 def test_a_correction_and_an_anchor_train_and_are_reported(tmp_path: Path, drpo: Any) -> None:

@@ -58,3 +58,7 @@ class TrainingInterruptedError(SystemExit):
 
 class RewardError(UserError, TrainingStoppedError):
     """A reward function failed: it raised, took too long, or returned something else than scores. The message names it."""
+
+
+class WriteError(UserError, TrainingStoppedError):
+    """A file cannot be written, as on a full disk. The message names it."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from drpo.errors import UserError
+from drpo.errors import UserError, WriteError
 
 _PACKAGES = (
     "drpo",
@@ -57,8 +58,21 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(_clean(row), allow_nan=False) + "\n"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within this context a file, or what is in a folder, is written.
+
+    Raises:
+        WriteError: it cannot be.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.writelines(map(_line, rows))
 
 
@@ -149,7 +163,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    with _beside(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with writing(path), _beside(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
 
 

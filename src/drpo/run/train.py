@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from drpo.data.problems import Problem
 from drpo.errors import UserError
-from drpo.files import append_jsonl, read_jsonl
+from drpo.files import append_jsonl, read_jsonl, writing
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries
 from drpo.run.folder import SAMPLES_KEPT, RunFolder
@@ -96,14 +96,15 @@ def _run(
         if not resume:
             writer.evaluate(update=0)
         trainer.train(resume_from_checkpoint=resume)
-    if recipe.lora is None:
-        trainer.save_model(str(folder.model))
-    if not is_main:
-        return {}
-    if recipe.lora is not None:
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
-    tokenizer: Any = trainer.processing_class
-    tokenizer.save_pretrained(folder.model)
+    with writing(folder.model):
+        if recipe.lora is None:
+            trainer.save_model(str(folder.model))
+        if not is_main:
+            return {}
+        if recipe.lora is not None:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder.model)
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(folder.model)
     return folder.write_summary(recipe)
 
 

@@ -178,7 +178,7 @@ class CheckpointedTrainer(GRPOTrainer):
             if self.args.should_save:
                 self._finish_checkpoint(checkpoint)
             self.accelerator.wait_for_everyone()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError) as error:
             remove_unfinished(folder)
             raise TrainingStoppedError(f"{checkpoint} cannot be written ({error}); {self._last_saved()}") from error
         finally:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drpo.errors import TrainingStoppedError
+from drpo.files import writing
 from drpo.trainer.batch import RolloutBatch
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.scoring import Scored
@@ -70,7 +71,6 @@ class UpdateGuard:
         if self._in_a_row == 1:
             self._first_cause = cause
         folder = Path(str(self._args.output_dir)) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"update-{update:06d}-rank-{PartialState().process_index}.safetensors"
         # Parts of an update share some tensors, which the format does not take.
         batches = {
@@ -79,7 +79,9 @@ class UpdateGuard:
             for name, tensor in batch.items()
             if isinstance(tensor, Tensor)
         }
-        save_file(batches, file)
+        with writing(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(batches, file)
         logger.warning("Skipped %s; its batch is in %s.", cause, file)
         if self._in_a_row == self._args.max_skipped_updates:
             raise TrainingStoppedError(

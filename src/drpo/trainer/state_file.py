@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 _KEY = "state"
 _TENSOR, _ARRAY, _TUPLE, _ITEMS = "$tensor", "$array", "$tuple", "$items"
@@ -49,7 +50,8 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
 
 
 def _encode(value: Any, add: Callable[[Tensor, str], dict[str, str]], where: str) -> Any:
-    if isinstance(value, Tensor):
+    # Other tensors, such as those of quantized optimizers, are more than their numbers.
+    if type(value) in (Tensor, Parameter):
         return add(value, _TENSOR)
     if isinstance(value, np.ndarray):
         return add(torch.from_numpy(value.copy()), _ARRAY)
