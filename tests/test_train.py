@@ -14,10 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drpo import files
 from drpo.cli import main as cli
 from drpo.data.problems import MODEL_PATH
 from drpo.files import read_jsonl
 from drpo.objectives import OBJECTIVES
+from drpo.trainer.trainer import DRPOTrainer
 
 SMALL = {
     "rollouts": 4,
@@ -68,33 +70,44 @@ def test_every_objective_makes_four_updates_a_rollout_and_reports_its_weights(
     assert AutoTokenizer.from_pretrained(run / "model").decode([1]) == "<eos>"
 
 
+def fill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: str) -> None:
+    """Have a function fail as on a full disk where its arguments name this path."""
+    function = getattr(owner, name)
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        if path in str(arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, fail)
+
+
 @pytest.mark.parametrize(
-    ("function", "named"),
+    ("owner", "name", "path"),
     [
-        ("drpo.files.flush", "run.json"),
-        ("drpo.files._line", "evaluations.jsonl"),
-        ("drpo.trainer.trainer.DRPOTrainer.save_model", "model"),
+        (files, "flush", "run.partial.json"),
+        (Path, "open", "evaluations.jsonl"),
+        (Path, "open", "metrics.jsonl"),
+        (DRPOTrainer, "save_model", "run/model"),
+        (files, "flush", "summary.partial.json"),
     ],
 )
 def test_a_full_disk_ends_training_with_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    function: str,
-    named: str,
+    owner: Any,
+    name: str,
+    path: str,
 ) -> None:
-    def fail(*arguments: Any, **_: Any) -> None:
-        if "checkpoint-" not in str(arguments):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    few = {**SMALL, "rollouts": 1, "heldout_problems": 2, "checkpoint_every": 1}
-    monkeypatch.setattr(function, fail)
+    fill(monkeypatch, owner, name, path)
+    few = {**SMALL, "rollouts": 1, "heldout_problems": 2}
     monkeypatch.setattr(sys, "argv", ["drpo", "train", "--output", str(tmp_path / "run"), *sets(**few)])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: {tmp_path / 'run' / named}: cannot be written (No space left on device)"
+    file = tmp_path / "run" / Path(path.replace(".partial", "")).name
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {file}: cannot be written (No space left on device)"
 
 
 def test_a_correction_and_an_anchor_train_and_are_reported(tmp_path: Path, drpo: Any) -> None:
