@@ -47,7 +47,7 @@ def test_scores_and_gradient_are_those_of_the_plain_path(tmp_path: Path, problem
     for fused in (True, False):
         trainer = make_trainer(tmp_path, problems, objective=objective, temperature=0.8, fused_loss=fused)
         trainer._micro_batches.begin_update([inputs])
-        scored = trainer._score(trainer.model, inputs, counted / 17)
+        scored = trainer._scorer(trainer.model, inputs, counted / 17, trainer._micro_batches.longest)
         scored.loss.backward()
         tokens = (scored.sampled.logp, scored.gradient_weight, scored.entropy)
         tokens = [t.squeeze(0) if fused else t[counted] for t in tokens]
