@@ -20,6 +20,7 @@ from drpo.inspect.analyze import Inspection, analyse
 from drpo.inspect.figures import distances
 from drpo.inspect.page import render
 from drpo.inspect.read import read_rollouts
+from drpo.inspect.region import DELTAS
 from drpo.objectives import OBJECTIVES, make_objective
 from support.browser import BROWSER, opened
 from test_cli import drpo, here, refusal  # noqa: F401
@@ -87,6 +88,69 @@ def test_an_objective_anchored_on_the_old_policy_takes_its_ratio_against_it(tmp_
     found = inspected(write(tmp_path / "rollouts.jsonl", [row]))
     assert found.what_if["ppo"].effects["unchanged"] == 1
     assert found.measured["ratio/mean"] == pytest.approx(2, rel=1e-5)
+
+
+# A completion of one phrase between tags whose probability rose by 0.15, and of words that moved by 0.02.
+TAGGED = {
+    "logp": log(0.65, 0.42, 0.32, 0.55),
+    "behavior_logp": log(0.5, 0.4, 0.3, 0.4),
+    "text": ["<answer>", "so", "4", "</answer>"],
+}
+
+
+def test_the_region_says_which_texts_each_delta_hits(tmp_path: Path) -> None:
+    rows = [{**TAGGED, "advantage": 1.0}] * 3 + [{**TAGGED, "advantage": -1.0}, {**TAGGED, "advantage": 0.0}]
+    rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", rows), {}, "mean")
+    region = analyse("", rollouts, {"ipo": make_objective("ipo", delta=0.1)}, 0.1, "ipo").region
+    by_delta = {hits.delta: hits for hits in region.deltas}
+    assert set(by_delta) == set(DELTAS)
+    # Of the 16 tokens with A ≠ 0, half are tags; with ipo both signs are masked.
+    assert by_delta[0.1] == region.hits
+    assert (region.hits.all.tokens, region.hits.all.outside) == (16, 0.5)
+    assert [(text.label, text.tokens, text.outside) for text in region.hits.texts] == [
+        ("<answer>", 4, 1.0),
+        ("</answer>", 4, 1.0),
+    ]
+    assert by_delta[0.2].all.outside == 0
+    assert by_delta[0.01].all.outside == 1
+    assert [(g.label, g.tokens, g.outside) for g in region.hits.by["probability of the token"]] == [
+        ("μ 0.1 to 0.5", 16, 0.5)
+    ]
+    assert [(g.label, g.tokens) for g in region.hits.by["sign of the advantage"]] == [("A > 0", 12), ("A < 0", 4)]
+    assert [completion.title for completion in region.completions[:1]] == ["Row 1, advantage 1"]
+
+
+def test_strength_by_delta_is_what_the_regulariser_takes_from_the_policy_gradient(tmp_path: Path) -> None:
+    rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", [{**TAGGED, "advantage": 1.0}]), {}, "mean")
+    hits = analyse("", rollouts, {"drpo": make_objective("drpo", delta=0.3)}, 0.1).region.hits
+    ratios, weights = (1.3, 1.05, 0.32 / 0.3, 1.375), (1 - 0.15 / 0.3, 1 - 0.02 / 0.3, 1 - 0.02 / 0.3, 1 - 0.15 / 0.3)
+    expected = sum(r * (1 - w) for r, w in zip(ratios, weights, strict=True)) / sum(ratios)
+    assert hits.strength == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels"),
+    [
+        ({"text": ["a", "b", "c"]}, {"a", "c"}),
+        ({"tokens": [7, 8, 9]}, {"⟨7⟩", "⟨9⟩"}),
+        ({"tokens": [7, 8, 9], "text": ["a", "b", "c"]}, {"a", "c"}),
+        ({}, set()),
+    ],
+)
+def test_a_token_is_called_by_its_text_or_its_id(tmp_path: Path, columns: dict[str, Any], labels: set[str]) -> None:
+    row = {"logp": log(0.9, 0.5, 0.9), "behavior_logp": log(0.5, 0.5, 0.5), "mask": [1, 0, 1], "advantage": 1.0}
+    rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", [{**row, **columns}]), {}, "mean")
+    region = analyse("", rollouts, {"drpo": make_objective("drpo", delta=0.2)}, 0.1).region
+    assert {text.label for text in region.hits.texts} == labels
+    assert len(region.completions) == bool(labels)
+
+
+def test_choose_delta_prints_the_texts_outside_at_each_delta(here: Path, drpo: Any) -> None:  # noqa: F811
+    write(here / "rollouts.jsonl", [{**TAGGED, "advantage": 1.0}])
+    printed = drpo("inspect", "rollouts.jsonl", "--choose-delta", "--objective", "ipo").stdout
+    row = next(line for line in printed.splitlines() if line.split()[:1] == ["0.1"])
+    assert row.split()[1] == "0.5"
+    assert "'<answer>' 1 of 1" in row
 
 
 HOSTS: dict[str, dict[str, Any]] = {
@@ -336,6 +400,9 @@ MISTAKES: list[tuple[Any, str]] = [
     ({**ROWS[0], "advantage": [1.0, -1e300, 1.0]}, "row 1: advantage is -1e+300 at token 1; expected a number of at"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1e300, "group": 1}, "row 1: reward is 1e+300; expected a"),
     ({"logp": [-1.0], "behavior_logp": [-1.0], "reward": 1, "group": None}, "row 1: group is null; expected what the"),
+    ({**ROWS[1], "text": "four"}, "row 1: text is 'four'; expected a list with one text or token id for each log-prob"),
+    ({**ROWS[0], "text": ["a", "b"]}, "row 1: text has 2 tokens; expected 3, one for each log-prob"),
+    ({**ROWS[1], "length": 1, "tokens": [7, 8]}, "row 1: tokens has 2 tokens; expected 1, one for each log-prob"),
 ]
 
 
@@ -360,6 +427,9 @@ def test_a_row_that_cannot_be_used_is_one_line(here: Path, refusal: Any, row: An
         (["rollouts.jsonl", "--column", "logp"], "--column logp: expected FIELD=NAME"),
         (["rollouts.jsonl", "--advantage", "median"], "unknown advantage 'median'"),
         (["rollouts.jsonl", "--set", "drpo.delat=1"], "unknown hyperparameter 'delat'"),
+        (["rollouts.jsonl", "--objective", "dpro"], "--objective: unknown objective 'dpro'; did you mean 'drpo'?"),
+        (["rollouts.jsonl", "--choose-delta", "--objective", "ppo"], "--choose-delta: ppo has no delta; expected --objective"),
+        (["rollouts.jsonl", "--objective", "icepop"], "icepop cannot be computed: it weighs tokens by π_old/μ"),
         (["rollouts.jsonl", "--output", "page.pdf"], "--output page.pdf: expected a name that ends in .html"),
         (["rollouts.jsonl", "--json", "page.txt"], "--json page.txt: expected a name that ends in .json"),
         (["rollouts.jsonl", "--json", "folder.json"], "--json folder.json: cannot be written (it is a folder)"),
@@ -493,9 +563,10 @@ def test_a_million_tokens_take_less_than_half_a_minute_and_two_gigabytes(
         columns = {"logp": logp, "behavior_logp": behavior_logp, "old_logp": old_logp}
         as_sampled = {name: values.astype(np.float32).tolist() for name, values in columns.items()}
         rows.append({**as_sampled, "advantage": rng.normal(), "step": row * steps // sequences})
+        rows[-1]["text"] = [f"word {number}" for number in rng.integers(0, 50_000, tokens)]
     path = write(tmp_path / f"rollouts.{ending}", rows)
     # A process of its own, so that its peak is its own.
-    run = f"import resource, sys; from drpo.cli import main as cli; sys.argv = ['drpo', 'inspect', {str(path)!r}]; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    run = f"import resource, sys; from drpo.cli import main as cli; sys.argv = ['drpo', 'inspect', {str(path)!r}, '--choose-delta']; cli.app(standalone_mode=False); print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     result = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
     seconds, kilobytes = map(float, result.stdout.splitlines()[-1].split())
     assert seconds < 30

@@ -7,12 +7,15 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from drpo.files import read_jsonl
+from drpo.metrics.effects import KINDS, kinds
 from drpo.report import write_report
-from drpo.report.tokens import changed_most, effect_of, marked_completion
+from drpo.report.tokens import WeighedCompletion, read_trained_tokens
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import load_recipe
 from drpo.run.train import train
@@ -57,34 +60,51 @@ def test_a_completion_reaches_the_run_folder_and_its_changed_tokens_the_report(t
     marks = Marks()
     marks.feed(folder.report.read_text(encoding="utf-8"))
     shown = [
-        (effect_of(w), text)
-        for row in changed_most(rows)
-        for w, text in zip(row["weight"], row["text"], strict=True)
-        if effect_of(w)
+        (effect, text)
+        for completion in read_trained_tokens(rows).completions
+        for weight, text in zip(completion.weight, completion.text, strict=True)
+        if (effect := effect_of(weight))
     ]
     assert marks.tokens == shown != []
 
 
+def effect_of(weight: float) -> str | None:
+    kind = int(kinds(torch.tensor(weight)))
+    return KINDS[kind] if kind else None
+
+
+def weighed(advantage: float, texts: str, *weights: float) -> dict[str, Any]:
+    """A row of rollouts.jsonl, a letter a token."""
+    numbers = {"logp": [-1.0] * len(weights), "behavior_logp": [-1.0] * len(weights)}
+    row = {"rollout": 1, "reward": 1.0, "prompt": "", "advantage": advantage}
+    return {**row, **numbers, "text": list(texts), "weight": list(weights)}
+
+
 def test_the_farthest_weights_come_first_and_unsteered_sequences_never() -> None:
     rows = [
-        {"advantage": 1.0, "weight": [1.0, 0.5]},
-        {"advantage": 0.0, "weight": [-9.0]},
-        {"advantage": -1.0, "weight": [1.0, -2.0]},
-        {"advantage": 1.0, "weight": [1.0]},
+        weighed(1.0, "ab", 1.0, 0.5),
+        weighed(0.0, "c", -9.0),
+        weighed(-1.0, "de", 1.0, -2.0),
+        weighed(1.0, "f", 1.0),
     ]
-    assert changed_most(rows) == [rows[2], rows[0]]
+    assert [completion.text for completion in read_trained_tokens(rows).completions] == [["d", "e"], ["a", "b"]]
 
 
-@pytest.mark.parametrize(
-    ("weight", "effect"), [(1.0005, None), (0.5, "attenuated"), (0.0, "zeroed"), (-0.1, "reversed"), (1.2, "amplified")]
-)
-def test_an_effect_has_the_name_that_metrics_give_it(weight: float, effect: str | None) -> None:
-    assert effect_of(weight) == effect
+def test_texts_are_in_the_order_of_how_often_they_are_outside_and_then_of_how_often_they_are_changed() -> None:
+    rows = [weighed(1.0, "aabbbcd", 0.5, 0.5, 0.0, -1.0, 1.0, 0.0, 1.0), weighed(0.0, "ddd", 0.0, 0.0, 0.0)]
+    texts = read_trained_tokens(rows).texts
+    # Of b one is zeroed and one reversed; of c one is zeroed; both a are attenuated; d counts only where nothing changes it.
+    assert [(text.label, text.tokens, text.outside) for text in texts] == [
+        ("b", 3, pytest.approx(2 / 3)),
+        ("c", 1, 1.0),
+        ("a", 2, 0.0),
+    ]
+    assert texts[2].shares["attenuated"] == 1.0
 
 
 def test_nothing_of_a_completion_is_markup() -> None:
     payload = "<img src=x onerror=alert(1)>\"'</mark></pre><script>"
-    row = {"rollout": 1, "reward": 1.0, "advantage": 1.0, "prompt": payload, "text": [payload, payload]}
-    html = marked_completion({**row, "weight": [1.0, 0.0], "logp": [-1.0, -1.0], "behavior_logp": [-1.0, -2.0]})
+    completion = WeighedCompletion(payload, payload, [payload, payload], [1.0, 0.0], [-1.0, -1.0], [-1.0, -2.0])
+    html = completion.to_html()
     assert set(re.findall(r"<(\w+)", html)) == {"p", "pre", "mark"}
-    assert unescape(html).count(payload) == 3
+    assert unescape(html).count(payload) == 4

@@ -30,6 +30,12 @@ def inspect(
     advantage: Annotated[
         str, typer.Option(help="How rewards become advantages where there are none: mean, mean-std or leave-one-out.")
     ] = "mean",
+    objective: Annotated[
+        str, typer.Option(help="The objective whose region is looked at by token text, position, sign of A and μ.")
+    ] = "drpo",
+    choose_delta: Annotated[
+        bool, typer.Option("--choose-delta", help="Print what that objective would hit at each of several δ.")
+    ] = False,
     overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="Where the page goes; by default ROLLOUTS with .html.", show_default=False)
@@ -47,15 +53,23 @@ def inspect(
 
       drpo inspect runs/demo/rollouts.jsonl
 
+      drpo inspect runs/demo/rollouts.jsonl --choose-delta --objective ipo
+
       drpo inspect dump.parquet --column logp=pi --column behavior_logp=mu --share 0.001 --json dump.json
     """
     from drpo.advantage import Advantage
+    from drpo.inspect.region import DELTA_COLUMNS, delta_rows, has_delta
     from drpo.objectives import OBJECTIVES
     from drpo.registry import unknown_name
 
     if advantage not in get_args(Advantage):
         raise UserError(f"--advantage: {unknown_name('advantage', advantage, get_args(Advantage))}")
     objectives = chosen_objectives(list(OBJECTIVES), overrides or [])
+    if objective not in objectives:
+        raise UserError(f"--objective: {unknown_name('objective', objective, objectives)}")
+    if choose_delta and not has_delta(objectives[objective]):
+        others = ", ".join(name for name in objectives if has_delta(objectives[name]))
+        raise UserError(f"--choose-delta: {objective} has no delta; expected --objective with one of {others}")
     page = output or rollouts.with_suffix(".html")
     for option, path, ending in (("--output", page, ".html"), ("--json", json, ".json")):
         if path is None:
@@ -73,13 +87,18 @@ def inspect(
             raise UserError(f"--column {column}: {field} is {chosen[field]} already; expected one column for a field")
         chosen[field] = name
 
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     from drpo.files import replacing, write_json
     from drpo.inspect.analyze import analyse
     from drpo.inspect.page import render
     from drpo.inspect.read import read_rollouts
     from drpo.report.html import write_page
 
-    found = analyse(rollouts.name, read_rollouts(rollouts, chosen, cast(Advantage, advantage)), objectives, share)
+    tokens = read_rollouts(rollouts, chosen, cast(Advantage, advantage))
+    found = analyse(rollouts.name, tokens, objectives, share, objective)
     write_page(render(found), page)
     if json is not None:
         with replacing(json, "--json") as partial:
@@ -91,6 +110,11 @@ def inspect(
         f"{found.measured['divergence/mean']:.3g}, p99 {found.measured['divergence/p99']:.3g}, "
         f"max {found.measured['divergence/max']:.3g}; {reached} {100 * share:g} % of tokens"
     )
+    if choose_delta:
+        table = Table(*DELTA_COLUMNS, box=None, title=f"What {objective} hits, by δ: shares of the tokens with A ≠ 0")
+        for row in delta_rows(found.region):
+            table.add_row(*(f"{value:.3g}" if isinstance(value, float) else escape(str(value)) for value in row))
+        Console().print(table)
     for remark in found.remarks:
         typer.echo(remark, err=True)
     typer.echo(str(page))

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drpo.errors import UserError
 from drpo.inspect.read import Rollouts
+from drpo.inspect.region import Region, RegionCounter
 from drpo.metrics import TrustRegionMetrics, effects
 from drpo.objectives import SYMBOLS, Objective, TopKObjective
-from drpo.tokens import LOG_RATIO_BOUND
+from drpo.tokens import LOG_RATIO_BOUND, TokenBatch
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
 """Shares of tokens for which δ is given beside the one asked for."""
@@ -61,6 +63,7 @@ class Inspection:
         not_computed: why the others could not.
         delta: for a share of the tokens, the δ that so many of them reach: A(r − 1) > 0 and
             |π − μ| ≥ δ; None where fewer move away at all.
+        region: what one objective's trust region hits.
         remarks: what makes the numbers doubtful, a sentence each.
     """
 
@@ -80,13 +83,16 @@ class Inspection:
     what_if: dict[str, WhatIf]
     not_computed: dict[str, str]
     delta: dict[float, float | None]
+    region: Region
     remarks: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], share: float) -> Inspection:
+def analyse(
+    file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], share: float, region_of: str = "drpo"
+) -> Inspection:
     """Measure rollouts and weigh them by objectives.
 
     Args:
@@ -94,17 +100,25 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
         rollouts: the tokens.
         objectives: by name.
         share: of tokens, for which δ is wanted.
+        region_of: the name of the objective whose region is looked at, token by token.
+
+    Raises:
+        UserError: an objective whose region the file does not say enough for.
     """
     total = TrustRegionMetrics()
     sums: dict[str, dict[str, Tensor]] = {}
     distances = []
     why_not = {name: reason for name, o in objectives.items() if (reason := _why_not(o, rollouts.old_logp is not None))}
+    if region_of in why_not:
+        raise UserError(f"{region_of} cannot be computed: {why_not[region_of]}")
+    region = RegionCounter(region_of, objectives[region_of], rollouts)
     for sequences in rollouts.batches():
-        sampled = rollouts.padded(sequences)
+        batches: dict[str, TokenBatch] = {anchor: rollouts.padded(sequences, anchor) for anchor in ("sampler", "old")}
+        sampled = batches["sampler"]
         total.update(sampled, torch.ones_like(sampled.logp))
         moves_away = sampled.mask & (sampled.advantage * sampled.excess > 0)
         distances.append(sampled.shift.abs()[moves_away])
-        batches = {"sampler": sampled, "old": sampled if rollouts.old_logp is None else sampled.against("old")}
+        region.add(sequences, batches[objectives[region_of].anchor])
         for name, objective in objectives.items():
             if name not in why_not:
                 batch = batches[objective.anchor]
@@ -112,7 +126,7 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
                 before = sums.get(name, {})
                 sums[name] = {key: before.get(key, 0) + value for key, value in found.items()}
     away = torch.cat(distances).sort(descending=True).values
-    region = total.compute()
+    measured = total.compute()
     tokens = len(rollouts.logp)
     steered = int((rollouts.advantage != 0).sum())
     return Inspection(
@@ -125,13 +139,14 @@ def analyse(file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], 
         tokens=tokens,
         steered=steered / tokens,
         away=len(away) / tokens,
-        measured=_of_policies(region.scalars),
-        divergence_histogram=region.divergence_histogram,
+        measured=_of_policies(measured.scalars),
+        divergence_histogram=measured.divergence_histogram,
         by_step=_measured_by(rollouts, rollouts.step) if "step" in rollouts.columns.names else {},
         by_age=_measured_by(rollouts, rollouts.age) if rollouts.age is not None else {},
         what_if={name: _what_if(objectives[name], sums[name], rollouts.old_logp is not None) for name in sums},
         not_computed=why_not,
         delta={part: _delta(away, part, tokens) for part in sorted({*SHARES, share})},
+        region=region.compute(),
         remarks=_remarks(rollouts),
     )
 

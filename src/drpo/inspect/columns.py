@@ -16,7 +16,8 @@ FIELDS = {
     "group": "what the completions of one prompt have in common",
     "mask": "true or 1 at the tokens that count",
     "length": "how many tokens count, the first ones",
-    "tokens": "token ids; as many tokens count as there are",
+    "tokens": "token ids; without a mask or a length, as many tokens count as there are",
+    "text": "the text of each token",
     "step": "the update that a row was trained on in",
     "age": "rollouts between the policy that sampled a row and the one it trained",
 }
@@ -99,7 +100,7 @@ class Columns:
     names: Mapping[str, str]
 
 
-_INSTEAD = {"advantage": ("reward", "group"), "mask": ("length", "tokens"), "length": ("tokens",)}
+_INSTEAD = {"advantage": ("reward", "group"), "mask": ("length",)}
 """Fields that are not read where another is there."""
 
 

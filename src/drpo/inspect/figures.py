@@ -8,6 +8,7 @@ from itertools import accumulate
 import plotly.graph_objects as go
 
 from drpo.inspect.analyze import Inspection
+from drpo.inspect.region import Region
 from drpo.metrics.effects import EFFECTS
 from drpo.metrics.histograms import DIVERGENCE_EDGES
 from drpo.report.figures import COLORS, DASHES, MU_GROUPS, SIGN_GROUPS, STATISTICS, style
@@ -57,6 +58,26 @@ def distances(measured: Mapping[int, Mapping[str, float]], x_title: str) -> go.F
             line={"color": COLORS[order], "dash": DASHES[order]},
         )
     return style(figure, x_title, "|π − μ|", log=True)
+
+
+def outside(region: Region) -> go.Figure:
+    """The share of tokens outside the region at each δ, by the sign of the advantage, and the strength of the regulariser."""
+    deltas = [hits.delta for hits in region.deltas]
+    by_sign = {
+        f"outside, {sign}": [
+            next((g.outside for groups in hits.by.values() for g in groups if g.label == sign), None)
+            for hits in region.deltas
+        ]
+        for sign in SIGN_GROUPS.values()
+    }
+    lines = by_sign | {"strength": [hits.strength for hits in region.deltas]} if deltas else {}
+    figure = go.Figure()
+    for order, (name, values) in enumerate(lines.items()):
+        figure.add_scatter(
+            x=deltas, y=values, name=name, mode="lines+markers", line={"color": COLORS[order], "dash": DASHES[order]}
+        )
+    style(figure, "δ", "share")
+    return figure.update_xaxes(type="log", tickvals=deltas).update_yaxes(rangemode="tozero")
 
 
 def what_if(inspection: Inspection) -> go.Figure:

@@ -6,7 +6,9 @@ from html import escape
 
 from drpo.inspect import figures
 from drpo.inspect.analyze import Inspection
+from drpo.inspect.region import DELTA_COLUMNS, Region, delta_rows
 from drpo.report.html import document, section, table
+from drpo.report.tokens import LEGEND, groups_table
 
 _MEASURED = {
     "divergence/mean": "|π − μ|, mean",
@@ -42,6 +44,7 @@ def render(inspection: Inspection) -> str:
             "Age", "Rollouts between the policy that sampled a token and the one that trained on it.", drawn["age"]
         ),
         _deltas(inspection),
+        _region(inspection.region),
         section(
             "What every objective would have done",
             "To these very tokens, by its gradient weight w: unchanged (w = 1), attenuated (0 < w < 1), zeroed (w = 0), reversed (w < 0) or amplified (w > 1); 0 and 1 to within 0.001.",
@@ -72,6 +75,28 @@ def _deltas(inspection: Inspection) -> str:
     ]
     note = "Of all tokens, so many have moved the way their advantage pushes and are at |π − μ| = δ or beyond: there DRPO's weight is 0 or pulls back, and DPPO masks."
     return section("δ for a share of tokens", note, table(["share", "δ"], rows))
+
+
+def _region(region: Region) -> str:
+    name = f"{region.objective}({', '.join(f'{field}={value:g}' for field, value in region.hyperparameters.items())})"
+    hits = region.hits
+    by = "".join(groups_table(title, groups) for title, groups in (*hits.by.items(), ("token", hits.texts)))
+    completions = "".join(completion.to_html() for completion in region.completions)
+    parts = (
+        section(
+            f"Which δ for {region.objective}",
+            "Outside are the tokens with A ≠ 0 that the objective zeroes or reverses (w ≤ 0). Strength: the part of the plain policy gradient that it takes away or adds.",
+            figures.outside(region),
+        ),
+        table(DELTA_COLUMNS, delta_rows(region)),
+        section(f"What {name} hits", "Shares of the tokens with A ≠ 0.", by),
+        section(
+            f"Completions that {name} changes most",
+            "Those with the weights farthest from 1.",
+            completions and LEGEND + completions,
+        ),
+    )
+    return "".join(parts)
 
 
 def _objectives(inspection: Inspection) -> str:

@@ -17,7 +17,7 @@ from drpo.data.files import converted, records
 from drpo.errors import UserError
 from drpo.inspect.columns import Columns, find_columns
 from drpo.inspect.rows import Row, checked_row
-from drpo.tokens import TokenBatch
+from drpo.tokens import Anchor, TokenBatch
 
 NO_ADVANTAGE = 1e-18
 """An advantage of this size counts as 0: what divides by one that is much smaller overflows."""
@@ -41,6 +41,8 @@ class Rollouts:
         advantage: flat, fp32.
         step: of each sequence, [N]; zeros if the file has none.
         age: of each sequence, [N]; None if the file has none.
+        texts: the texts of tokens, each once; empty if the file has none.
+        text: of each token, the place of its text among them, flat, int64.
     """
 
     columns: Columns
@@ -53,6 +55,8 @@ class Rollouts:
     advantage: Tensor
     step: Tensor
     age: Tensor | None
+    texts: list[str]
+    text: Tensor
 
     def batches(self, key: Tensor | None = None) -> Iterator[Tensor]:
         """Sequences that make a batch, by their indices: of about one length and, in its order, of one ``key``, [N]."""
@@ -71,18 +75,23 @@ class Rollouts:
         if group:
             yield torch.tensor(group)
 
-    def padded(self, sequences: Tensor) -> TokenBatch:
-        """Some sequences as [B, T], anchored on the sampler."""
+    def places(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens of some sequences are among all, [B, T], and which of these places are theirs, [B, T], bool."""
         starts, lengths = self._starts[sequences], self.lengths[sequences]
         position = torch.arange(int(lengths.max()))
         mask = position < lengths.unsqueeze(1)
-        places = torch.where(mask, starts.unsqueeze(1) + position, 0)
+        return torch.where(mask, starts.unsqueeze(1) + position, 0), mask
+
+    def padded(self, sequences: Tensor, anchor: Anchor = "sampler") -> TokenBatch:
+        """Some sequences as [B, T]; the sampler stands in for an old policy that the file does not have."""
+        places, mask = self.places(sequences)
         return TokenBatch(
             logp=self.logp[places],
             behavior_logp=self.behavior_logp[places],
             advantage=self.advantage[places],
             mask=mask,
             old_logp=None if self.old_logp is None else self.old_logp[places],
+            anchor="sampler" if self.old_logp is None else anchor,
         )
 
     @cached_property
@@ -118,6 +127,10 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
     else:
         groups = _groups(path, rows)
         advantages = _from_rewards(rows, groups, advantage).float().repeat_interleave(lengths)
+    place: dict[str, int] = {}
+    for row in rows:
+        for text in row.text or ():
+            place.setdefault(text, len(place))
     return Rollouts(
         columns=columns,
         advantage_from="advantage" if has_advantage else "reward",
@@ -129,6 +142,8 @@ def read_rollouts(path: Path, chosen: Mapping[str, str], advantage: Advantage) -
         advantage=torch.where(advantages.abs() > NO_ADVANTAGE, advantages, 0.0),
         step=torch.tensor([row.step for row in rows]),
         age=torch.tensor([row.age for row in rows]) if "age" in columns.names else None,
+        texts=list(place),
+        text=torch.tensor([place[text] for row in rows for text in row.text or ()], dtype=torch.long),
     )
 
 

@@ -29,6 +29,7 @@ class Row:
     Args:
         reward: NaN where there is none.
         step: 0 if the file has none.
+        text: of each token, or what stands for its id.
     """
 
     logp: np.ndarray
@@ -39,6 +40,7 @@ class Row:
     group: str | None
     step: int
     age: int | None
+    text: list[str] | None
 
 
 def checked_row(record: Mapping[str, Any], names: Mapping[str, str]) -> Row:
@@ -69,6 +71,7 @@ def checked_row(record: Mapping[str, Any], names: Mapping[str, str]) -> Row:
         group=read("group", _group),
         step=read("step", _whole) or 0,
         age=read("age", _whole),
+        text=read("text" if "text" in columns else "tokens", _texts, counted),
     )
 
 
@@ -131,6 +134,17 @@ def _of_tokens(name: str, value: list[Any], counted: np.ndarray) -> np.ndarray:
     usable = np.abs(values) <= LARGEST
     _refuse(name, value, counted & ~usable, f"{_NUMBERS} at every token that counts")
     return np.where(usable, values, math.nan)
+
+
+def _texts(name: str, value: Any, counted: np.ndarray) -> list[str]:
+    """Of the tokens that count; a token id stands between brackets."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {_shown(value)}; expected a list with one text or token id for each log-prob")
+    # Hosts pad log-probs further than tokens.
+    if len(value) > len(counted) or counted[len(value) :].any():
+        raise ValueError(f"{name} has {len(value):,} tokens; expected {len(counted):,}, one for each log-prob")
+    tokens = [token for token, counts in zip(value, counted[: len(value)].tolist(), strict=True) if counts]
+    return [token if isinstance(token, str) else f"⟨{token}⟩" for token in tokens]
 
 
 def _group(name: str, value: Any) -> str:

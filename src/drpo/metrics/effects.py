@@ -13,6 +13,29 @@ UNCHANGED = 1e-3
 
 SIGNS = ("positive", "negative")
 EFFECTS = ("attenuated", "zeroed", "reversed", "amplified")
+KINDS = ("unchanged", *EFFECTS)
+"""What a gradient weight may do to a token, with nothing first."""
+
+
+def kinds(weight: Tensor) -> Tensor:
+    """What each gradient weight does, int64, by its place in :data:`KINDS`."""
+    attenuated, zeroed, is_reversed, amplified = range(1, len(KINDS))
+    kind = torch.where(weight < 1, attenuated, amplified)
+    kind = torch.where(weight < 0, is_reversed, kind)
+    kind = torch.where(weight.abs() <= UNCHANGED, zeroed, kind)
+    return torch.where((weight - 1).abs() <= UNCHANGED, 0, kind)
+
+
+def counts_by_group(group: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """How many tokens of each group each kind of weight has, int64, [groups, kinds].
+
+    Args:
+        group: of each token, [N], from 0 to ``groups`` − 1.
+        weight: its gradient weight, [N].
+        groups: how many there are.
+    """
+    places = group * len(KINDS) + kinds(weight)
+    return torch.bincount(places, minlength=groups * len(KINDS)).view(groups, len(KINDS))
 
 
 def sums(batch: TokenBatch, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -21,12 +44,7 @@ def sums(batch: TokenBatch, weight: Tensor, dtype: torch.dtype) -> dict[str, Ten
     steered = counted & (batch.advantage != 0)
     # A token's share in the plain policy gradient, and what the objective takes from it or adds.
     plain = (batch.advantage.abs() * batch.ratio).masked_fill(~steered, 0.0)
-    affected = {
-        "attenuated": (weight > UNCHANGED) & (weight < 1 - UNCHANGED),
-        "zeroed": weight.abs() <= UNCHANGED,
-        "reversed": weight < -UNCHANGED,
-        "amplified": weight > 1 + UNCHANGED,
-    }
+    kind = kinds(weight)
     found = {
         "weight": weight.masked_fill(~steered, 0.0).sum(dtype=dtype),
         "plain": plain.sum(dtype=dtype),
@@ -36,8 +54,8 @@ def sums(batch: TokenBatch, weight: Tensor, dtype: torch.dtype) -> dict[str, Ten
     positive = counted & (batch.advantage > 0)
     for sign, of_sign in zip(SIGNS, (positive, steered ^ positive), strict=True):
         found[f"tokens_{sign}"] = of_sign.sum().to(dtype)
-        for effect in EFFECTS:
-            found[f"{effect}_{sign}"] = (affected[effect] & of_sign).sum().to(dtype)
+        counts = histogram(kind.flatten(), len(KINDS), of_sign, dtype)
+        found |= {f"{effect}_{sign}": count for effect, count in zip(EFFECTS, counts[1:], strict=True)}
     return found
 
 

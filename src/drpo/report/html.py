@@ -29,7 +29,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; 
 h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem }
 p { margin: .25rem 0 .5rem; max-width: 46rem } .note { color: #555 }
 table { border-collapse: collapse; width: 100%; font-size: 14px } th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre, code { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere } pre { background: #f6f6f6; padding: .8rem; }
 details { margin: .5rem 0 }
 mark { border-radius: 3px; padding: 0 1px } mark.attenuated { background: #fff3bf } mark.zeroed { background: #d0d0d0 }
@@ -82,10 +82,14 @@ def _drawn(figure: go.Figure) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of text and numbers, numbers to the right; nothing where there are no rows."""
+    """Rows of text and numbers, numbers to the right as the heading above them; nothing where there are no rows."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    is_number = [any(isinstance(row[place], (int, float)) for row in rows) for place in range(len(columns))]
+    head = "".join(
+        f"<th{' class=number' * number}>{escape(column)}</th>"
+        for column, number in zip(columns, is_number, strict=True)
+    )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

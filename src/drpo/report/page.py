@@ -12,12 +12,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from drpo.metrics.effects import EFFECTS
 from drpo.report import figures
 from drpo.report.figures import over_rollouts
 from drpo.report.html import document, section, table, write_page
 from drpo.report.read import RunData, read_run
-from drpo.report.tokens import marked_completion
+from drpo.report.tokens import LEGEND, groups_table
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import dump_recipe
 
@@ -96,7 +95,7 @@ def render(runs: Sequence[RunData]) -> str:
         _evaluations(runs),
         _origins(runs),
         *(section(title, note, draw(runs)) for title, note, draw in _FIGURES),
-        _changed_tokens(runs),
+        _trained_tokens(runs),
         _samples(runs),
         _configuration(runs),
     ]
@@ -175,14 +174,15 @@ def _origins(runs: Sequence[RunData]) -> str:
     return section("Distance by origin", note, table(columns, rows))
 
 
-def _changed_tokens(runs: Sequence[RunData]) -> str:
-    completions = [
-        f"<h3>{escape(run.name)}</h3>{''.join(map(marked_completion, run.changed))}" for run in runs if run.changed
+def _trained_tokens(runs: Sequence[RunData]) -> str:
+    parts = [
+        f"<h3>{escape(run.name)}</h3>{groups_table('token', run.trained.texts)}"
+        + "".join(completion.to_html() for completion in run.trained.completions)
+        for run in runs
+        if run.trained.texts
     ]
-    legend = ", ".join(f'<mark class="{effect}">{effect}</mark>' for effect in EFFECTS)
-    content = f"<p>{legend}</p>{''.join(completions)}" if completions else ""
-    note = "The completions with the weights farthest from 1."
-    return section("Tokens that the objective changed most", note, content)
+    note = "Of the tokens with A ≠ 0 in all rollouts, those that the objective zeroed or reversed (outside) or attenuated most often, and the completions with the weights farthest from 1."
+    return section("Tokens that the objective changed most", note, LEGEND + "".join(parts) if parts else "")
 
 
 def _samples(runs: Sequence[RunData]) -> str:

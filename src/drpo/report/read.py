@@ -11,7 +11,7 @@ from drpo.errors import UserError
 from drpo.files import iterate_jsonl, read_jsonl
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.objectives import Objective
-from drpo.report.tokens import changed_most
+from drpo.report.tokens import TrainedTokens, read_trained_tokens
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import Recipe, load_recipe
 
@@ -27,7 +27,7 @@ class RunData:
         metrics: a row an update.
         evaluations: a row a held-out evaluation.
         samples: a row a held-out completion.
-        changed: the trained completions in which the objective changed a token most, if rollouts were recorded.
+        trained: what the objective did to the tokens trained on, if rollouts were recorded.
         info: seed and versions.
         summary: empty while the run is not complete.
         measured: what ``drpo eval`` found afterwards, by the name of its folder.
@@ -38,7 +38,7 @@ class RunData:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    changed: list[dict[str, Any]]
+    trained: TrainedTokens
     info: dict[str, Any]
     summary: dict[str, Any]
     measured: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -71,7 +71,7 @@ def read_run(folder: RunFolder) -> RunData:
             metrics=_rows(folder.metrics, update=int, rollout=int, **dict.fromkeys(_BINS, list)),
             evaluations=_rows(folder.evaluations, rollout=int, accuracy=float),
             samples=_rows(folder.samples, rollout=int, prompt=str, completion=str, answer=str),
-            changed=changed_most(iterate_jsonl(folder.rollouts)),
+            trained=read_trained_tokens(iterate_jsonl(folder.rollouts)),
             info=_object(folder.info),
             summary=_object(folder.summary) if folder.summary.is_file() else {},
             measured={path.parent.name: _measured(path) for path in sorted(folder.evaluated.glob("*/evaluation.json"))},
