@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.precision import make_rollout_model, quantized, train_in_fp8
+from drpo.rollout.audit import AuditError
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, make_trainer
 
@@ -256,3 +258,77 @@ def test_a_resumed_run_is_not_audited_on_samples_of_older_weights(
     assert not any(name.startswith("audit/") for row in logged for name in row)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+class Watched(DRPOTrainer):
+    """Keeps what the audit of its sampler's weights measured at each rollout."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.measured: list[dict[str, float]] = []
+        audit = self._weights_audit
+        see = audit.see
+        audit.see = lambda batch: self.measured.append(see(batch)) or self.measured[-1]  # type: ignore[method-assign]
+
+
+def frozen_sampler(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+    """A rollout_func whose model never gets the trainer's weights; any tokens will do."""
+    model, tokenizer = load_model()
+    completion_ids, logprobs = [], []
+    for copy_number, prompt in enumerate(prompts):
+        ids = tokenizer(prompt)["input_ids"]
+        made = [random.Random(f"{prompt}{copy_number}{place}").randrange(len(tokenizer)) for place in range(4)]
+        with torch.no_grad():
+            scores = model(torch.tensor([ids + made])).logits.log_softmax(-1)[0, len(ids) - 1 : -1]
+        completion_ids.append(made)
+        logprobs.append(scores.gather(1, torch.tensor(made).unsqueeze(1)).squeeze(1).tolist())
+    return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completion_ids, "logprobs": logprobs}
+
+
+def parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+STALE = {"learning_rate": 3e-3, "audit_threshold": 1.0, "updates_per_rollout": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize("sampler", ["copy", "rollout_func"])
+def test_a_sampler_that_keeps_old_weights_is_named_at_the_second_rollout(
+    tmp_path: Path, problems: Dataset, sampler: str
+) -> None:
+    if sampler == "copy":
+        trainer = make_trainer(tmp_path, problems, kind=Watched, rollout_precision="bf16", **STALE)
+        behavior = trainer._rollout_sampler.behavior
+        begin_rollout, behavior.begin_rollout = behavior.begin_rollout, lambda policy: None
+        begin_rollout(trainer.model)
+    else:
+        made_up = {"rollout_func": frozen_sampler, "reward_funcs": parity}
+        trainer = make_trainer(tmp_path, problems, kind=Watched, **made_up, **STALE)
+    with pytest.raises(AuditError, match=r"the sampler did not get the new weights.*stale_sampler='warn'"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_stale_sampler_may_be_warned_of(tmp_path: Path, problems: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    made_up = {"rollout_func": frozen_sampler, "reward_funcs": parity}
+    trainer = make_trainer(tmp_path, problems, stale_sampler="warn", **made_up, **STALE)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "The sampler did not get the new weights" in caplog.text
+    with pytest.raises(ValueError, match="unknown stale_sampler 'wrn'; did you mean 'warn'"):
+        config(tmp_path, stale_sampler="wrn")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rollout_precision": "bf16"}, {"rollout_precision": "fp8"}, {"rollout_lag": 2}]
+)
+def test_a_sampler_with_the_weights_of_now_is_never_called_stale(
+    tmp_path: Path, problems: Dataset, settings: dict[str, Any]
+) -> None:
+    trainer = make_trainer(tmp_path, problems, kind=Watched, **{**STALE, "max_steps": 24}, **settings)
+    trainer.train()
+    # With a lag, only the first rollout is sampled by the weights of now.
+    rollouts = 1 if "rollout_lag" in settings else 12
+    assert len(trainer.measured) == rollouts
+    # A sampler without them would have been found.
+    assert rollouts == 1 or max(m["audit/change"] for m in trainer.measured[1:]) > 4 * trainer.measured[0]["audit/gap"]

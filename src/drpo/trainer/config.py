@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
@@ -20,6 +20,8 @@ from drpo.rewards import REWARD_TIMEOUT
 from drpo.rollout.sampling import FILTERS, NEUTRAL
 
 logger = logging.getLogger(__name__)
+
+StaleSampler = Literal["stop", "warn"]
 
 _NO_REFERENCE = "no reference model is kept; the objective keeps π near μ by itself"
 _NO_ENTROPY_BONUS = "there is no entropy bonus"
@@ -123,6 +125,8 @@ class DRPOConfig(GRPOConfig):
         audit_threshold: the mean |log π − log μ| in nats, before the first update, above which
             training stops. None takes ``EXACT_THRESHOLD`` of :mod:`drpo.rollout.audit`
             where one fp32 model samples and trains, else its ``APPROXIMATE_THRESHOLD``.
+        stale_sampler: ``stop`` or ``warn`` when a rollout turns out to be sampled from older weights than the trainer's,
+            beyond ``rollout_lag`` (:class:`drpo.trainer.auditing.WeightsAudit`).
         fused_loss: compute loss and gradient of the LM head in one pass
             (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
         drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,
@@ -168,6 +172,7 @@ class DRPOConfig(GRPOConfig):
     horizon: int | None = None
     advantage: Advantage = "mean"
     audit_threshold: float | None = None
+    stale_sampler: StaleSampler = "stop"
     fused_loss: bool = True
     drop_zero_advantage: bool = True
     share_prompts: bool = True
@@ -207,6 +212,8 @@ class DRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number > 0")
+        if self.stale_sampler not in get_args(StaleSampler):
+            raise ValueError(unknown_name("stale_sampler", str(self.stale_sampler), get_args(StaleSampler)))
         self._choose_precision()
         if self.replay_support and self.use_vllm:
             raise ValueError("replay_support=True needs the tokens that could be drawn, which vLLM does not return")

@@ -23,7 +23,7 @@ from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
 from drpo.tokens import TokenBatch
-from drpo.trainer.auditing import audited_policy
+from drpo.trainer.auditing import audit_first_update, make_weights_audit
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
@@ -131,6 +131,7 @@ class DRPOTrainer(CheckpointedTrainer):
             layout=self._scorer.layout,
         )
         self._guard = UpdateGuard(args)
+        self._weights_audit = make_weights_audit(self)
         self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
@@ -204,7 +205,10 @@ class DRPOTrainer(CheckpointedTrainer):
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
             batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
-        if is_trained_on and self.args.split_distance and sampler.behavior.age:
+        if is_trained_on and not sampler.behavior.age:
+            for name, value in self._weights_audit.see(batch).items():
+                self._metrics["train"][name].append(value)
+        elif is_trained_on and self.args.split_distance:
             with sampler.behavior.weights_of_samples(self.policy):
                 batch["sampler_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
         return output
@@ -300,7 +304,7 @@ class DRPOTrainer(CheckpointedTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(self._aux_loss).sum().item())
             self._aux_loss.zero_()
         if self._measurements.differences:
-            self._audit()
+            audit_first_update(self, self._measurements.differences)
 
     # What is measured.
 
@@ -308,19 +312,6 @@ class DRPOTrainer(CheckpointedTrainer):
         """Whether π is still what sampled: no update since, and no lag, as there is in a run that is resumed with one."""
         steps = self.args.updates_per_rollout * self.args.gradient_accumulation_steps
         return self._step % steps < self.args.gradient_accumulation_steps and not batch["age"].any()
-
-    def _audit(self) -> None:
-        """Compare sampler and trainer over the first update that has tokens."""
-        mean, maximum, tokens = self._measurements.differences.take(self.accelerator.gather)
-        if not tokens:
-            return
-        policy = audited_policy(self)
-        self.audit = policy.audit(mean, maximum, tokens, self.args.audit_threshold)
-        if self.accelerator.is_main_process:
-            print(self.audit)
-        self._metrics["train"]["audit/logp_difference_mean"].append(mean)
-        self._metrics["train"]["audit/logp_difference_max"].append(maximum)
-        self.audit.check(policy.likely_causes())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         gather = self.accelerator.gather
