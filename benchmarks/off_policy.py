@@ -43,7 +43,7 @@ CAUSES = {
     "top-p 0.9, replayed": Cause(("trainer.top_p=0.9", "trainer.replay_support=true")),
     "vLLM in fp32": Cause(vllm={"dtype": "float32"}),
     "vLLM in bf16": Cause(vllm={"dtype": "bfloat16"}),
-    "vLLM that gets no new weights": Cause(vllm={"dtype": "float32", "syncs": False}),
+    "vLLM that gets no new weights": Cause(("trainer.stale_sampler=warn",), vllm={"dtype": "float32", "syncs": False}),
 }
 """What each run changes in the built-in recipe."""
 

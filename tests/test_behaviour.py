@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.precision import make_rollout_model, quantized, train_in_fp8
 from drpo.rollout.audit import AuditError
+from drpo.trainer.auditing import CLEAR
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, make_trainer
 
@@ -260,36 +260,29 @@ def test_a_resumed_run_is_not_audited_on_samples_of_older_weights(
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
-class Watched(DRPOTrainer):
-    """Keeps what the audit of its sampler's weights measured at each rollout."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.measured: list[dict[str, float]] = []
-        audit = self._weights_audit
-        see = audit.see
-        audit.see = lambda batch: self.measured.append(see(batch)) or self.measured[-1]  # type: ignore[method-assign]
-
-
 def frozen_sampler(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
-    """A rollout_func whose model never gets the trainer's weights; any tokens will do."""
+    """A rollout_func whose model never gets the trainer's weights."""
     model, tokenizer = load_model()
-    completion_ids, logprobs = [], []
-    for copy_number, prompt in enumerate(prompts):
-        ids = tokenizer(prompt)["input_ids"]
-        made = [random.Random(f"{prompt}{copy_number}{place}").randrange(len(tokenizer)) for place in range(4)]
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    completion_ids: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for prompt in prompt_ids:
+        ids = torch.tensor([prompt])
         with torch.no_grad():
-            scores = model(torch.tensor([ids + made])).logits.log_softmax(-1)[0, len(ids) - 1 : -1]
-        completion_ids.append(made)
-        logprobs.append(scores.gather(1, torch.tensor(made).unsqueeze(1)).squeeze(1).tolist())
-    return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completion_ids, "logprobs": logprobs}
+            for _ in range(6):
+                drawn = model(ids).logits[:, -1].softmax(-1).multinomial(1)
+                ids = torch.cat([ids, drawn], dim=1)
+            scores = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        completion_ids.append(ids[0, len(prompt) :].tolist())
+        logprobs.append(scores.gather(1, ids[0, len(prompt) :, None]).squeeze(1).tolist())
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
 
 def parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-STALE = {"learning_rate": 3e-3, "audit_threshold": 1.0, "updates_per_rollout": 2, "max_steps": 4}
+STALE = {"learning_rate": 1e-3, "audit_threshold": 1.0, "per_device_train_batch_size": 32, "max_steps": 4}
 
 
 @pytest.mark.parametrize("sampler", ["copy", "rollout_func"])
@@ -297,13 +290,13 @@ def test_a_sampler_that_keeps_old_weights_is_named_at_the_second_rollout(
     tmp_path: Path, problems: Dataset, sampler: str
 ) -> None:
     if sampler == "copy":
-        trainer = make_trainer(tmp_path, problems, kind=Watched, rollout_precision="bf16", **STALE)
+        trainer = make_trainer(tmp_path, problems, rollout_precision="bf16", **STALE)
         behavior = trainer._rollout_sampler.behavior
         begin_rollout, behavior.begin_rollout = behavior.begin_rollout, lambda policy: None
         begin_rollout(trainer.model)
     else:
         made_up = {"rollout_func": frozen_sampler, "reward_funcs": parity}
-        trainer = make_trainer(tmp_path, problems, kind=Watched, **made_up, **STALE)
+        trainer = make_trainer(tmp_path, problems, **made_up, **STALE)
     with pytest.raises(AuditError, match=r"the sampler did not get the new weights.*stale_sampler='warn'"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -325,10 +318,12 @@ def test_a_stale_sampler_may_be_warned_of(tmp_path: Path, problems: Dataset, cap
 def test_a_sampler_with_the_weights_of_now_is_never_called_stale(
     tmp_path: Path, problems: Dataset, settings: dict[str, Any]
 ) -> None:
-    trainer = make_trainer(tmp_path, problems, kind=Watched, **{**STALE, "max_steps": 24}, **settings)
+    trainer = make_trainer(tmp_path, problems, reward_funcs=parity, **{**STALE, "max_steps": 24}, **settings)
     trainer.train()
+    gaps, changes = (
+        [row[name] for row in trainer.state.log_history if name in row] for name in ("audit/gap", "audit/change")
+    )
     # With a lag, only the first rollout is sampled by the weights of now.
-    rollouts = 1 if "rollout_lag" in settings else 12
-    assert len(trainer.measured) == rollouts
+    assert (len(gaps), len(changes)) == ((1, 0) if "rollout_lag" in settings else (12, 11))
     # A sampler without them would have been found.
-    assert rollouts == 1 or max(m["audit/change"] for m in trainer.measured[1:]) > 4 * trainer.measured[0]["audit/gap"]
+    assert "rollout_lag" in settings or max(changes) > CLEAR * gaps[0]

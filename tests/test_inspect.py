@@ -49,7 +49,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def inspected(path: Path, share: float = 0.25, **chosen: str) -> Inspection:
     objectives = {name: make_objective(name) for name in OBJECTIVES} | {"drpo": make_objective("drpo", delta=0.2)}
-    return analyse(path.name, read_rollouts(path, chosen, "mean"), objectives, share)
+    return analyse(path.name, read_rollouts(path, chosen, "mean"), objectives, share, "drpo")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -122,7 +122,7 @@ def test_the_region_says_which_texts_each_delta_hits(tmp_path: Path) -> None:
 
 def test_strength_by_delta_is_what_the_regulariser_takes_from_the_policy_gradient(tmp_path: Path) -> None:
     rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", [{**TAGGED, "advantage": 1.0}]), {}, "mean")
-    hits = analyse("", rollouts, {"drpo": make_objective("drpo", delta=0.3)}, 0.1).region.hits
+    hits = analyse("", rollouts, {"drpo": make_objective("drpo", delta=0.3)}, 0.1, "drpo").region.hits
     ratios, weights = (1.3, 1.05, 0.32 / 0.3, 1.375), (1 - 0.15 / 0.3, 1 - 0.02 / 0.3, 1 - 0.02 / 0.3, 1 - 0.15 / 0.3)
     expected = sum(r * (1 - w) for r, w in zip(ratios, weights, strict=True)) / sum(ratios)
     assert hits.strength == pytest.approx(expected, rel=1e-5)
@@ -140,14 +140,14 @@ def test_strength_by_delta_is_what_the_regulariser_takes_from_the_policy_gradien
 def test_a_token_is_called_by_its_text_or_its_id(tmp_path: Path, columns: dict[str, Any], labels: set[str]) -> None:
     row = {"logp": log(0.9, 0.5, 0.9), "behavior_logp": log(0.5, 0.5, 0.5), "mask": [1, 0, 1], "advantage": 1.0}
     rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", [{**row, **columns}]), {}, "mean")
-    region = analyse("", rollouts, {"drpo": make_objective("drpo", delta=0.2)}, 0.1).region
+    region = analyse("", rollouts, {"drpo": make_objective("drpo", delta=0.2)}, 0.1, "drpo").region
     assert {text.label for text in region.hits.texts} == labels
     assert len(region.completions) == bool(labels)
 
 
 def test_choose_delta_prints_the_texts_outside_at_each_delta(here: Path, drpo: Any) -> None:  # noqa: F811
     write(here / "rollouts.jsonl", [{**TAGGED, "advantage": 1.0}])
-    printed = drpo("inspect", "rollouts.jsonl", "--choose-delta", "--objective", "ipo").stdout
+    printed = drpo("inspect", "rollouts.jsonl", "--choose-delta", "--objective", "ipo")[1]
     row = next(line for line in printed.splitlines() if line.split()[:1] == ["0.1"])
     assert row.split()[1] == "0.5"
     assert "'<answer>' 1 of 1" in row
@@ -327,7 +327,8 @@ def test_the_rollouts_that_a_run_recorded_give_its_own_log(tmp_path: Path, drpo:
         for name, value in found.by_step[row["update"]].items():
             assert row[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
     histograms = zip(*(row["weight_histogram"] for row in logged), strict=True)
-    own = analyse("", read_rollouts(run / "rollouts.jsonl", {}, "mean"), {objective: make_objective(objective)}, 0.1)
+    recorded = read_rollouts(run / "rollouts.jsonl", {}, "mean")
+    own = analyse("", recorded, {objective: make_objective(objective)}, 0.1, objective)
     assert own.what_if[objective].weight_histogram == [sum(column) for column in histograms]
     assert sum(own.what_if[objective].weight_histogram) > 0
 
@@ -427,7 +428,7 @@ def test_a_row_that_cannot_be_used_is_one_line(here: Path, refusal: Any, row: An
         (["rollouts.jsonl", "--column", "logp"], "--column logp: expected FIELD=NAME"),
         (["rollouts.jsonl", "--advantage", "median"], "unknown advantage 'median'"),
         (["rollouts.jsonl", "--set", "drpo.delat=1"], "unknown hyperparameter 'delat'"),
-        (["rollouts.jsonl", "--objective", "dpro"], "--objective: unknown objective 'dpro'; did you mean 'drpo'?"),
+        (["rollouts.jsonl", "--objective", "dpro"], "--objective: unknown objective 'dpro'; did you mean 'dro' or 'drpo'?"),
         (["rollouts.jsonl", "--choose-delta", "--objective", "ppo"], "--choose-delta: ppo has no delta; expected --objective"),
         (["rollouts.jsonl", "--objective", "icepop"], "icepop cannot be computed: it weighs tokens by π_old/μ"),
         (["rollouts.jsonl", "--output", "page.pdf"], "--output page.pdf: expected a name that ends in .html"),
@@ -544,7 +545,7 @@ def test_a_browser_draws_the_figures(tmp_path: Path) -> None:
     page.write_text(render(inspected(write(tmp_path / "rollouts.jsonl", rows))))
     document, console = opened(page, tmp_path / "profile")
     assert console == []
-    assert document.count('class="js-plotly-plot"') + document.count(" js-plotly-plot") == 4
+    assert document.count('class="js-plotly-plot"') + document.count(" js-plotly-plot") == 5
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from datasets import Dataset
 from drpo.data.problems import builtin_problems
 from drpo.files import read_jsonl
 from drpo.report import write_report
-from drpo.rollout.audit import EXACT_THRESHOLD
+from drpo.rollout.audit import EXACT_THRESHOLD, AuditError
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import load_recipe
 from drpo.run.train import train
@@ -111,12 +111,16 @@ def test_with_weights_in_step_only_updates_move_the_policies_apart(
         assert (row["drift/divergence/mean"] > ROUNDING) == (update % 2 == 1)
 
 
-def test_weights_that_were_not_sent_show_as_a_gap_of_the_engine(tmp_path: Path, problems: Dataset) -> None:
+def test_weights_that_were_not_sent_are_named_at_the_second_rollout_or_show_as_a_gap_of_the_engine(
+    tmp_path: Path, problems: Dataset
+) -> None:
     with Engine(MODEL, syncs=False) as stale:
-        rows = logged(tmp_path, problems, stale, audit_threshold=EXACT_THRESHOLD)
+        rows = logged(tmp_path, problems, stale, audit_threshold=EXACT_THRESHOLD, stale_sampler="warn")
+        with pytest.raises(AuditError, match="the sampler did not get the new weights"):
+            logged(tmp_path, problems, stale, audit_threshold=EXACT_THRESHOLD)
     gaps = [row["engine/divergence/mean"] for row in rows[::2]]
     print(f"{gaps}")
-    # The audit passes: the weights were the same when it was made.
+    # The first audit passes: the weights were the same when it was made.
     assert gaps[0] < ROUNDING
     assert min(gaps[1:]) > 1e-3
 

@@ -91,7 +91,7 @@ class Inspection:
 
 
 def analyse(
-    file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], share: float, region_of: str = "drpo"
+    file: str, rollouts: Rollouts, objectives: Mapping[str, Objective], share: float, region_of: str
 ) -> Inspection:
     """Measure rollouts and weigh them by objectives.
 

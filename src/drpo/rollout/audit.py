@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,19 @@ class Audit:
             raise AuditError(f"{self} The ratio π/μ would be wrong from the first update on. Likely causes:{listed}")
 
 
+class Difference(NamedTuple):
+    """Between the log-probs of sampler and trainer, over tokens; all 0 where there are none."""
+
+    mean: float
+    """|log π − log μ| in nats."""
+    maximum: float
+    divergence: float
+    """|π − μ|, mean."""
+    tokens: int
+
+
 class Differences:
-    """|log π − log μ| in nats, over the micro-batches of an update."""
+    """What :class:`Difference` is of, over the micro-batches of an update."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
@@ -72,17 +83,21 @@ class Differences:
     def add(self, batch: TokenBatch) -> None:
         difference = (batch.logp.detach() - batch.behavior_logp).abs()
         largest = pad(difference.flatten(), (0, 1)).amax()
-        self._parts.append(torch.stack([difference.sum(), largest, batch.mask.sum().to(difference)]))
+        divergence = (batch.logp.detach().exp() - batch.behavior_logp.exp()).abs()
+        sums = (difference.sum(), largest, divergence.sum(), batch.mask.sum().to(difference))
+        self._parts.append(torch.stack(sums))
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def take(self, gather: Callable[[Tensor], Tensor]) -> tuple[float, float, int]:
-        """Mean, maximum and number of what was added on all ranks; forgotten here. The mean of none is 0."""
+    def take(self, gather: Callable[[Tensor], Tensor]) -> Difference:
+        """What was added on all ranks; forgotten here."""
         # Every rank sees the same numbers, so that all of them stop or none does.
-        total, largest, tokens = gather(torch.stack(self._parts)).view(-1, 3).unbind(dim=1)
+        total, largest, divergence, tokens = gather(torch.stack(self._parts)).view(-1, 4).unbind(dim=1)
         self._parts.clear()
-        return (total.sum() / tokens.sum().clamp(min=1)).item(), largest.max().item(), int(tokens.sum().item())
+        count = int(tokens.sum().item())
+        mean, divergence = (sums.sum().item() / max(1, count) for sums in (total, divergence))
+        return Difference(mean, largest.max().item(), divergence, count)
 
 
 @dataclass(frozen=True)
@@ -107,13 +122,13 @@ class AuditedPolicy:
     replays_support: bool
     is_exact: bool
 
-    def audit(self, mean: float, maximum: float, tokens: int, threshold: float | None) -> Audit:
-        """The audit of |log π − log μ|; a threshold of None is :data:`EXACT_THRESHOLD` or :data:`APPROXIMATE_THRESHOLD`."""
+    def audit(self, difference: Difference, threshold: float | None) -> Audit:
+        """The audit of a difference; a threshold of None is :data:`EXACT_THRESHOLD` or :data:`APPROXIMATE_THRESHOLD`."""
         if threshold is None:
             is_fp32 = self.precision == self.rollout_precision == "fp32"
             threshold = EXACT_THRESHOLD if self.is_exact and is_fp32 else APPROXIMATE_THRESHOLD
         mismatches = sampling_mismatches(self.temperature, self.sampling or {}, self.replays_support)
-        return Audit(mean, maximum, tokens, threshold, mismatches)
+        return Audit(difference.mean, difference.maximum, difference.tokens, threshold, mismatches)
 
     def likely_causes(self) -> list[str]:
         """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out."""

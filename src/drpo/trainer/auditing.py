@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from drpo.rollout.audit import AuditedPolicy, AuditError, Differences
+from drpo.rollout.audit import Audit, AuditedPolicy, AuditError, Difference
 from drpo.trainer.batch import RolloutBatch, loss_mask, select
 
 if TYPE_CHECKING:
@@ -18,82 +17,106 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROBES = 16
-"""Sequences of a rollout, on each rank, that the audit of its weights scores."""
+PROBES = 8
+"""Sequences of a rollout, on each rank, that the trainer scores again later."""
 
-NEGLIGIBLE = 1e-4
-"""A mean |change of log π|, in nats, for which no sampler is called stale."""
+NEGLIGIBLE = 1e-5
+"""A mean change of π for which no sampler is called stale: rounding makes less."""
 
 CLEAR = 4
 """How many times the gap between engines the change has to be, so that the two are not taken for one another."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Probe:
-    """Some sequences of a rollout, with the trainer's log-probs when it began, [B, C], and the mean |log π − log μ| then."""
+    """Sequences of a rollout, π of their tokens when it began, [B, C], and the mean |π − μ| of its first update's tokens."""
 
     batch: RolloutBatch
-    logp: Tensor
-    gap: float
+    prob: Tensor
+    gap: float | None = None
 
 
-class WeightsAudit:
-    """Whether the sampler took the weights of each update, from a few sequences of each rollout.
+class RolloutAudits:
+    """Whether the sampler has the trainer's policy: at the first update of a run, and of each rollout.
 
-    The trainer scores some sequences of the new rollout, which gives the gap |log π − log μ| under weights that
-    should be one, and once more some of the first rollout and of the last one, which gives how far its own log-probs have
-    changed since. A sampler that took the new weights keeps the gap that it had, whatever the engine or the precision
-    makes of it; for one that did not the gap is as large as the change.
+    At the first, |log π − log μ| is compared with a threshold (:class:`~drpo.rollout.audit.Audit`). A sampler that
+    keeps old weights passes that. From the second rollout on, the gap |π − μ| of the rollout's first update is compared with
+    how far the trainer's own π has moved since the first rollout and since the last one, on a few of their sequences. With
+    the new weights the gap stays what engine and precision make of it; with old ones it is as large as the change.
 
     Args:
-        log_probs: the trainer's log-probs of a batch, [B, C], 0 where no token counts. All ranks call it together.
-        gather: concatenates a tensor over ranks.
-        stops: whether a stale sampler ends training; else it is warned of at each rollout.
+        trainer: whose rollouts they are.
+
+    Attributes:
+        first: the audit of the first update that has tokens; None before.
     """
 
-    def __init__(
-        self, log_probs: Callable[[RolloutBatch], Tensor], gather: Callable[[Tensor], Tensor], stops: bool
-    ) -> None:
-        self._log_probs = log_probs
-        self._gather = gather
-        self._stops = stops
+    def __init__(self, trainer: DRPOTrainer) -> None:
+        self.first: Audit | None = None
+        self._trainer = trainer
         self._probes: list[_Probe] = []
+        self._changes: list[tuple[_Probe, float]] = []
 
-    def see(self, batch: RolloutBatch) -> dict[str, float]:
-        """Audit a rollout that was sampled by weights of now, before any update on it; returns what was measured.
+    def begin_rollout(self, batch: RolloutBatch) -> None:
+        """Measure what the updates since earlier rollouts changed, before any update on this one. All ranks call it together."""
+        self._probes = [probe for probe in self._probes if probe.gap is not None]
+        self._changes = [(probe, self._change(probe)) for probe in self._probes]
+        rows = select(batch, torch.arange(min(PROBES, len(batch["completion_ids"]))))
+        self._probes = [*self._probes[:1], _Probe(rows, self._probs(rows))]
+
+    def end_update(self, difference: Difference) -> None:
+        """Audit the first update of a rollout, before the optimizer makes it.
 
         Raises:
-            AuditError: the sampler has older weights, unless that is only to be warned of.
+            AuditError: sampler and trainer do not describe one policy.
         """
-        batch = select(batch, torch.arange(min(PROBES, len(batch["completion_ids"]))))
-        logp = self._log_probs(batch)
-        gap = self._mean_difference(batch, logp, batch["sampling_per_token_logps"])
-        if gap is None:
-            return {}
-        changes = [self._mean_difference(p.batch, self._log_probs(p.batch), p.logp) or 0.0 for p in self._probes]
-        for probe, change in zip(self._probes, changes, strict=True):
+        if not difference.tokens:
+            return
+        trainer = self._trainer
+        metrics = trainer._metrics["train"]
+        metrics["audit/gap"].append(difference.divergence)
+        if self._changes:
+            metrics["audit/change"].append(self._changes[-1][1])
+        if self.first is None:
+            policy = audited_policy(trainer)
+            self.first = policy.audit(difference, trainer.args.audit_threshold)
+            if trainer.accelerator.is_main_process:
+                print(self.first)
+            metrics["audit/logp_difference_mean"].append(difference.mean)
+            metrics["audit/logp_difference_max"].append(difference.maximum)
+            self.first.check(policy.likely_causes())
+        self._check_weights(difference.divergence)
+        self._probes[-1].gap = difference.divergence
+
+    def _check_weights(self, gap: float) -> None:
+        for probe, change in self._changes:
+            assert probe.gap is not None
             if change > max(NEGLIGIBLE, CLEAR * probe.gap) and gap > (probe.gap + change) / 2:
-                self._report(gap, probe.gap, change)
-                break
-        self._probes = [*self._probes[:1], _Probe(batch, logp, gap)]
-        return {"audit/gap": gap, **({"audit/change": changes[-1]} if changes else {})}
+                message = (
+                    f"the sampler did not get the new weights: |π − μ| is {gap:.2g} on average before any update on this "
+                    f"rollout, it was {probe.gap:.2g} on an earlier one, and the updates in between changed the trainer's "
+                    f"own π by {change:.2g}. Send the sampler the weights before each rollout"
+                )
+                if self._trainer.args.stale_sampler == "stop":
+                    raise AuditError(f"{message}; with stale_sampler='warn' training goes on")
+                logger.warning("%s.", message[0].upper() + message[1:])
+                return
 
-    def _report(self, gap: float, gap_before: float, change: float) -> None:
-        message = (
-            f"the sampler did not get the new weights: |log π − log μ| of its newest tokens is {gap:.2g} on average, it was "
-            f"{gap_before:.2g}, and the updates in between changed the trainer's own log-probs by {change:.2g}. Send the "
-            "sampler the weights before each rollout"
-        )
-        if self._stops:
-            raise AuditError(f"{message}; with stale_sampler='warn' training goes on")
-        logger.warning("%s.", message[0].upper() + message[1:])
+    def _probs(self, batch: RolloutBatch) -> Tensor:
+        trainer = self._trainer
+        # Without dropout, which would also take random numbers from those of the run.
+        trainer.model.eval()
+        try:
+            return trainer._micro_batches.log_probs(batch, trainer._score_unweighted).exp()
+        finally:
+            trainer.model.train()
 
-    def _mean_difference(self, batch: RolloutBatch, logp: Tensor, other: Tensor) -> float | None:
-        """Over the tokens of all ranks that count; None where there are none."""
-        counted = loss_mask(batch).bool()
-        difference = (logp - other).abs().masked_fill(~counted, 0.0).sum()
-        total, tokens = self._gather(torch.stack([difference, counted.sum().to(difference)])).view(-1, 2).sum(dim=0)
-        return (total / tokens).item() if tokens else None
+    def _change(self, probe: _Probe) -> float:
+        counted = loss_mask(probe.batch).bool()
+        difference = (self._probs(probe.batch) - probe.prob).abs().masked_fill(~counted, 0.0).sum()
+        sums = torch.stack([difference, counted.sum().to(difference)])
+        total, tokens = self._trainer.accelerator.gather(sums).view(-1, 2).sum(dim=0)
+        return (total / tokens.clamp(min=1)).item()
 
 
 def audited_policy(trainer: DRPOTrainer) -> AuditedPolicy:
@@ -121,35 +144,3 @@ def _sampling_settings(trainer: DRPOTrainer) -> dict[str, Any] | None:
     # What TRL leaves open, Transformers takes from the model's generation_config.json.
     inherited = trainer.policy.generation_config.to_dict()
     return inherited | {name: value for name, value in own.items() if value is not None}
-
-
-def make_weights_audit(trainer: DRPOTrainer) -> WeightsAudit:
-    """The audit of the weights that a trainer's sampler has."""
-
-    def log_probs(batch: RolloutBatch) -> Tensor:
-        # Without dropout, which would also take random numbers from those of the run.
-        trainer.model.eval()
-        try:
-            return trainer._micro_batches.log_probs(batch, trainer._score_unweighted)
-        finally:
-            trainer.model.train()
-
-    return WeightsAudit(log_probs, trainer.accelerator.gather, stops=trainer.args.stale_sampler == "stop")
-
-
-def audit_first_update(trainer: DRPOTrainer, differences: Differences) -> None:
-    """Compare sampler and trainer over the first update that has tokens, as ``trainer.audit``.
-
-    Raises:
-        AuditError: they do not describe one policy.
-    """
-    mean, maximum, tokens = differences.take(trainer.accelerator.gather)
-    if not tokens:
-        return
-    policy = audited_policy(trainer)
-    trainer.audit = audit = policy.audit(mean, maximum, tokens, trainer.args.audit_threshold)
-    if trainer.accelerator.is_main_process:
-        print(audit)
-    trainer._metrics["train"]["audit/logp_difference_mean"].append(mean)
-    trainer._metrics["train"]["audit/logp_difference_max"].append(maximum)
-    audit.check(policy.likely_causes())

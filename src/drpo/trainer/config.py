@@ -126,7 +126,7 @@ class DRPOConfig(GRPOConfig):
             training stops. None takes ``EXACT_THRESHOLD`` of :mod:`drpo.rollout.audit`
             where one fp32 model samples and trains, else its ``APPROXIMATE_THRESHOLD``.
         stale_sampler: ``stop`` or ``warn`` when a rollout turns out to be sampled from older weights than the trainer's,
-            beyond ``rollout_lag`` (:class:`drpo.trainer.auditing.WeightsAudit`).
+            beyond ``rollout_lag`` (:class:`drpo.trainer.auditing.RolloutAudits`).
         fused_loss: compute loss and gradient of the LM head in one pass
             (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
         drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,

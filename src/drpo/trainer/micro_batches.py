@@ -82,7 +82,9 @@ class MicroBatches:
             counted = loss_mask(part).bool()
             sampled = score(part)
             columns = log_probs[rows, : counted.shape[1]]
-            log_probs[rows, : counted.shape[1]] = columns.masked_scatter(counted, sampled.logp[sampled.mask])
+            log_probs[rows, : counted.shape[1]] = columns.masked_scatter(
+                counted, sampled.logp[sampled.mask].to(columns)
+            )
         return log_probs
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
 from drpo.tokens import TokenBatch
-from drpo.trainer.auditing import audit_first_update, make_weights_audit
+from drpo.trainer.auditing import RolloutAudits
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
@@ -58,7 +58,6 @@ class DRPOTrainer(CheckpointedTrainer):
     Attributes:
         objective: the objective being optimised.
         anchor: what its ratio is taken against, ``sampler`` or ``old``.
-        audit: the comparison made before the first update that has tokens; None until then.
         trust_region: what was measured over the updates last logged, on every rank, of the tokens trained on.
         token_log: where the tokens trained on are collected; None unless somebody wants them.
     """
@@ -113,7 +112,6 @@ class DRPOTrainer(CheckpointedTrainer):
             require_fp32_weights(self.policy, args.train_precision)
         self.objective = args.make_objective()
         self.anchor: Anchor = args.anchor or self.objective.anchor
-        self.audit: Audit | None = None
         self.trust_region: TrustRegion | None = None
         self.token_log: TokenLog | None = None
         self._measurements = Measurements(args.split_distance)
@@ -131,7 +129,7 @@ class DRPOTrainer(CheckpointedTrainer):
             layout=self._scorer.layout,
         )
         self._guard = UpdateGuard(args)
-        self._weights_audit = make_weights_audit(self)
+        self._audits = RolloutAudits(self)
         self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
@@ -150,6 +148,11 @@ class DRPOTrainer(CheckpointedTrainer):
         """The policy without what peft wraps around it."""
         policy = self.policy
         return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+    @property
+    def audit(self) -> Audit | None:
+        """The comparison of sampler and trainer before the first update that has tokens; None until then."""
+        return self._audits.first
 
     @property
     def precision(self) -> str:
@@ -206,8 +209,7 @@ class DRPOTrainer(CheckpointedTrainer):
         if is_trained_on and (is_old_needed or self.args.split_distance):
             batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
         if is_trained_on and not sampler.behavior.age:
-            for name, value in self._weights_audit.see(batch).items():
-                self._metrics["train"][name].append(value)
+            self._audits.begin_rollout(batch)
         elif is_trained_on and self.args.split_distance:
             with sampler.behavior.weights_of_samples(self.policy):
                 batch["sampler_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
@@ -269,7 +271,7 @@ class DRPOTrainer(CheckpointedTrainer):
             loss_mask(batch), self.args.aggregation, counts=self._micro_batches.counts, horizon=self.args.horizon
         )
         scored = self._scorer(model, batch, scale, self._micro_batches.longest)
-        audits = mode == "train" and self.audit is None and self._is_sampled_by_now(batch)
+        audits = mode == "train" and self._is_sampled_by_now(batch)
         self._measurements.add(mode, batch, scored, audits)
         if mode == "train":
             self._guard.add(batch, scored)
@@ -304,7 +306,7 @@ class DRPOTrainer(CheckpointedTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(self._aux_loss).sum().item())
             self._aux_loss.zero_()
         if self._measurements.differences:
-            audit_first_update(self, self._measurements.differences)
+            self._audits.end_update(self._measurements.differences.take(self.accelerator.gather))
 
     # What is measured.
 
