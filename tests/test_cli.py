@@ -15,12 +15,13 @@ from drpo import __version__
 from drpo.cli import main as cli
 from drpo.files import write_json
 from drpo.objectives import CORRECTIONS, OBJECTIVES
+from drpo.recipes import FOLDER
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import load_recipe
 from test_recipe import MALFORMED, NOT_RECIPES, RECIPE
 
 DRPO = str(Path(sys.executable).parent / "drpo")
-GSM8K = str(Path(__file__).parents[1] / "recipes" / "gsm8k.yaml")
+GSM8K = str(FOLDER / "gsm8k.yaml")
 
 
 def contents(path: Path) -> dict[str, bytes | None]:

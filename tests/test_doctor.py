@@ -17,9 +17,10 @@ import torch
 from drpo.cli.main import main
 from drpo.doctor import Finding, environment
 from drpo.doctor.examine import examine_recipe
+from drpo.recipes import FOLDER
 from drpo.rollout.recorder import LogProbRecorder
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = FOLDER
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -222,6 +223,9 @@ def test_of_a_shipped_recipe_only_data_model_and_engine_are_wanting(
     findings = examine_recipe(recipe, rollout=False)
     stops = {f.what.split(":")[0] for f in findings if f.verdict == "stop"}
     assert stops <= {"task.train", "task.heldout", "model", "trainer.use_vllm"}
+    # The paper's setting has the paper's δ.
+    told = "delta = 12.5" if recipe.stem == "qwen3-4b-base-dapo-math" else None
+    assert [f.what for f in findings if f.verdict == "warning" and not (told and told in f.what)] == []
 
 
 @pytest.fixture
@@ -309,7 +313,10 @@ def test_a_broken_recipe_is_a_stop_after_what_could_be_checked(doctor: Any, here
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "model", "n" * 300])
 def test_what_is_no_file_is_a_mistake_of_the_command_line(doctor: Any, name: str) -> None:
-    assert doctor(name) == (2, "", f"error: {name}: no such file\n")
+    code, out, err = doctor(name)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {name}: no such file; unknown recipe")
+    assert err.count("\n") == 1
 
 
 def test_a_recipe_and_a_configuration_of_verl_are_one_too_many(doctor: Any) -> None:

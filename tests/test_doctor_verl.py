@@ -18,8 +18,9 @@ from drpo.doctor.verl import examine_file
 from drpo.errors import UserError
 from drpo.integrations.verl import PolicyLoss
 from drpo.integrations.verl.hydra import compose_file
+from drpo.recipes import FOLDER
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "verl"
+RECIPES = FOLDER / "verl"
 SETTINGS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in ("paper", "moe"))
 OBJECTIVES = sorted(path.stem for path in (RECIPES / "objective").glob("*.yaml"))
 LOSS = "actor_rollout_ref.actor.policy_loss"

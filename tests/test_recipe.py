@@ -9,9 +9,10 @@ import pytest
 
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
+from drpo.recipes import FOLDER
 from drpo.run.recipe import BUILTIN_RECIPE, dump_recipe, load_recipe
 
-RECIPES = [BUILTIN_RECIPE, *sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))]
+RECIPES = [BUILTIN_RECIPE, *sorted(FOLDER.glob("*.yaml"))]
 
 RECIPE = """\
 model: arithmetic
@@ -373,7 +374,7 @@ def test_rewards_are_made_with_their_options_and_weights(tmp_path):
     assert load_recipe(None, ["reward.strict=true", "reward.name=math"]).make_reward().strict
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_path, monkeypatch):
     from drpo.run.build import make_config
 
@@ -388,7 +389,7 @@ def test_a_recipe_that_comes_with_the_library_is_one_that_can_be_run(path, tmp_p
 
 
 def test_the_paper_s_setting_is_the_paper_s():
-    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "qwen3-4b-base-dapo-math.yaml")
+    recipe = load_recipe(FOLDER / "qwen3-4b-base-dapo-math.yaml")
     assert (recipe.prompts_per_rollout, recipe.num_generations, recipe.updates_per_rollout) == (64, 8, 4)
     assert (recipe.learning_rate, recipe.max_completion_length, recipe.horizon) == (1e-6, 8192, 8192)
     assert (recipe.aggregation, recipe.objective.make().delta) == ("seq-mean-token-sum-norm", 12.5)

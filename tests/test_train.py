@@ -19,6 +19,7 @@ from drpo.cli import main as cli
 from drpo.data.problems import MODEL_PATH
 from drpo.files import read_jsonl
 from drpo.objectives import OBJECTIVES
+from drpo.recipes import FOLDER
 from drpo.trainer.trainer import DRPOTrainer
 
 SMALL = {
@@ -310,7 +311,7 @@ def test_gsm8k_runs_grades_and_reports_with_the_built_in_model(tmp_path: Path, d
     data = tmp_path / "gsm8k.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
-    recipe = Path(__file__).parents[1] / "recipes" / "gsm8k.yaml"
+    recipe = FOLDER / "gsm8k.yaml"
     small = {**SMALL_GSM8K, "rollouts": 1, "max_completion_length": 16}
     drpo(
         "train",
@@ -363,7 +364,7 @@ def test_a_reward_of_conversations_is_asked_alike_by_the_trainer_the_doctor_and_
 def test_updates_in_which_nothing_has_a_gradient_are_rows_without_measurements(tmp_path: Path, drpo: Any) -> None:
     data, run = tmp_path / "unanswerable.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps({"question": f"{n}+1=", "answer": "#### x"}) + "\n" for n in range(20, 40)))
-    recipe = Path(__file__).parents[1] / "recipes" / "gsm8k.yaml"
+    recipe = FOLDER / "gsm8k.yaml"
     files = {"task.train": data, "task.heldout": data, "task.template": "'{prompt}'"}
     drpo(
         "train", recipe, "--output", run, *sets(**SMALL_GSM8K, **files, max_completion_length=4, reward="exact_answer")

@@ -14,12 +14,13 @@ import pytest
 
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.files import read_jsonl
+from drpo.recipes import FOLDER
 from drpo.report.read import read_run
 from drpo.run.folder import RunFolder
 from support.verl_cpu.settings import environment, overrides
 
 pytestmark = pytest.mark.long
-RECIPE = Path(__file__).parents[1] / "src/drpo/run/arithmetic.yaml"
+RECIPE = FOLDER / "arithmetic.yaml"
 
 
 def on_the_builtin_task(folder: Path, rollouts: int) -> list[str]:

@@ -19,7 +19,11 @@ def doctor(
     recipe: RecipeArgument = None,
     verl: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG.yaml", help="A configuration of verl's trainer.", show_default=False),
+        typer.Option(
+            metavar="CONFIG.yaml",
+            help="A configuration of verl's trainer, or the name of one of drpo recipes.",
+            show_default=False,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -40,11 +44,11 @@ def doctor(
 
       drpo doctor
 
-      drpo doctor recipes/gsm8k.yaml --set task.train=gsm8k_train.jsonl --json
+      drpo doctor gsm8k --set task.train=gsm8k_train.jsonl --json
 
-      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml
+      drpo doctor --verl qwen3-4b-base
 
-      drpo doctor --verl recipes/verl/qwen3-4b-base.yaml --set objective=spo --no-workers --json
+      drpo doctor --verl qwen3-4b-base --set objective=spo --no-workers --json
     """
     if recipe is not None and verl is not None:
         raise UserError(f"{recipe} and --verl {verl}: expected one of them")

@@ -19,6 +19,7 @@ from drpo.cli.evaluate import compare, evaluate
 from drpo.cli.inspect import inspect
 from drpo.cli.lab import lab
 from drpo.cli.objectives import objectives, weights
+from drpo.cli.recipes import recipes
 from drpo.cli.train import train
 from drpo.errors import UserError
 from drpo.redact import redact
@@ -31,6 +32,7 @@ app = typer.Typer(
     help="Train language models with DRPO and its relatives, and see what the trust region did.",
 )
 app.command()(train)
+app.command()(recipes)
 app.add_typer(data, name="data")
 app.command("eval")(evaluate)
 app.command()(compare)

@@ -39,7 +39,8 @@ EngineName = Annotated[str, typer.Option("--engine", help="transformers or vllm.
 Precision = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")]
 RecipeArgument = Annotated[
-    Path | None, typer.Argument(help="A recipe in YAML; the built-in one by default.", show_default=False)
+    Path | None,
+    typer.Argument(help="A recipe in YAML, or a name of drpo recipes; arithmetic by default.", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -51,11 +51,11 @@ def train(
 
       drpo train --set objective=ppo --set seed=1 --output runs/ppo-1
 
-      drpo train recipes/gsm8k.yaml --set task.train=gsm8k_train.jsonl --set objective.delta=0.2
+      drpo train gsm8k --set task.train=gsm8k_train.jsonl --set objective.delta=0.2
 
       drpo train --resume --output runs/ppo-1
 
-      drpo train recipes/gsm8k.yaml --engine verl --verl trainer.n_gpus_per_node=8
+      drpo train gsm8k --engine verl --verl trainer.n_gpus_per_node=8
     """
     from drpo.run.folder import RunFolder
     from drpo.run.recipe import load_recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from drpo.doctor.prompt import check_chat_template, check_end, check_prompts, lo
 from drpo.doctor.recipe import check_anchor, check_objective, check_problems, check_updates
 from drpo.doctor.rollout import SET_ASIDE, check_rollout
 from drpo.errors import UserError
+from drpo.recipes import find_recipe
 from drpo.run.build import load_problems, make_config, quiet_libraries
 from drpo.run.recipe import Recipe, load_recipe
 from drpo.trainer.config import DRPOConfig
@@ -26,7 +26,7 @@ def examine_recipe(path: Path | None = None, overrides: Sequence[str] = (), *, r
     """Everything that can be said of a recipe and this machine. Nothing is written but to a passing folder.
 
     Args:
-        path: a recipe; the built-in one by default.
+        path: a recipe, or the name of one; the built-in one by default.
         overrides: ``key=value``, as of ``drpo train``.
         rollout: whether to load the weights and make a small rollout.
 
@@ -37,8 +37,8 @@ def examine_recipe(path: Path | None = None, overrides: Sequence[str] = (), *, r
     examination = _Examination()
     examination.check(check_packages)
     examination.check(check_hardware)
-    if path is not None and not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
+    if path is not None:
+        find_recipe(path)
     recipe = examination.attempt(lambda: load_recipe(path, overrides))
     if recipe is not None:
         with tempfile.TemporaryDirectory() as scratch:

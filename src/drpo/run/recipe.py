@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -25,13 +24,14 @@ from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
 from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision
+from drpo.recipes import find_recipe, recipe_paths
 from drpo.redact import find_secret
 from drpo.rewards import REWARD_TIMEOUT, REWARDS, Reward, Weighted, load_reward, make_reward
 from drpo.run.mistakes import first_mistake
 from drpo.run.options import REFUSED
 from drpo.run.yaml import dump, parse
 
-BUILTIN_RECIPE = Path(str(files("drpo.run") / "arithmetic.yaml"))
+BUILTIN_RECIPE = recipe_paths()["arithmetic"]
 
 LARGEST = 100_000
 """Bytes of a recipe. The longest here has 2,000; more is another file, which would be parsed for minutes."""
@@ -307,7 +307,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     """Read and check a recipe.
 
     Args:
-        path: a YAML file; the built-in recipe by default.
+        path: a YAML file, or the name of a recipe that comes with the package; the built-in recipe by default.
         overrides: ``key=value``, where a dotted key reaches into a mapping; they win over the file.
 
     Raises:
@@ -315,13 +315,11 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     """
     where = str(path or "the built-in recipe")
     try:
-        with (path or BUILTIN_RECIPE).open("rb") as file:
+        with (find_recipe(path) if path else BUILTIN_RECIPE).open("rb") as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise UserError(f"{where}: has more than {LARGEST:,} bytes; expected a recipe")
         text = content.decode("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from error
     document = parse(text, where)

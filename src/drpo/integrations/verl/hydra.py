@@ -13,16 +13,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from drpo.errors import UserError
+from drpo.recipes import find_recipe
 
 
 def compose_file(path: Path, overrides: Sequence[str] = ()) -> Any:
-    """The configuration in a file, with overrides.
+    """The configuration in a file, or of the recipe of that name, with overrides.
 
     Raises:
         UserError: there is none, or it does not compose.
     """
-    if not path.is_file():
-        raise UserError(f"--verl {path}: no such file")
+    path = find_recipe(path, "verl", "--verl")
     if path.suffix != ".yaml":
         raise UserError(f"--verl {path}: expected a name that ends in .yaml")
     folder = initialize_config_dir(config_dir=str(path.parent.absolute()), version_base=None)
