@@ -20,7 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from drpo.data.arithmetic import noisy_totals, sample_prompt, sample_prompts, split_of
+from drpo.data.arithmetic import noisy_totals, sample_prompt, sample_prompts
+from drpo.data.split import split_of
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 

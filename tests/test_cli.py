@@ -239,6 +239,7 @@ def test_malformed_data_is_refused(here, refusal, rows, expected):
             ["trainer.reward_weights=[1.0, 2.0]"],
             "trainer: has 'reward_weights'; expected reward: [{name: ..., weight: 1.0}, ...] at the top",
         ),
+        (["task.stop='+-'"], "task.stop: '+-' is 2 tokens of the model; expected one"),
         (["trainer.adam_beta1=5"], "trainer.adam_beta1: got 5.0; expected a number of at least 0, below 1"),
         (
             ["trainer.generation_kwargs={temperature: .nan}"],

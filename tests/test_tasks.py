@@ -14,9 +14,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from drpo.data.arithmetic import LARGEST_TERM, LARGEST_TOTAL, TERMS, sample_prompt, sample_prompts, split_of
+from drpo.data.arithmetic import LARGEST_TERM, LARGEST_TOTAL, TERMS, sample_prompt, sample_prompts
 from drpo.data.files import MalformedRowsError, read_problems
-from drpo.data.problems import BUILTIN_MODELS, MODEL_PATH, Problem, builtin_problems
+from drpo.data.problems import BUILTIN_MODELS, BUILTIN_TASKS, MODEL_PATH, Problem, builtin_problems
+from drpo.data.split import split_of
 from drpo.errors import UserError
 from drpo.rewards import exact_answer
 from drpo.run.build import load_problems
@@ -50,24 +51,42 @@ def test_a_problem_keeps_to_its_bounds():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_hash_of_the_prompt_decides_its_split(split):
-    assert {split_of(problem.prompt) for problem in builtin_problems(split, 500, 0)} == {split}
+def test_a_sum_comes_after_four_right_examples(split):
+    for problem in builtin_problems(split, 200, 0, "addition"):
+        *examples, question = problem.prompt.split("\n")
+        assert len(examples) == 4
+        for line in (*examples, question + problem.answer):
+            first, second, total = map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", line).groups())
+            assert first + second == total
+            assert 2 <= min(first, second) <= max(first, second) <= 20
 
 
-@pytest.mark.parametrize("train_seed", SEEDS)
-def test_no_held_out_problem_is_trained_on(train_seed):
-    trained = {problem.prompt for problem in builtin_problems("train", 3000, train_seed)}
-    for seed in SEEDS:
-        assert trained.isdisjoint(problem.prompt for problem in builtin_problems("heldout", 1000, seed))
+def question(problem):
+    return problem.prompt.rpartition("\n")[2]
 
 
+@pytest.mark.parametrize("task", BUILTIN_TASKS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_problems_are_distinct_and_follow_from_the_seed(split):
-    problems = builtin_problems(split, 500, 0)
+def test_a_hash_of_the_question_decides_its_split(split, task):
+    assert {split_of(question(problem)) for problem in builtin_problems(split, 500, 0, task)} == {split}
+
+
+@pytest.mark.parametrize("task", BUILTIN_TASKS)
+@pytest.mark.parametrize("train_seed", SEEDS)
+def test_no_held_out_question_is_trained_on(train_seed, task):
+    trained = {question(problem) for problem in builtin_problems("train", 3000, train_seed, task)}
+    for seed in SEEDS:
+        assert trained.isdisjoint(map(question, builtin_problems("heldout", 1000, seed, task)))
+
+
+@pytest.mark.parametrize("task", BUILTIN_TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_problems_are_distinct_and_follow_from_the_seed(split, task):
+    problems = builtin_problems(split, 500, 0, task)
     assert len({problem.prompt for problem in problems}) == 500
-    assert builtin_problems(split, 500, 0) == problems
-    assert builtin_problems(split, 200, 0) == problems[:200]
-    assert builtin_problems(split, 500, 1) != problems
+    assert builtin_problems(split, 500, 0, task) == problems
+    assert builtin_problems(split, 200, 0, task) == problems[:200]
+    assert builtin_problems(split, 500, 1, task) != problems
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,46 @@ def test_a_reward_of_conversations_is_asked_alike_by_the_trainer_the_doctor_and_
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy_before"] > 0
     drpo("eval", "./run", "--data", "arithmetic", "--problems", "8", "--reward", reward, "--out", "mine")
     assert json.loads((tmp_path / "mine" / "evaluation.json").read_text())["average"]["mean"] > 0
+
+
+def test_a_task_asks_without_the_chat_template_and_ends_at_its_stop_and_so_does_the_saved_model(
+    tmp_path: Path, drpo: Any
+) -> None:
+    shutil.copytree(MODEL_PATH, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for message in messages %}{{ 1 / 0 }}{% endfor %}")
+    run = tmp_path / "run"
+    task = {"task.chat_template": "false", "task.stop": "','"}
+    drpo("train", "--output", run, *sets(**SMALL, **task, model=tmp_path / "model", record_rollouts="true"))
+    rows = read_jsonl(run / "rollouts.jsonl")
+    # The comma is the last token, if any, and special from now on.
+    assert any(row["text"][-1] == "," for row in rows)
+    assert not any("," in row["text"][:-1] for row in rows)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (None, ",")
+    assert AutoModelForCausalLM.from_pretrained(run / "model").generation_config.eos_token_id == [
+        tokenizer.eos_token_id
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_real_model_learns_to_add(tmp_path_factory: pytest.TempPathFactory, drpo: Any, seed: int) -> None:
+    from drpo.evaluation.statistics import estimate
+
+    model = tmp_path_factory.getbasetemp() / "smollm2"
+    if not model.is_dir():
+        script = Path(__file__).parents[1] / "scripts" / "smollm2.py"
+        subprocess.run([sys.executable, script, model], check=True)
+    run = tmp_path_factory.mktemp("real") / "run"
+    drpo("train", "smollm2-addition", "--output", run, *sets(model=model, seed=seed))
+    rows = read_jsonl(run / "evaluations.jsonl")
+    rights = [round(row["accuracy"] * row["completions"]) for row in rows]
+    before, *_, after = (
+        estimate([1.0] * right + [0.0] * (row["completions"] - right)) for right, row in zip(rights, rows, strict=True)
+    )
+    assert after["mean"] - before["mean"] >= 0.3
+    assert after["low"] > before["high"]
+    shutil.rmtree(run / "checkpoints")
 
 
 def test_updates_in_which_nothing_has_a_gradient_are_rows_without_measurements(tmp_path: Path, drpo: Any) -> None:

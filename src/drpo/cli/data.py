@@ -128,12 +128,17 @@ def filter_(
 @data.command("verl")
 def for_verl(
     path: Annotated[
-        str, typer.Argument(metavar="FILE", help="A file that drpo data made, or arithmetic.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A file that drpo data made, or a built-in task: arithmetic, addition.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The .jsonl file for verl.", show_default=False)],
     template: Template = None,
-    size: Annotated[int, typer.Option("--problems", help="Of the built-in task.", min=1)] = 10_000,
-    heldout: Annotated[bool, typer.Option("--heldout", help="The built-in task's held-out problems.")] = False,
+    size: Annotated[int, typer.Option("--problems", help="Of a built-in task.", min=1)] = 10_000,
+    heldout: Annotated[bool, typer.Option("--heldout", help="A built-in task's held-out problems.")] = False,
 ) -> None:
     """Write problems as verl's trainer reads them.
 
@@ -151,7 +156,7 @@ def for_verl(
         raise UserError(f"--out {out}: expected a name that ends in .jsonl")
     check_template(template)
     if path in BUILTIN_TASKS:
-        problems = builtin_problems("heldout" if heldout else "train", size, seed=0)
+        problems = builtin_problems("heldout" if heldout else "train", size, 0, path)
     else:
         problems = read_problems(Path(path), template=template or "{prompt}")
     typer.echo(f"{write_rows(problems, out, Path(path).stem):,} problems, {out}")

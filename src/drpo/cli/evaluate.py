@@ -32,7 +32,10 @@ def evaluate(
     ],
     sources: Annotated[
         list[str],
-        typer.Option("--data", help="A .jsonl or .parquet file with prompt and answer, or arithmetic. Repeatable."),
+        typer.Option(
+            "--data",
+            help="A .jsonl or .parquet file with prompt and answer, or a built-in task: arithmetic, addition. Repeatable.",
+        ),
     ],
     samples: Samples = Settings.samples,
     out: Annotated[

@@ -6,13 +6,11 @@ operation, ``42,34,68``, and its last number is the answer.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import string
 from pathlib import Path
-from typing import Literal
 
-Split = Literal["train", "heldout"]
+from drpo.data.split import Split, draw
 
 MODEL_PATH = Path(__file__).parent / "arithmetic_model"
 """The model pretrained on this task (Qwen3 architecture, character tokenizer), made by ``scripts/pretrain_arithmetic.py``."""
@@ -55,17 +53,6 @@ def noisy_totals(totals: list[int], rng: random.Random, error_rate: float) -> li
     return written
 
 
-def split_of(prompt: str) -> Split:
-    """The split a prompt belongs to: a hash of its text decides, so no prompt can be in both."""
-    return "heldout" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
-
-
 def sample_prompts(split: Split, size: int, seed: int) -> dict[str, list[int]]:
     """Draw ``size`` distinct prompts of a split, and the running totals of each; the same for the same seed."""
-    rng = random.Random(f"{split}-{seed}")
-    totals_of: dict[str, list[int]] = {}
-    while len(totals_of) < size:
-        prompt, totals = sample_prompt(rng)
-        if split_of(prompt) == split:
-            totals_of[prompt] = totals
-    return totals_of
+    return draw(sample_prompt, split, size, f"{split}-{seed}")

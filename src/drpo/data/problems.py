@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drpo.data.arithmetic import MODEL_PATH, Split, sample_prompts
+from drpo.data import addition
+from drpo.data.arithmetic import MODEL_PATH, sample_prompts
+from drpo.data.split import Split, draw
 from drpo.errors import UserError
 
-BUILTIN_TASKS = ("arithmetic",)
 BUILTIN_MODELS: dict[str, Path] = {"arithmetic": MODEL_PATH}
 
 
@@ -69,6 +70,21 @@ def refuse_longer_prompts(problems: Sequence[Problem], tokenizer: Any, positions
             )
 
 
-def builtin_problems(split: Split, size: int, seed: int) -> list[Problem]:
-    """``size`` distinct problems of the built-in task, the same for the same seed."""
-    return [Problem(prompt, str(totals[-1])) for prompt, totals in sample_prompts(split, size, seed).items()]
+def _arithmetic(split: Split, size: int, seed: int) -> dict[str, str]:
+    return {prompt: str(totals[-1]) for prompt, totals in sample_prompts(split, size, seed).items()}
+
+
+def _addition(split: Split, size: int, seed: int) -> dict[str, str]:
+    return draw(addition.sample_prompt, split, size, f"addition-{split}-{seed}")
+
+
+BUILTIN_TASKS: dict[str, Callable[[Split, int, int], dict[str, str]]] = {
+    "arithmetic": _arithmetic,
+    "addition": _addition,
+}
+"""Tasks whose problems are made on the spot: prompts and answers, from split, number and seed."""
+
+
+def builtin_problems(split: Split, size: int, seed: int, task: str = "arithmetic") -> list[Problem]:
+    """``size`` distinct problems of a built-in task, the same for the same seed."""
+    return [Problem(prompt, answer) for prompt, answer in BUILTIN_TASKS[task](split, size, seed).items()]

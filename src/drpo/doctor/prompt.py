@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
+from drpo.run.build import apply_task
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
 
@@ -65,6 +66,7 @@ def load_prompting(recipe: Recipe, config: DRPOConfig) -> Prompting:
             f"model: cannot load {recipe.model!r}: expected {', '.join(BUILTIN_MODELS)}, a folder saved by Transformers, or "
             f"a model on the Hugging Face hub ({str(error)[:200]})"
         ) from error
+    apply_task(recipe.task, tokenizer, generation)
     eos: Any = generation.eos_token_id
     eos_ids = dict.fromkeys([tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])])
     options: Any = config.chat_template_kwargs

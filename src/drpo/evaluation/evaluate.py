@@ -39,7 +39,7 @@ def load(settings: Settings) -> list[Problem]:
     stems = Counter(Path(source).stem for source in settings.data)
     for source in settings.data:
         if source in BUILTIN_TASKS:
-            loaded = builtin_problems("heldout", settings.problems or 250, seed=0)
+            loaded = builtin_problems("heldout", settings.problems or 250, 0, source)
         else:
             loaded = read_problems(Path(source), template=settings.template or "{prompt}")
         name = Path(source).stem if stems[Path(source).stem] == 1 else source

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from drpo.data.arithmetic import MODEL_PATH, split_of
+from drpo.data.arithmetic import MODEL_PATH
+from drpo.data.split import split_of
 from drpo.files import write_json
 from drpo.lab.tasks import FILLERS, Task, TaughtTask
 from drpo.pretrained import load_pretrained

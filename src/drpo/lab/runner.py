@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from drpo.data.arithmetic import Split
+from drpo.data.split import Split
 from drpo.files import append_jsonl, iterate_jsonl, replace_jsonl, versions
 from drpo.lab.grid import SETTINGS, Run
 from drpo.lab.models import MADE, SMOLLM2, copy_smollm2, make_base_model

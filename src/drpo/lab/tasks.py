@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from string import ascii_lowercase
 
-from drpo.data.arithmetic import Split, noisy_totals, sample_prompt, split_of
+from drpo.data import addition
+from drpo.data.arithmetic import noisy_totals, sample_prompt
 from drpo.data.problems import Problem
+from drpo.data.split import Split, draw
 
 FILLERS = [
     f"<{first}{second}{third}>" for first in ascii_lowercase for second in ascii_lowercase for third in ascii_lowercase
@@ -34,11 +36,6 @@ class Exercise:
     answer: str
     steps: Sequence[int] = ()
 
-    @property
-    def question(self) -> str:
-        """The last line of the prompt; those before it are examples."""
-        return self.prompt.rpartition("\n")[2]
-
 
 class Task(ABC):
     """A family of problems.
@@ -59,13 +56,13 @@ class Task(ABC):
 
     def problems(self, split: Split, size: int, seed: int) -> list[Problem]:
         """Draw distinct problems, whose questions are of one split; the same for the same seed."""
-        rng = random.Random(f"{self.name}-{split}-{seed}")
-        problems: dict[str, Problem] = {}
-        while len(problems) < size:
+
+        def sample(rng: random.Random) -> tuple[str, str]:
             exercise = self.sample(rng)
-            if split_of(exercise.question) == split:
-                problems[exercise.prompt] = Problem(exercise.prompt, exercise.answer)
-        return list(problems.values())
+            return exercise.prompt, exercise.answer
+
+        drawn = draw(sample, split, size, f"{self.name}-{split}-{seed}")
+        return [Problem(prompt, answer) for prompt, answer in drawn.items()]
 
 
 class TaughtTask(Task):
@@ -134,16 +131,9 @@ class Addition(Task):
 
     name = "addition"
     longest = 4
-    examples = 4
-    largest = 20
 
     def sample(self, rng: random.Random) -> Exercise:
-        lines, total = [], 0
-        for _ in range(self.examples + 1):
-            first, second = rng.randint(2, self.largest), rng.randint(2, self.largest)
-            total = first + second
-            lines.append(f"{first}+{second}={total}")
-        return Exercise("\n".join(lines).removesuffix(str(total)), str(total))
+        return Exercise(*addition.sample_prompt(rng))
 
 
 def _joined(numbers: Sequence[int]) -> str:

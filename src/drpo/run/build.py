@@ -13,7 +13,6 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from drpo.data.arithmetic import Split
 from drpo.data.files import MalformedRowsError, read_problems
 from drpo.data.problems import (
     BUILTIN_MODELS,
@@ -23,11 +22,12 @@ from drpo.data.problems import (
     builtin_problems,
     refuse_longer_prompts,
 )
+from drpo.data.split import Split
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
 from drpo.run.options import build_config
-from drpo.run.recipe import Recipe
+from drpo.run.recipe import Recipe, TaskSpec
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
 
@@ -63,8 +63,8 @@ def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
         return []
     if source in BUILTIN_TASKS:
         if split == "heldout":
-            return builtin_problems(split, size, seed=0)
-        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed)
+            return builtin_problems(split, size, 0, source)
+        return builtin_problems(split, min(size, BUILTIN_TRAIN_PROBLEMS), recipe.seed, source)
     try:
         problems = read_problems(Path(source), prompt=task.prompt, answer=task.answer, template=task.template)
     except MalformedRowsError as error:
@@ -92,6 +92,7 @@ def make_trainer(
     config = make_config(recipe, scratch, processes)
     source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
     model, tokenizer = load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
+    apply_task(recipe.task, tokenizer, model.config, model.generation_config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     refuse_longer_prompts(problems, tokenizer, positions, "task.train")
     try:
@@ -118,6 +119,28 @@ def make_trainer(
         ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def apply_task(task: TaskSpec, tokenizer: Any, *configs: Any) -> None:
+    """Have a model asked, and its completions ended, as a task says; saved with both, it is asked so later too.
+
+    Args:
+        task: of a recipe.
+        tokenizer: of the model.
+        configs: of the model and its generation.
+
+    Raises:
+        UserError: an end that is no token of the model.
+    """
+    if not task.chat_template:
+        tokenizer.chat_template = None
+    if task.stop is not None:
+        ids = tokenizer(task.stop, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"task.stop: {task.stop!r} is {len(ids)} tokens of the model; expected one")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
+        for config in configs:
+            config.eos_token_id = ids[0]
 
 
 def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:

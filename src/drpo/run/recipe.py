@@ -48,10 +48,10 @@ class _Strict(BaseModel):
 
 
 class TaskSpec(_Strict):
-    """Where problems come from: ``arithmetic`` or a .jsonl or .parquet file, for training and for evaluation."""
+    """Where problems come from, a built-in task or a .jsonl or .parquet file, and how a model is asked them."""
 
     train: Text
-    """`arithmetic`, or a file of problems."""
+    """`arithmetic` or `addition`, made on the spot, or a file of problems."""
     heldout: Text | None = None
     """The same, for evaluation; none by default."""
     prompt: Text = "prompt"
@@ -60,6 +60,10 @@ class TaskSpec(_Strict):
     """The field that holds the reference answer."""
     template: Text = "{prompt}"
     """The text the model sees, with `{prompt}` where the question goes."""
+    chat_template: bool = True
+    """Whether the chat template of the model, if it has one, is put around that; if not, the model goes on with the text, and is saved without one."""
+    stop: Text | None = None
+    """What ends a completion in place of the model's own end: the text of one token, such as `"\\n"`."""
 
     @field_validator("train", "heldout")
     @classmethod

@@ -26,7 +26,7 @@ from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, changed, overrides
 from drpo.integrations.verl.problems import write_rows
 from drpo.redact import find_secret
-from drpo.run.build import load_problems
+from drpo.run.build import apply_task, load_problems
 from drpo.run.folder import SAMPLES_KEPT, RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
@@ -93,6 +93,9 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, resume:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
+    if recipe.task.stop is not None:
+        raise UserError("task.stop: verl ends completions as the model does; leave it out")
+    apply_task(recipe.task, tokenizer)
     # verl cuts what is longer, held-out prompts too.
     longest = max(len(tokenize_prompt(problem, tokenizer)) for problem in (*problems, *heldout))
     settings = overrides(
