@@ -147,3 +147,5 @@ def _print_summary(summary: dict[str, Any], report: Path) -> None:
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     accuracy = f"held-out accuracy {before:.3f} -> {after:.3f}, " if before is not None else ""
     typer.echo(f"{accuracy}{summary['rollouts']} rollouts, {summary['train_seconds']:.0f} s, {report}")
+    if summary["untrained"]:
+        typer.echo(summary["untrained"])

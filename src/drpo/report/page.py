@@ -12,6 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from drpo.metrics.untrained import describe_untrained
 from drpo.report import figures
 from drpo.report.figures import over_rollouts
 from drpo.report.html import document, section, table, write_page
@@ -112,7 +113,7 @@ def _overview(runs: Sequence[RunData]) -> str:
         settings = [rollouts, run.recipe.updates_per_rollout, seconds, run.recipe.seed]
         rows.append([run.name, _objective(run), accuracies[0], accuracies[-1], *settings])
     columns = ["run", "objective", "accuracy before", "accuracy after", "rollouts", "updates a rollout", "seconds"]
-    return table([*columns, "seed"], rows) + "".join(map(_audit, runs))
+    return table([*columns, "seed"], rows) + "".join(map(_notes, runs))
 
 
 def _objective(run: RunData) -> str:
@@ -124,15 +125,16 @@ def _objective(run: RunData) -> str:
     return " × ".join(calls) + (f", anchor: {recipe.anchor}" if recipe.anchor else "")
 
 
-def _audit(run: RunData) -> str:
-    audit = run.summary.get("audit")
-    if not audit:
-        return ""
-    note = (
-        f"{run.name}: before the first update, |log π − log μ| was "
-        f"{audit['mean']:.2g} on average and {audit['maximum']:.2g} at most."
-    )
-    return f'<p class="note">{escape(note)}</p>'
+def _notes(run: RunData) -> str:
+    """What the audit found, and whether there was anything to train on."""
+    notes = []
+    if audit := run.summary.get("audit"):
+        notes.append(
+            f"Before the first update, |log π − log μ| was {audit['mean']:.2g} on average and {audit['maximum']:.2g} at most."
+        )
+    if run.metrics and (untrained := describe_untrained(run.metrics[-1])):
+        notes.append(untrained)
+    return "".join(f'<p class="note">{escape(f"{run.name}: {note}")}</p>' for note in notes)
 
 
 def _evaluations(runs: Sequence[RunData]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from drpo.errors import UserError
 from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, replace_text, versions, write_json
+from drpo.metrics.untrained import describe_untrained
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ class RunFolder:
             "seed": recipe.seed,
             "audit": audited
             and {"mean": audited["audit/logp_difference_mean"], "maximum": audited["audit/logp_difference_max"]},
+            "untrained": describe_untrained(last),
             **more,
         }
         write_json(self.summary, summary)

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from drpo.aggregation import token_scale
 from drpo.errors import RewardError
 from drpo.metrics import TrustRegion
+from drpo.metrics.untrained import as_metrics
 from drpo.objectives import Anchor
 from drpo.precision import require_fp32_weights, train_in_fp8
 from drpo.rewards import checked_scores
@@ -28,6 +29,7 @@ from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.guard import UpdateGuard
+from drpo.trainer.idle import IdleRollouts, refuse_too_few_prompts
 from drpo.trainer.measurements import Measurements, Mode
 from drpo.trainer.micro_batches import MicroBatches
 from drpo.trainer.rollouts import (
@@ -130,7 +132,8 @@ class DRPOTrainer(CheckpointedTrainer):
         )
         self._guard = UpdateGuard(args)
         self._audits = RolloutAudits(self)
-        self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard}
+        self._idle = IdleRollouts(needs_advantage=not self.objective.acts_without_advantage)
+        self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard, "idle": self._idle}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     def _send_telemetry(self) -> None:
@@ -166,6 +169,7 @@ class DRPOTrainer(CheckpointedTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        refuse_too_few_prompts(self.train_dataset if dataset is None else dataset, self.args)
         sampler: Any = super()._get_train_sampler(dataset)
         return PromptSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
@@ -204,6 +208,9 @@ class DRPOTrainer(CheckpointedTrainer):
         rewards, advantages = rewards_and_advantages(self, self._rewards_per_func)
         own = self.accelerator.process_index * len(inputs)
         batch["rewards"], batch["advantages"] = (values[own : own + len(inputs)] for values in (rewards, advantages))
+        if is_trained_on:
+            number = self.state.global_step // self.args.updates_per_rollout + 1
+            self._idle.add(batch, rewards, number, self.accelerator.is_main_process)
         sampler.complete(batch, rollout)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
@@ -324,6 +331,7 @@ class DRPOTrainer(CheckpointedTrainer):
             metrics |= self._micro_batches.take_work()
             if self._guard.skipped:
                 metrics["updates/skipped"] = float(self._guard.skipped)
+            metrics |= as_metrics(self._idle.counts)
             if self.args.rollout_lag:
                 metrics["rollout/age"] = float(self._rollout_sampler.behavior.age)
             if (kept_mass := self._rollout_sampler.kept_mass) is not None:
