@@ -78,7 +78,7 @@ def curve(kind: str, seed: int) -> list[tuple[float, float]]:
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = make_trainer(recipe, reward, problems, folder, 1)
+        trainer: Any = make_trainer(recipe, reward, problems, [], folder, 1)
         if kind == "TRL":
             trainer = _trl(trainer, reward, folder)
         clock = Clock(

@@ -286,6 +286,77 @@ def test_a_reward_that_fails_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def model_without(here: Path, *files: str) -> Path:
+    """The built-in model, in whose files no token ends a completion, and none is there to pad with."""
+    shutil.copytree(MODEL_PATH, here / "model")
+    for name in files:
+        file = here / "model" / name
+        settings = json.loads(file.read_text())
+        missing = {field: None for field in settings if field.startswith(("eos_token", "pad_token"))}
+        file.write_text(json.dumps(settings | missing))
+    return here / "model"
+
+
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (FILES, {}, "tokenizer: neither it nor the model has an end-of-sequence token, so every completion runs to its limit"),
+        (FILES[2:], {}, "tokenizer: has neither pad_token nor eos_token, and completions of different lengths are padded"),
+        ((), {"max_completion_length": 4090}, "task.train: the prompt of problem 1, "),
+        ((), {"max_completion_length": 4090}, "which with max_completion_length 4,090 are more than the model's 4,096 positions"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_do_what_a_recipe_asks_is_one_line_and_leaves_no_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, ...],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    settings = sets(**SMALL, model=model_without(tmp_path, *files), **options)
+    monkeypatch.setattr(sys, "argv", ["drpo", "train", "--output", str(tmp_path / "run"), *settings])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2, printed
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [TypeError("full() received"), KeyboardInterrupt()])
+def test_a_run_that_ends_before_its_first_update_leaves_no_folder_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(DRPOTrainer, "_generate_and_score_completions", fail)
+    monkeypatch.setattr(sys, "argv", ["drpo", "train", "--output", str(tmp_path / "run"), *sets(**SMALL)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    if isinstance(error, KeyboardInterrupt):
+        assert "interrupted before the first update; nothing was kept" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_problems_that_are_trained_on_are_said(
+    tmp_path: Path, drpo: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(10, 20)))
+    few = {**SMALL, "rollouts": 1, "task.train": data, "task.heldout": data}
+    drpo("train", "--output", tmp_path / "run", *sets(**few))
+    assert (
+        "task.heldout: 10 of 10 prompts are in task.train too; accuracy on them says little of others." in caplog.text
+    )
+
+
 def test_a_run_in_which_no_token_counts_has_no_audit(tmp_path: Path, drpo: Any) -> None:
     run = tmp_path / "run"
     nothing = {**SMALL, "rollouts": 2, "max_completion_length": 1, "trainer.mask_truncated_completions": "true"}

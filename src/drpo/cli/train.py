@@ -87,7 +87,10 @@ def train(
         else:
             summary = _train(chosen, folder, resume, overwrite)
     except (KeyboardInterrupt, TrainingInterruptedError) as error:
-        typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
+        if folder.is_run:
+            typer.echo(f"interrupted; to go on: drpo train --resume --output {folder}", err=True)
+        else:
+            typer.echo("interrupted before the first update; nothing was kept", err=True)
         if isinstance(error, TrainingInterruptedError):
             raise
         raise typer.Exit(130) from error

@@ -48,11 +48,14 @@ def tokenize_prompt(problem: Problem, tokenizer: Any, **chat_template_kwargs: An
     ]
 
 
-def refuse_longer_prompts(problems: Sequence[Problem], tokenizer: Any, positions: int | None, field: str) -> None:
-    """Refuse a prompt that leaves a model no position for its first token; training would take hours on it, and quietly.
+def refuse_longer_prompts(
+    problems: Sequence[Problem], tokenizer: Any, positions: int | None, completion: int, field: str
+) -> None:
+    """Refuse a prompt that leaves a model less positions than a completion may take; training would go on beyond them, quietly.
 
     Args:
         positions: of the model; None for any number.
+        completion: tokens of the longest completion.
         field: where the problems are from, for messages.
 
     Raises:
@@ -60,13 +63,14 @@ def refuse_longer_prompts(problems: Sequence[Problem], tokenizer: Any, positions
     """
     for number, problem in enumerate(problems, 1):
         # A token is a byte at least: most prompts need no tokens to be short enough, whatever a chat template adds.
-        if positions is None or 2 * len(problem.prompt.encode()) < positions:
+        if positions is None or 2 * len(problem.prompt.encode()) + completion < positions:
             continue
         tokens = len(tokenize_prompt(problem, tokenizer))
-        if tokens >= positions:
+        if tokens + completion > positions:
             raise UserError(
-                f"{field}: the prompt of problem {number}, {reprlib.repr(problem.prompt)}, has {tokens:,} tokens; expected "
-                f"fewer than the {positions:,} positions of the model"
+                f"{field}: the prompt of problem {number}, {reprlib.repr(problem.prompt)}, has {tokens:,} tokens, which with "
+                f"max_completion_length {completion:,} are more than the model's {positions:,} positions; expected a "
+                "smaller max_completion_length, or no prompts of that length"
             )
 
 

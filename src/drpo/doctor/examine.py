@@ -86,7 +86,7 @@ class _Examination:
         self.check(lambda: check_chat_template(prompting))
         if train is None:
             return
-        self.check(lambda: check_prompts(train, prompting, config))
+        self.check(lambda: check_prompts(train, heldout or [], prompting, config))
         if reward is None:
             return
         self.check(lambda: check_grader(reward, train, prompting.tokenizer))

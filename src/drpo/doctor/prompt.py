@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
+from drpo.data.problems import BUILTIN_MODELS, Problem, refuse_longer_prompts, tokenize_prompt
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
 from drpo.run.build import apply_task
+from drpo.run.checks import end_tokens, refuse_without_end
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
 
@@ -67,24 +68,16 @@ def load_prompting(recipe: Recipe, config: DRPOConfig) -> Prompting:
             f"a model on the Hugging Face hub ({str(error)[:200]})"
         ) from error
     apply_task(recipe.task, tokenizer, generation)
-    eos: Any = generation.eos_token_id
-    eos_ids = dict.fromkeys([tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])])
     options: Any = config.chat_template_kwargs
     positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    return Prompting(recipe.model, tokenizer, options or {}, [i for i in eos_ids if i is not None], positions)
+    return Prompting(recipe.model, tokenizer, options or {}, end_tokens(tokenizer, generation), positions)
 
 
 def check_end(prompting: Prompting) -> Iterator[Finding]:
     """Whether anything ends a completion."""
-    if prompting.eos_ids:
-        ends = ", ".join(repr(prompting.tokenizer.convert_ids_to_tokens(i)) for i in prompting.eos_ids)
-        yield Finding("ok", f"tokenizer: {len(prompting.tokenizer):,} tokens, completions end with {ends}")
-    else:
-        yield Finding(
-            "stop",
-            "tokenizer: neither it nor the model has an end-of-sequence token, so every completion runs to its limit",
-            f"eos_token in {prompting.model}/tokenizer_config.json",
-        )
+    refuse_without_end(prompting.model, prompting.tokenizer, prompting.eos_ids)
+    ends = ", ".join(repr(prompting.tokenizer.convert_ids_to_tokens(i)) for i in prompting.eos_ids)
+    yield Finding("ok", f"tokenizer: {len(prompting.tokenizer):,} tokens, completions end with {ends}")
 
 
 def check_chat_template(prompting: Prompting) -> Iterator[Finding]:
@@ -175,7 +168,9 @@ def _check_turn_end(prompting: Prompting, rest: str, where: str) -> Iterator[Fin
         )
 
 
-def check_prompts(problems: Sequence[Problem], prompting: Prompting, config: DRPOConfig) -> Iterator[Finding]:
+def check_prompts(
+    problems: Sequence[Problem], heldout: Sequence[Problem], prompting: Prompting, config: DRPOConfig
+) -> Iterator[Finding]:
     """Whether prompts have the marks of a conversation once, known characters, and room for a completion."""
     tokenizer, first = prompting.tokenizer, problems[0]
     longest = sorted(problems, key=lambda problem: len(problem.prompt))[-_TOKENIZED:]
@@ -204,11 +199,5 @@ def check_prompts(problems: Sequence[Problem], prompting: Prompting, config: DRP
     else:
         shown = tokenizer.decode(ids)
         yield Finding("ok", f"prompt: {shown if len(shown) <= 100 else f'{shown[:50]} ... {shown[-50:]}'!r}")
-    most, completion = max(map(len, rows)), config.max_completion_length or 0
-    if prompting.positions is not None and most + completion > prompting.positions:
-        yield Finding(
-            "stop",
-            f"length: a prompt of {most:,} tokens leaves less than max_completion_length {completion:,} of the model's "
-            f"{prompting.positions:,} positions",
-            "a smaller max_completion_length, or no prompts of that length",
-        )
+    for split, asked in (("train", problems), ("heldout", heldout)):
+        refuse_longer_prompts(asked, tokenizer, prompting.positions, config.max_completion_length or 0, f"task.{split}")

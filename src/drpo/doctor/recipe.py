@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from drpo.data.problems import Problem
 from drpo.doctor.findings import Finding
 from drpo.rollout.audit import APPROXIMATE_THRESHOLD
+from drpo.run.checks import describe_overlap
 from drpo.run.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def check_updates(recipe: Recipe) -> Iterator[Finding]:
 
 def check_problems(recipe: Recipe, train: Sequence[Problem], heldout: Sequence[Problem]) -> Iterator[Finding]:
     """How many problems there are, and whether they are distinct and held out."""
-    distinct, held = {problem.prompt for problem in train}, {problem.prompt for problem in heldout}
+    distinct = {problem.prompt for problem in train}
     yield Finding("ok", f"task: {len(train):,} problems, {len(heldout):,} held out")
     if len(distinct) < 0.9 * len(train):
         yield Finding(
@@ -96,9 +97,9 @@ def check_problems(recipe: Recipe, train: Sequence[Problem], heldout: Sequence[P
             f"task.train: {len(train):,} rows hold {len(distinct):,} distinct prompts",
             "drpo data, which de-duplicates",
         )
-    if overlap := len(distinct & held):
+    if overlap := describe_overlap(train, heldout):
         yield Finding(
             "warning",
-            f"task.heldout: {overlap:,} of {len(held):,} prompts are in task.train too",
+            overlap,
             f"drpo data NAME --against {recipe.task.heldout}, which leaves them out",
         )

@@ -49,7 +49,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
         UserError: there is no such trainer.
     """
     few = sorted(problems, key=lambda problem: len(problem.prompt))[:PROMPTS]
-    trainer = make_trainer(cut_down(recipe, len(few)), reward, few, scratch, processes=1)
+    trainer = make_trainer(cut_down(recipe, len(few)), reward, few, [], scratch, processes=1)
     trainer.args.save_strategy = "no"
     trainer.token_log = TokenLog(trainer.processing_class)
     yield from _check_adapters(recipe, trainer.model)

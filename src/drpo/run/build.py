@@ -26,6 +26,7 @@ from drpo.data.split import Split
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
+from drpo.run.checks import describe_overlap, end_tokens, refuse_without_end
 from drpo.run.options import build_config
 from drpo.run.recipe import Recipe, TaskSpec
 from drpo.trainer.config import DRPOConfig
@@ -33,6 +34,8 @@ from drpo.trainer.trainer import DRPOTrainer
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import RolloutFunc
+
+logger = logging.getLogger(__name__)
 
 BUILTIN_TRAIN_PROBLEMS = 10_000
 """Distinct training problems of a built-in task, cycled through if the run needs more."""
@@ -84,6 +87,7 @@ def make_trainer(
     recipe: Recipe,
     reward: Reward,
     problems: list[Problem],
+    heldout: list[Problem],
     scratch: str,
     processes: int,
     rollout_func: RolloutFunc | None = None,
@@ -94,7 +98,11 @@ def make_trainer(
     model, tokenizer = load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
     apply_task(recipe.task, tokenizer, model.config, model.generation_config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    refuse_longer_prompts(problems, tokenizer, positions, "task.train")
+    refuse_without_end(recipe.model, tokenizer, end_tokens(tokenizer, model.generation_config))
+    for split, asked in (("train", problems), ("heldout", heldout)):
+        refuse_longer_prompts(asked, tokenizer, positions, recipe.max_completion_length, f"task.{split}")
+    if overlap := describe_overlap(problems, heldout):
+        logger.warning("%s; accuracy on them says little of others.", overlap)
     try:
         trainer = DRPOTrainer(
             model=model,

@@ -129,8 +129,8 @@ class RunFolder:
         replace_text(self.recipe, dump_recipe(recipe))
 
     def discard(self) -> None:
-        """Remove a run that ended before its first update, and the folder if nothing else is in it."""
-        if not self.metrics.is_file():
+        """Remove a run that ended before its first update was written or saved, and the folder if nothing else is in it."""
+        if self.path.is_dir() and not self.metrics.is_file() and not any(self.checkpoints.glob("*")):
             self._clear()
             for file in (self.recipe, self.info):
                 file.unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def train(
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(recipe, reward, problems, scratch, state.num_processes, rollout_func)
+        trainer = make_trainer(recipe, reward, problems, heldout, scratch, state.num_processes, rollout_func)
     trainer.args.output_dir = str(folder.checkpoints)
     trainer.run_fingerprint = {f"recipe.{name}": value for name, value in recipe.model_dump(mode="json").items()}
     trainer.run_fingerprint["heldout problems"] = digest_of_rows(map(asdict, heldout))
@@ -69,7 +69,7 @@ def train(
             summary = _run(trainer, recipe, folder, heldout, reward, resume)
         except CheckpointError as error:
             raise UserError(f"--resume: {error}") from error
-        except UserError:
+        except BaseException:
             if state.is_main_process and not resume:
                 folder.discard()
             raise

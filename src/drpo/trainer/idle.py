@@ -50,7 +50,8 @@ class IdleRollouts:
         """
         counted = loss_mask(batch).bool().any(dim=1)
         trained = counted & (batch["advantages"] != 0) if self._needs_advantage else counted
-        is_counted, is_trained = gather(torch.stack([counted.any(), trained.any()])[None]).any(dim=0).tolist()
+        signs: Any = gather(torch.stack([counted.any(), trained.any()])[None])
+        is_counted, is_trained = signs.any(dim=0).tolist()
         if is_trained:
             self._is_in_a_row = False
             return
