@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from trl import GRPOConfig
 
 from drpo import DRPOConfig, DRPOTrainer
 from drpo.rewards import exact_answer
-from drpo.trainer.config import REFUSED
+from drpo.trainer.config import AS_IN_TRL, REFUSED
 from support.rollouts import config, load_model
 
 
@@ -29,11 +30,16 @@ def test_takes_what_changes_nothing(tmp_path: Path, settings: dict[str, Any]) ->
     [
         (
             {"steps_per_generation": 3, "updates_per_rollout": 4},
-            r"steps_per_generation=3 contradicts updates_per_rollout=4 × .* = 4",
+            r"steps_per_generation=3 contradicts updates_per_rollout=4 × .* = 4; for rollouts of that size give "
+            "updates_per_rollout=3 in place of steps_per_generation",
         ),
         (
             {"generation_batch_size": 64, "per_device_train_batch_size": 8},
-            r"generation_batch_size=64 contradicts .* = 32",
+            r"generation_batch_size=64 contradicts .* = 32; for rollouts of that size give updates_per_rollout=8 in place of",
+        ),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            r"= 8; leave it out \(a rollout is whole updates of 2\)",
         ),
         ({"updates_per_rollout": 0}, "updates_per_rollout is 0; expected a whole number, at least 1"),
         ({"objective": "drop"}, "unknown objective 'drop'; did you mean 'dro' or 'drpo'"),
@@ -80,6 +86,16 @@ def test_refuses_what_it_would_ignore(tmp_path: Path, name: str) -> None:
     other = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.5
     with pytest.raises(ValueError, match=f"{name}=.* would have no effect"):
         config(tmp_path, **{name: other})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [(name, value, kept) for name, values in AS_IN_TRL.items() for value, kept in values.items()],
+)
+def test_a_refusal_says_what_trains_as_trl_did(tmp_path: Path, name: str, value: Any, kept: str) -> None:
+    with pytest.raises(ValueError, match=rf"; as in TRL: {re.escape(kept)}$"):
+        config(tmp_path, **{name: value})
+    config(tmp_path, **eval(f"dict({kept})", {"max_completion_length": 256}))
 
 
 def test_is_what_the_trainer_asks_for(tmp_path: Path) -> None:

@@ -81,6 +81,21 @@ REFUSED: dict[str, str] = {
 }
 """Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
 
+AS_IN_TRL: dict[str, dict[Any, str]] = {
+    "loss_type": {
+        "grpo": "objective='ppo', aggregation='seq-mean-token-mean'",
+        "bnpo": "objective='ppo', aggregation='token-mean'",
+        "dr_grpo": "objective='ppo', aggregation='seq-mean-token-sum-norm', horizon=max_completion_length",
+        "cispo": "objective='cispo', aggregation='token-mean'",
+        "sapo": "objective='sapo', aggregation='seq-mean-token-mean'",
+        "luspo": "objective='gspo', aggregation='seq-mean-token-sum'",
+        "vespo": "objective='vespo', aggregation='token-mean'",
+    },
+    "importance_sampling_level": {"sequence": "objective='gspo', aggregation='seq-mean-token-mean'"},
+    "scale_rewards": dict.fromkeys(("group", True), "advantage='mean-std'"),
+}
+"""Values of refused options, and what trains as they did. ``loss_type='dapo'``, TRL's default, is objective='ppo' with the aggregation that is the default here."""
+
 GENERATION_KWARGS = {
     "bos_token_id",
     "cache_config",
@@ -202,7 +217,13 @@ class DRPOConfig(GRPOConfig):
             if self.replay_support and name in FILTERS:
                 self._check_filter(name)
             else:
-                raise ValueError(f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}")
+                kept = next(
+                    (kept for value, kept in AS_IN_TRL.get(name, {}).items() if value == getattr(self, name)), ""
+                )
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}"
+                    + (f"; as in TRL: {kept}" if kept else "")
+                )
         _check_whole_number("updates_per_rollout", self.updates_per_rollout, at_least=1)
         _check_whole_number("rollout_lag", self.rollout_lag, at_least=0)
         _check_whole_number("max_skipped_updates", self.max_skipped_updates, at_least=1)
@@ -287,14 +308,23 @@ class DRPOConfig(GRPOConfig):
         if steps not in (None, self.steps_per_generation):
             raise ValueError(
                 f"steps_per_generation={steps} contradicts updates_per_rollout={self.updates_per_rollout} × "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; leave it out"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.steps_per_generation}; "
+                + _instead("steps_per_generation", steps, self.gradient_accumulation_steps)
             )
         if size not in (None, self.generation_batch_size):
             raise ValueError(
                 f"generation_batch_size={size} contradicts per_device_train_batch_size={self.per_device_train_batch_size} × "
                 f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
-                f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; leave it out"
+                f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; "
+                + _instead("generation_batch_size", size, self.generation_batch_size // self.updates_per_rollout)
             )
+
+
+def _instead(name: str, value: int, update: int) -> str:
+    """What makes rollouts as large as an option of TRL's asked for, of which an update takes ``update``."""
+    if value % update:
+        return f"leave it out (a rollout is whole updates of {update})"
+    return f"for rollouts of that size give updates_per_rollout={value // update} in place of {name}"
 
 
 def _check_whole_number(name: str, value: Any, *, at_least: int) -> None:
