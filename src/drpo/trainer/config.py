@@ -81,11 +81,13 @@ REFUSED: dict[str, str] = {
 }
 """Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
 
+_CLIP = "objective='ppo', objective_kwargs={'clip_high': 0.2}"
+
 AS_IN_TRL: dict[str, dict[Any, str]] = {
     "loss_type": {
-        "grpo": "objective='ppo', aggregation='seq-mean-token-mean'",
-        "bnpo": "objective='ppo', aggregation='token-mean'",
-        "dr_grpo": "objective='ppo', aggregation='seq-mean-token-sum-norm', horizon=max_completion_length",
+        "grpo": f"{_CLIP}, aggregation='seq-mean-token-mean'",
+        "bnpo": f"{_CLIP}, aggregation='token-mean'",
+        "dr_grpo": f"{_CLIP}, aggregation='seq-mean-token-sum-norm', horizon=max_completion_length",
         "cispo": "objective='cispo', aggregation='token-mean'",
         "sapo": "objective='sapo', aggregation='seq-mean-token-mean'",
         "luspo": "objective='gspo', aggregation='seq-mean-token-sum'",
@@ -94,7 +96,7 @@ AS_IN_TRL: dict[str, dict[Any, str]] = {
     "importance_sampling_level": {"sequence": "objective='gspo', aggregation='seq-mean-token-mean'"},
     "scale_rewards": dict.fromkeys(("group", True), "advantage='mean-std'"),
 }
-"""Values of refused options, and what trains as they did. ``loss_type='dapo'``, TRL's default, is objective='ppo' with the aggregation that is the default here."""
+"""Values of refused options, and what trains as they did. ``loss_type='dapo'``, TRL's default, is that of 'bnpo'."""
 
 GENERATION_KWARGS = {
     "bos_token_id",
