@@ -2,68 +2,115 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 
 class Progress(Bar):
-    """One bar over rollouts, with the last reward, held-out accuracy and |π − μ|; where there is no terminal, a line an evaluation."""
+    """One bar over rollouts: what is being done, the last reward, held-out accuracy and |π − μ|, the time since training
+    began and, from the first rollout on, the time that is left. Where there is no terminal, a line a rollout says this.
 
-    def __init__(self, total: int, updates_per_rollout: int, show: bool) -> None:
+    Args:
+        total: updates of the run.
+        updates_per_rollout: of them.
+        show: whether this process speaks.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, total: int, updates_per_rollout: int, show: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         console = Console(quiet=not show)
-        columns = _columns("training", "rollouts", TextColumn("{task.fields[status]}"))
-        super().__init__(*columns, console=console, disable=not (show and console.is_terminal))
+        columns = [
+            TextColumn("{task.description:10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("rollouts"),
+            TextColumn("{task.fields[status]}"),
+            _Times(self),
+        ]
+        super().__init__(*columns, console=console, disable=not (show and console.is_terminal), get_time=clock)
         self._updates_per_rollout = updates_per_rollout
         self._rollouts = total // updates_per_rollout
         self._shown: dict[str, float] = {}
-        self._task = self.add_task("", total=self._rollouts, status="")
+        self._clock, self._began, self._done_before, self._said = clock, clock(), 0, -1
+        self._task = self.add_task("loading", total=self._rollouts, status="")
 
     def begin(self, done: int) -> None:
         """Start the clock, ``done`` updates into the run."""
-        completed = done // self._updates_per_rollout
-        self.reset(self._task, total=self._rollouts, completed=completed, status=self._status())
+        self._began, self._done_before = self._clock(), done // self._updates_per_rollout
+        self.reset(self._task, total=self._rollouts, completed=self._done_before, status=self._status())
+
+    def show_phase(self, phase: str) -> None:
+        """Show what is being done."""
+        self.update(self._task, description=phase)
 
     def show_update(self, update: int, logs: dict[str, Any]) -> None:
         """Show what was logged after an update."""
         if logs.get("reward") is not None:
             self._shown["reward"] = logs["reward"]
+        rollout, is_within = divmod(update, self._updates_per_rollout)
         # At the last update of a rollout, where it is largest; at the first it is rounding.
-        if update % self._updates_per_rollout == 0 and (divergence := logs.get("divergence/mean")) is not None:
+        if not is_within and (divergence := logs.get("divergence/mean")) is not None:
             self._shown["|π−μ|"] = divergence
-        self.update(self._task, completed=update // self._updates_per_rollout, status=self._status())
+        self.update(self._task, completed=rollout, status=self._status())
+        if not is_within:
+            self._say(rollout)
 
     def show_accuracy(self, accuracy: float, update: int) -> None:
         """Show the held-out accuracy after an update."""
         self._shown["accuracy"] = accuracy
         self.update(self._task, status=self._status())
+        rollout = update // self._updates_per_rollout
+        # A rollout that is not over yet has its line still to come.
+        if rollout in (0, self._said):
+            self._say(rollout)
+
+    def times(self, completed: float) -> str:
+        """The time since training began and what is left of it, after so many rollouts."""
+        elapsed, done = self._clock() - self._began, completed - self._done_before
+        left = f", {_duration(elapsed / done * (self._rollouts - completed))} left" if done > 0 else ""
+        return f"{_duration(elapsed)}{left}"
+
+    def _say(self, rollout: int) -> None:
+        self._said = rollout
         if not self.console.is_terminal:
-            rollout = update // self._updates_per_rollout
-            self.console.print(f"rollout {rollout}/{self._rollouts}  {self._status()}", highlight=False)
+            line = f"rollout {rollout}/{self._rollouts}  {self.times(rollout)}  {self._status()}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _status(self) -> str:
         return "  ".join(f"{name} {value:.3g}" for name, value in self._shown.items())
+
+
+class _Times(ProgressColumn):
+    """:meth:`Progress.times`."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def render(self, task: Task) -> Text:
+        return Text(self._progress.times(task.completed))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 @contextmanager
 def counting(verb: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar over so many units on standard error; its function counts on. Nothing is shown where there is no terminal."""
     console = Console(stderr=True)
-    with Bar(*_columns(verb, unit), console=console, disable=not console.is_terminal) as bar:
+    columns = (TextColumn(verb), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda count: bar.advance(task, count)
-
-
-def _columns(verb: str, unit: str, *more: ProgressColumn) -> list[ProgressColumn]:
-    return [
-        TextColumn(verb),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        *more,
-        TimeRemainingColumn(),
-    ]

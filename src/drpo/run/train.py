@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from drpo.data.problems import Problem
@@ -46,12 +47,29 @@ def train(
     Raises:
         UserError: a recipe that cannot be run.
     """
-    from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     quiet_libraries()
     # Accelerate puts several processes on the CPU only if told to.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    updates = recipe.rollouts * recipe.updates_per_rollout
+    with Progress(updates, recipe.updates_per_rollout, show=state.is_main_process) as progress:
+        summary = _train(recipe, folder, resume, overwrite, rollout_func, state, progress)
+    # A process that exits while gloo's threads still serve another one aborts now and then.
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return summary
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    overwrite: bool,
+    rollout_func: RolloutFunc | None,
+    state: PartialState,
+    progress: Progress,
+) -> dict[str, Any]:
     reward = recipe.make_reward()
     problems = load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout)
     heldout = load_problems(recipe, "heldout", recipe.heldout_problems)
@@ -66,17 +84,13 @@ def train(
             folder.create(recipe, overwrite)
         state.wait_for_everyone()
         try:
-            summary = _run(trainer, recipe, folder, heldout, reward, resume)
+            return _run(trainer, recipe, folder, heldout, reward, resume, progress)
         except CheckpointError as error:
             raise UserError(f"--resume: {error}") from error
         except BaseException:
             if state.is_main_process and not resume:
                 folder.discard()
             raise
-    # A process that exits while gloo's threads still serve another one aborts now and then.
-    state.wait_for_everyone()
-    state.destroy_process_group()
-    return summary
 
 
 def _run(
@@ -86,16 +100,17 @@ def _run(
     heldout: list[Problem],
     reward: Reward,
     resume: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     is_main = trainer.accelerator.is_main_process
-    progress = Progress(total=trainer.args.max_steps, updates_per_rollout=recipe.updates_per_rollout, show=is_main)
     writer = RunWriter(trainer, heldout, reward, recipe, folder, progress)
     trainer.token_log = TokenLog(trainer.processing_class) if recipe.record_rollouts else None
     trainer.add_callback(writer)
-    with progress:
-        if not resume:
-            writer.evaluate(update=0)
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.announce = progress.show_phase
+    if not resume:
+        writer.evaluate(update=0)
+    trainer.train(resume_from_checkpoint=resume)
+    progress.show_phase("saving")
     with writing(folder.model):
         if recipe.lora is None:
             trainer.save_model(str(folder.model))
@@ -161,6 +176,7 @@ class RunWriter(TrainerCallback):
         if not self.heldout:
             return
         recipe = self.recipe
+        self.progress.show_phase("evaluating")
         result = evaluate(self.trainer, self.heldout, self.reward, recipe.heldout_samples, seed=recipe.seed)
         if self.trainer.accelerator.is_main_process:
             where = {"update": update, "rollout": update // recipe.updates_per_rollout}

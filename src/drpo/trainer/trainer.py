@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -62,6 +62,7 @@ class DRPOTrainer(CheckpointedTrainer):
         anchor: what its ratio is taken against, ``sampler`` or ``old``.
         trust_region: what was measured over the updates last logged, on every rank, of the tokens trained on.
         token_log: where the tokens trained on are collected; None unless somebody wants them.
+        announce: is told what begins: sampling, scoring or updating.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "drpo"]
@@ -116,6 +117,7 @@ class DRPOTrainer(CheckpointedTrainer):
         self.anchor: Anchor = args.anchor or self.objective.anchor
         self.trust_region: TrustRegion | None = None
         self.token_log: TokenLog | None = None
+        self.announce: Callable[[str], None] = lambda phase: None
         self._measurements = Measurements(args.split_distance)
         self._rollout_sampler = make_rollout_sampler(self)
         if args.train_precision == "fp8":
@@ -185,6 +187,7 @@ class DRPOTrainer(CheckpointedTrainer):
         return None, None, None
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        self.announce("scoring")
         with raising_together():
             try:
                 self._rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)
@@ -199,6 +202,7 @@ class DRPOTrainer(CheckpointedTrainer):
         super()._log_metric(str(name), float(value))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.announce("sampling")
         is_trained_on = self.model.training
         sampler = self._rollout_sampler
         with sampler.rollout(self.accelerator.unwrap_model(self.model_wrapped), is_trained_on) as rollout:
@@ -236,6 +240,7 @@ class DRPOTrainer(CheckpointedTrainer):
 
     def _begin_update(self, batches: Sequence[RolloutBatch]) -> None:
         """Count an update's tokens, and tell an objective that looks at all of them. All ranks call it together."""
+        self.announce("updating")
         self._micro_batches.begin_update(batches)
         if self.objective.over_updates:
             update = self._micro_batches.whole_update(batches, self._score_unweighted)
