@@ -85,7 +85,7 @@ def test_a_run_goes_through_its_phases(tmp_path: Path, drpo: Any, monkeypatch: p
 
 def test_a_run_without_a_terminal_prints_a_line_a_rollout(
     tmp_path: Path,
-    drpo: Any,
+    drpo: Any,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     drpo("train", "--output", tmp_path / "run", *sets(**SMALL))

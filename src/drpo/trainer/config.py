@@ -291,6 +291,13 @@ class DRPOConfig(GRPOConfig):
         if name != "top_k" and not (is_number and 0 < value < 1):
             raise ValueError(f"{name} is {value!r}; expected a number between 0 and 1")
 
+    def computing_precision(self, dtype: torch.dtype) -> str:
+        """What a model with weights in ``dtype`` computes in: ``fp32``, ``bf16``, ``fp16`` or ``fp8``."""
+        if self.train_precision is not None:
+            return self.train_precision
+        name = "bfloat16" if self.bf16 else "float16" if self.fp16 else str(dtype).split(".")[-1]
+        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
+
     def make_objective(self) -> Objective:
         """The objective with its hyperparameters, under the correction if there is one.
 
@@ -307,6 +314,7 @@ class DRPOConfig(GRPOConfig):
         return anchored(objective, self.anchor, correction)
 
     def _refuse_contradictions(self, steps: int | None, size: int | None) -> None:
+        assert self.generation_batch_size is not None  # TRL has computed it
         if steps not in (None, self.steps_per_generation):
             raise ValueError(
                 f"steps_per_generation={steps} contradicts updates_per_rollout={self.updates_per_rollout} × "

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 
@@ -39,14 +40,13 @@ class IdleRollouts:
         """Go on from a checkpoint."""
         self.counts, self._is_in_a_row = dict(state_dict["counts"]), state_dict["is_in_a_row"]
 
-    def add(self, batch: RolloutBatch, rewards: Tensor, number: int, is_main: bool) -> None:
+    def add(self, batch: RolloutBatch, rewards: Tensor, number: int) -> None:
         """Look at a rollout; all ranks do together.
 
         Args:
             batch: of this rank.
             rewards: of all ranks' completions.
             number: of the rollout, from 1 on.
-            is_main: whether this rank speaks.
         """
         counted = loss_mask(batch).bool().any(dim=1)
         trained = counted & (batch["advantages"] != 0) if self._needs_advantage else counted
@@ -57,7 +57,7 @@ class IdleRollouts:
             return
         reason = "equal_rewards" if is_counted else "all_masked"
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if is_main and not self._is_in_a_row:
+        if PartialState().is_main_process and not self._is_in_a_row:
             values = rewards[~rewards.isnan()].unique()
             shown = f" (all {values.item():g})" if is_counted and len(values) == 1 else ""
             logger.warning("Rollout %d has nothing to train on: %s%s.", number, REASONS[reason], shown)

@@ -162,10 +162,7 @@ class DRPOTrainer(CheckpointedTrainer):
     @property
     def precision(self) -> str:
         """What the policy computes in: ``fp32``, ``bf16``, ``fp16`` or ``fp8``."""
-        if self.args.train_precision is not None:
-            return self.args.train_precision
-        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else str(self.model.dtype).split(".")[-1]
-        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+        return self.args.computing_precision(self.model.dtype)
 
     # A rollout.
 
@@ -213,8 +210,7 @@ class DRPOTrainer(CheckpointedTrainer):
         own = self.accelerator.process_index * len(inputs)
         batch["rewards"], batch["advantages"] = (values[own : own + len(inputs)] for values in (rewards, advantages))
         if is_trained_on:
-            number = self.state.global_step // self.args.updates_per_rollout + 1
-            self._idle.add(batch, rewards, number, self.accelerator.is_main_process)
+            self._idle.add(batch, rewards, self.state.global_step // self.args.updates_per_rollout + 1)
         sampler.complete(batch, rollout)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
