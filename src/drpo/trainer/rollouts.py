@@ -115,6 +115,13 @@ class RolloutSampler:
         if rollout.is_trained_on:
             batch["age"] = torch.full_like(batch["advantages"], self.behavior.age, dtype=torch.long)
 
+    def metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The age of the samples, and what filters left of the probability over all ranks, where they apply."""
+        measured = {"rollout/age": float(self.behavior.age)} if self.behavior.lag else {}
+        if self.kept_mass is not None:
+            measured["rollout/kept_mass"] = gather(self.kept_mass).mean().item()
+        return measured
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the past weights of ``behavior``."""
         return {"age": self.behavior.age, "kept_mass": self.kept_mass}

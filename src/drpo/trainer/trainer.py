@@ -332,11 +332,7 @@ class DRPOTrainer(CheckpointedTrainer):
             metrics |= self._micro_batches.take_work()
             if self._guard.skipped:
                 metrics["updates/skipped"] = float(self._guard.skipped)
-            metrics |= as_metrics(self._idle.counts)
-            if self.args.rollout_lag:
-                metrics["rollout/age"] = float(self._rollout_sampler.behavior.age)
-            if (kept_mass := self._rollout_sampler.kept_mass) is not None:
-                metrics["rollout/kept_mass"] = gather(kept_mass).mean().item()
+            metrics |= as_metrics(self._idle.counts) | self._rollout_sampler.metrics(gather)
         self._metrics[mode].update({name: [value] for name, value in metrics.items()})
         super().log(logs, start_time)
 
