@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from drpo.errors import TrainingStoppedError
+from drpo.trainer.collapse import StopOnCollapse
 from support.rollouts import make_trainer, weights
 
 
@@ -119,3 +122,39 @@ def test_a_reward_beyond_all_bounds_is_named(tmp_path: Path, problems: Dataset, 
     ):
         trainer.train()
     assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("rewards", "stops"),
+    [
+        ((0.2, 0.8, 0.3, 0.3), True),
+        ((0.2, 0.8, 0.3, 0.4), False),
+        ((0.2, 0.8, 0.3), False),
+        ((0.2, 0.8, 0.3, 0.5, 0.3), False),
+        ((-1.0, -4.0, -4.0), False),
+        ((), False),
+    ],
+)
+def test_a_reward_that_stays_below_half_of_its_best_is_a_collapse(rewards: tuple[float, ...], stops: bool) -> None:
+    state = TrainerState()
+    state.log_history = [{"step": 2 * place, "reward": reward} for place, reward in enumerate(rewards, 1)]
+    with pytest.raises(TrainingStoppedError, match="below half") if stops else nullcontext():
+        StopOnCollapse(2).on_log(TrainingArguments("nowhere"), state, TrainerControl())
+
+
+def test_the_checkpoint_from_before_a_collapse_is_named(tmp_path: Path, problems: Dataset) -> None:
+    calls = []
+
+    def falls(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        calls.append(0)
+        # In turns, so that each group has advantages: a mean of 0.5 for three rollouts, then of 0.05.
+        return [(place % 2) * (1.0 if len(calls) <= 3 else 0.1) for place in range(len(completion_ids))]
+
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 40}
+    trainer = make_trainer(tmp_path, problems, reward_funcs=falls, callbacks=[StopOnCollapse(3)], **saving)
+    # The third rollout's updates are the fifth and the sixth, the sixth rollout's first one is the eleventh.
+    with pytest.raises(
+        TrainingStoppedError, match=rf"for 3 rollouts, last 0\.05; {tmp_path}/checkpoint-4 is from before"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 11

@@ -51,6 +51,8 @@ DIVERGENCES = [0.2, 0.1, 0.2, 0.0, 0.4, 0.1, 0.1]
         # KL(μ‖π) ≈ mean(−log r), and mean(r − 1 − log r)
         ("kl/k1", sum(-math.log(r) for r in RATIOS) / 7),
         ("kl/k3", sum(r - 1 - math.log(r) for r in RATIOS) / 7),
+        ("chi_squared", sum((r - 1) ** 2 for r in RATIOS) / 7),
+        ("perplexity_ratio", math.prod(RATIOS) ** (-1 / 7)),
         ("effective_sample_size", sum(RATIOS) ** 2 / (7 * sum(r * r for r in RATIOS))),
         # The token without advantage has no say: (−1 + 0 + 1.5 + 1 + 0.25 + 0.5) / 6
         ("weight/mean", 2.25 / 6),

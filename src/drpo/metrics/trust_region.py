@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,7 +24,8 @@ class TrustRegion:
     Args:
         scalars: by name. ``ratio/mean``, ``ratio/max``; ``divergence/mean`` | ``p50`` | ``p90`` |
             ``p99`` | ``max``, of |π − μ|; ``kl/k1``, ``kl/k3``, estimates of KL(μ‖π) in nats;
-            ``effective_sample_size``, (Σr)² / (N·Σr²); ``entropy`` in nats; and those of
+            ``chi_squared``, mean (r − 1)², of χ²(π‖μ); ``perplexity_ratio``, exp(mean(log μ − log π)), π's perplexity over
+            μ's; ``effective_sample_size``, (Σr)² / (N·Σr²); ``entropy`` in nats; and those of
             :func:`drpo.metrics.effects.scalars` and :func:`drpo.metrics.groups.scalars`. A measurement that does
             not apply is absent; of no tokens, all are.
         divergence_histogram: tokens by |π − μ|, between :data:`DIVERGENCE_EDGES` and one bin at either end.
@@ -136,6 +138,8 @@ def _scalars(total: dict[str, float], largest: dict[str, float], divergence_hist
         "divergence/max": largest["divergence"],
         "kl/k1": -total["log_ratio"] / tokens,
         "kl/k3": total["k3"] / tokens,
+        "chi_squared": total["excess_squared"] / tokens,
+        "perplexity_ratio": math.exp(-total["log_ratio"] / tokens),
     }
     least, most = -largest["negated_divergence"], largest["divergence"]
     for name, share in QUANTILES.items():

@@ -205,6 +205,8 @@ class Recipe(_Strict):
     """Rollouts between held-out evaluations."""
     checkpoint_every: Positive = 25
     """Rollouts between checkpoints."""
+    stop_on_collapse: Positive | None = None
+    """Rollouts in a row with a reward below half of the best, after which training stops; it goes on by default."""
     record_rollouts: bool = False
     """Whether `rollouts.jsonl` is written."""
     heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250

@@ -20,6 +20,7 @@ from drpo.run.folder import SAMPLES_KEPT, RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
 from drpo.trainer.checkpoint import CheckpointError
+from drpo.trainer.collapse import StopOnCollapse
 from drpo.trainer.fingerprint import digest_of_rows
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.token_log import TokenLog
@@ -106,6 +107,8 @@ def _run(
     writer = RunWriter(trainer, heldout, reward, recipe, folder, progress)
     trainer.token_log = TokenLog(trainer.processing_class) if recipe.record_rollouts else None
     trainer.add_callback(writer)
+    if recipe.stop_on_collapse is not None:
+        trainer.add_callback(StopOnCollapse(recipe.stop_on_collapse))
     trainer.announce = progress.show_phase
     if not resume:
         writer.evaluate(update=0)

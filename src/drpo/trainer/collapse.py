@@ -1,0 +1,49 @@
+"""Training that collapses is stopped, and the checkpoint from before it is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from drpo.errors import TrainingStoppedError
+
+
+class StopOnCollapse(TrainerCallback):
+    """Stops training once the reward has stayed below half of its best.
+
+    The best and what came after it are read from the trainer's log, which a checkpoint holds too. A best reward of at
+    most 0 has no half.
+
+    Args:
+        rollouts: how many in a row, as ``logging_steps=1`` logs them.
+    """
+
+    def __init__(self, rollouts: int) -> None:
+        self._rollouts = rollouts
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the rewards logged so far.
+
+        Raises:
+            TrainingStoppedError: training has collapsed.
+        """
+        rewards = [(row["reward"], row["step"]) for row in state.log_history if row.get("reward") is not None]
+        best, best_update = max(rewards, default=(0.0, 0))
+        if best <= 0 or any(reward >= best / 2 for reward, _ in rewards[-self._rollouts :]):
+            return
+        held = max(update for reward, update in rewards if reward >= best / 2)
+        raise TrainingStoppedError(
+            f"the reward has been below half of its best ({best:.3g} at update {best_update}) for {self._rollouts} rollouts, "
+            f"last {rewards[-1][0]:.3g}; {_name_checkpoint(Path(args.output_dir), held)}"
+        )
+
+
+def _name_checkpoint(folder: Path, update: int) -> str:
+    """The newest checkpoint that was written up to an update, for a message."""
+    updates = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
+    before = max((saved for saved in updates if saved <= update), default=None)
+    if before is None:
+        return f"no checkpoint is from before it fell, after update {update}"
+    return f"{folder / f'checkpoint-{before}'} is from before it fell, after update {update}"
