@@ -246,8 +246,9 @@ def test_a_prompt_longer_than_the_model_reads_is_named_before_anything_is_writte
     message = refusal("train", "--set", "task.train=rows.jsonl", "--output", "run")
     # 4,001 ones, 4,000 pluses and a sign of equality, a token each.
     assert message.startswith(
-        "task.train: the prompt of problem 17, '1+1+1+1+1+1+...+1+1+1+1+1+1=', has 8,002 tokens; expected"
+        "task.train: the prompt of problem 17, '1+1+1+1+1+1+...+1+1+1+1+1+1=', has 8,002 tokens, which"
     )
+    assert "the model's 4,096 positions; expected prompts of at most 4,076 tokens" in message
 
 
 @pytest.mark.parametrize(

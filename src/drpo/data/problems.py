@@ -69,8 +69,8 @@ def refuse_longer_prompts(
         if tokens + completion > positions:
             raise UserError(
                 f"{field}: the prompt of problem {number}, {reprlib.repr(problem.prompt)}, has {tokens:,} tokens, which with "
-                f"max_completion_length {completion:,} are more than the model's {positions:,} positions; expected a "
-                "smaller max_completion_length, or no prompts of that length"
+                f"max_completion_length {completion:,} are more than the model's {positions:,} positions; expected "
+                f"prompts of at most {max(1, positions - completion):,} tokens, or a smaller max_completion_length"
             )
 
 
