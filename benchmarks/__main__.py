@@ -14,6 +14,7 @@ NAMES = (
     "fused_loss",
     "training_phase",
     "time_to_accuracy",
+    "real_model",
     "grader",
     "topk_variance",
     "verl_loss",
