@@ -26,6 +26,8 @@ def advantages(rewards: list[float], group_size: int, mode: Advantage) -> list[f
         ("mean-std", [-1, 0, 1, -1, 0, 1]),
         # 1 − (2 + 3) / 2, 2 − (1 + 3) / 2, 3 − (1 + 2) / 2; 0 − (6 + 12) / 2, 6 − (0 + 12) / 2, 12 − (0 + 6) / 2
         ("leave-one-out", [-1.5, 0, 1.5, -9, 0, 9]),
+        # (1 − 2) / 2 and so on; (0 − 6) / 6
+        ("max-rl", [-0.5, 0, 0.5, -1, 0, 1]),
     ],
 )
 def test_the_advantage_is_that_worked_by_hand_within_each_group(mode: Advantage, expected: list[float]) -> None:
@@ -41,6 +43,8 @@ def test_the_advantage_is_that_worked_by_hand_within_each_group(mode: Advantage,
         ("mean-std", 7 / 8 * math.sqrt(8), -1 / 8 * math.sqrt(8)),
         # 1 − 0; 0 − 1/7
         ("leave-one-out", 1, -1 / 7),
+        # (1 − 1/8) / (1/8); (0 − 1/8) / (1/8)
+        ("max-rl", 7, -1),
     ],
 )
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -81,7 +85,8 @@ def test_rewards_that_differ_by_their_rounding_alone_get_exact_zeros(
     assert neighbor != reward
     rewards = torch.stack([reward, neighbor, reward, torch.full_like(reward, math.nan)]) * scale
     assert group_advantage(rewards, 4, mode).tolist() == [0, 0, 0, 0]
-    assert (group_advantage(torch.tensor([1, 1, 1.0625], dtype=dtype) * scale, 3, mode) != 0).all()
+    if scale > 0 or mode != "max-rl":
+        assert (group_advantage(torch.tensor([1, 1, 1.0625], dtype=dtype) * scale, 3, mode) != 0).all()
 
 
 def test_the_same_reward_summed_from_other_parts_gets_zero() -> None:
@@ -104,6 +109,8 @@ def test_a_group_of_one_gets_zero(mode: Advantage) -> None:
         ("mean-std", [-1 / math.sqrt(2), 0, 1 / math.sqrt(2), 0]),
         # 1 − 3; 3 − 1
         ("leave-one-out", [-2, 0, 2, 0]),
+        # (1 − 2) / 2; (3 − 2) / 2
+        ("max-rl", [-0.5, 0, 0.5, 0]),
     ],
 )
 def test_a_completion_that_could_not_be_scored_counts_in_no_mean_and_gets_zero(
@@ -187,3 +194,16 @@ def test_rewards_of_any_magnitude_have_the_advantages_worked_by_hand(
 def test_advantages_that_no_float_can_hold_are_refused(mode: Advantage) -> None:
     with pytest.raises(ValueError, match=r"advantages of rewards up to 3e\+38 exceed torch.float32"):
         group_advantage(torch.tensor([3e38, -3e38, 3e38, 0.0]), 4, mode)
+
+
+def test_max_rl_refuses_a_negative_reward_in_a_group_with_advantages() -> None:
+    with pytest.raises(
+        ValueError, match=r"reward of completion 3 is -1; max-rl divides by a group's mean, expected at"
+    ):
+        group_advantage(torch.tensor([0.0, 1.0, 1.0, -1.0]), 2, "max-rl")
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e38])
+def test_max_rl_does_not_change_with_the_unit_of_rewards(unit: float) -> None:
+    # The mean of 1, 0, 0, 1 is 1/2.
+    assert group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0]) * unit, 4, "max-rl").tolist() == [1, -1, -1, 1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drpo.registry import unknown_name
 
-Advantage = Literal["mean", "mean-std", "leave-one-out"]
+Advantage = Literal["mean", "mean-std", "leave-one-out", "max-rl"]
 
 
 def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") -> Tensor:
@@ -23,10 +23,11 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
         group_size: completions a prompt; N must be a multiple. A group of one gets 0.
         mode: ``mean``, minus the group's mean (the paper's); ``mean-std``, that divided by the
             group's standard deviation (GRPO's); ``leave-one-out``, minus the mean of the others
-            (RLOO's).
+            (RLOO's); ``max-rl``, minus the group's mean and divided by it (arXiv 2602.02710, Algorithm 1, made
+            for rewards of 0 and 1).
 
     Raises:
-        ValueError: an unknown mode, an infinite reward or advantage, or an N that is not whole groups.
+        ValueError: an unknown mode, an infinite reward or advantage, a negative reward under ``max-rl``, or an N that is not whole groups.
     """
     if mode not in get_args(Advantage):
         raise ValueError(unknown_name("advantage", mode, get_args(Advantage)))
@@ -48,13 +49,21 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
     # Squares and sums of rewards beyond 1e19 overflow fp32. A power of two is divided by and multiplied with exactly.
     unit = largest.log2().floor().clamp(-126, 127).exp2()
     advantage = groups / unit
-    advantage = advantage - advantage.nanmean(dim=1, keepdim=True)
+    mean = advantage.nanmean(dim=1, keepdim=True)
+    advantage = advantage - mean
     # A reward is a sum of parts, rounded on the way: in fp32 0.6 + 0.3 exceeds 0.9, and mean-std makes ±1 of the difference.
     rounding = 4 * torch.finfo(rewards.dtype).eps * largest
     advantage = torch.where(scored & (highest - lowest > rounding), advantage, 0.0)
     if mode == "mean-std":
         std = (advantage.square().sum(dim=1, keepdim=True) / (size - 1).clamp(min=1)).sqrt()
         return torch.where(std > 0, advantage / std, 0.0).flatten()
+    if mode == "max-rl":
+        if (advantage != 0).any() and groups[(advantage != 0).any(dim=1)].nan_to_num().amin() < 0:
+            row = int((groups < 0).flatten().nonzero()[0])
+            raise ValueError(
+                f"reward of completion {row} is {rewards[row].item():g}; max-rl divides by a group's mean, expected at least 0"
+            )
+        return torch.where(advantage != 0, advantage / mean, 0.0).flatten()
     if mode == "leave-one-out":
         advantage = advantage * size / (size - 1).clamp(min=1)
     advantage = advantage * unit

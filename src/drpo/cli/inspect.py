@@ -28,7 +28,10 @@ def inspect(
     ] = None,
     share: Annotated[float, typer.Option(help="The share of tokens for which δ is wanted.", min=1e-9, max=1.0)] = 0.01,
     advantage: Annotated[
-        str, typer.Option(help="How rewards become advantages where there are none: mean, mean-std or leave-one-out.")
+        str,
+        typer.Option(
+            help="How rewards become advantages where there are none: mean, mean-std, leave-one-out or max-rl."
+        ),
     ] = "mean",
     objective: Annotated[
         str, typer.Option(help="The objective whose region is looked at by token text, position, sign of A and μ.")

@@ -213,7 +213,10 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[
         check_some_rewards(per_function, trainer.reward_func_names)
     rewards = sum_rewards(per_function, trainer.reward_weights)
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    advantages = group_advantage(rewards, group_size, trainer.args.advantage)
+    try:
+        advantages = group_advantage(rewards, group_size, trainer.args.advantage)
+    except ValueError as error:
+        raise RewardError(f"reward {', '.join(trainer.reward_func_names)}: {error}") from error
     logged = trainer._logs["advantages"]
     for _ in range(min(len(logged), len(advantages))):
         logged.pop()

@@ -74,7 +74,10 @@ def overrides(
         if value and value != Recipe.model_fields[name].default:
             raise UserError(f"{name}: {why}; leave it out")
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    estimator, by_std = _ADVANTAGES[recipe.advantage or default["advantage"]]
+    advantage = recipe.advantage or default["advantage"]
+    if advantage not in _ADVANTAGES:
+        raise UserError(f"advantage: verl has no {advantage}; expected {', '.join(_ADVANTAGES)}")
+    estimator, by_std = _ADVANTAGES[advantage]
     temperature = recipe.temperature or 1.0
     settings = {
         "data.train_files": folder / "verl" / "train.jsonl",
