@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from drpo.errors import UserError
-from drpo.run.recipe import LARGEST, LoRASpec, Recipe, TaskSpec, load_recipe
+from drpo.run.recipe import LARGEST, Recipe, load_recipe
+from drpo.run.specs import LoRASpec, TaskSpec
 from test_cli import contents, drpo, here, refusal  # noqa: F401
 
 FIELDS = {

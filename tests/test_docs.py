@@ -24,7 +24,8 @@ from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig
 from drpo.cli.catalogue import describe_fields
 from drpo.lab.grid import CORE
 from drpo.lab.statistics import has_collapsed, probability_of_improvement
-from drpo.run.recipe import Recipe, TaskSpec
+from drpo.run.recipe import Recipe
+from drpo.run.specs import TaskSpec
 
 ROOT = Path(__file__).parents[1]
 

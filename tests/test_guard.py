@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from drpo.errors import TrainingStoppedError
 from drpo.trainer.collapse import StopOnCollapse
-from support.rollouts import make_trainer, weights
+from support.rollouts import config, make_trainer, weights
 
 
 def poisoned(trainer: Any, *updates: int, value: float = torch.nan) -> Any:
@@ -139,7 +139,17 @@ def test_a_reward_that_stays_below_half_of_its_best_is_a_collapse(rewards: tuple
     state = TrainerState()
     state.log_history = [{"step": 2 * place, "reward": reward} for place, reward in enumerate(rewards, 1)]
     with pytest.raises(TrainingStoppedError, match="below half") if stops else nullcontext():
-        StopOnCollapse(2).on_log(TrainingArguments("nowhere"), state, TrainerControl())
+        StopOnCollapse(2).on_log(config(Path("nowhere"), updates_per_rollout=2), state, TrainerControl())
+
+
+def test_rollouts_in_collapse_are_counted_however_seldom_the_log_is_written() -> None:
+    state = TrainerState()
+    # Of two updates a rollout: the rows are five rollouts apart.
+    state.log_history = [{"step": step, "reward": reward} for step, reward in ((10, 0.8), (20, 0.1))]
+    arguments = config(Path("nowhere"), updates_per_rollout=2)
+    StopOnCollapse(6).on_log(arguments, state, TrainerControl())
+    with pytest.raises(TrainingStoppedError, match="for 5 rollouts"):
+        StopOnCollapse(5).on_log(arguments, state, TrainerControl())
 
 
 def test_the_checkpoint_from_before_a_collapse_is_named(tmp_path: Path, problems: Dataset) -> None:

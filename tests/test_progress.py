@@ -37,7 +37,7 @@ def test_without_a_terminal_there_is_a_line_a_rollout_with_the_times(monkeypatch
             bar.show_update(update, {"reward": update / 10, "divergence/mean": 0.01})
     # A rollout takes 90 s: three of them are left after the first, 270 s.
     assert printed.getvalue().splitlines() == [
-        "rollout 0/4  0 s  accuracy 0.25",
+        "rollout 0/4  accuracy 0.25",
         "rollout 1/4  1 min 30 s, 4 min 30 s left  accuracy 0.25  reward 0.2  |π−μ| 0.01",
         "rollout 2/4  3 min 00 s, 3 min 00 s left  accuracy 0.25  reward 0.4  |π−μ| 0.01",
         "rollout 3/4  4 min 30 s, 1 min 30 s left  accuracy 0.25  reward 0.6  |π−μ| 0.01",

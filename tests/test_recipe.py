@@ -249,7 +249,7 @@ reward_timeout: 60.0
 lora: {r: 4, alpha: 8, target_modules: [q_proj, v_proj]}
 evaluate_every: 2
 checkpoint_every: 5
-stop_on_collapse: 7
+stop_on_collapse: 4
 record_rollouts: true
 heldout_problems: 40
 heldout_samples: 2

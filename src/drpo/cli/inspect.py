@@ -61,7 +61,8 @@ def inspect(
       drpo inspect dump.parquet --column logp=pi --column behavior_logp=mu --share 0.001 --json dump.json
     """
     from drpo.advantage import Advantage
-    from drpo.inspect.region import DELTA_COLUMNS, delta_rows, has_delta
+    from drpo.inspect.analyze import analyse, why_not_computed
+    from drpo.inspect.region import DELTA_COLUMNS, delta_field, delta_rows
     from drpo.objectives import OBJECTIVES
     from drpo.registry import unknown_name
 
@@ -70,8 +71,8 @@ def inspect(
     objectives = chosen_objectives(list(OBJECTIVES), overrides or [])
     if objective not in objectives:
         raise UserError(f"--objective: {unknown_name('objective', objective, objectives)}")
-    if choose_delta and not has_delta(objectives[objective]):
-        others = ", ".join(name for name in objectives if has_delta(objectives[name]))
+    if choose_delta and delta_field(objectives[objective]) is None:
+        others = ", ".join(name for name, o in objectives.items() if delta_field(o) and not why_not_computed(o, True))
         raise UserError(f"--choose-delta: {objective} has no delta; expected --objective with one of {others}")
     page = output or rollouts.with_suffix(".html")
     for option, path, ending in (("--output", page, ".html"), ("--json", json, ".json")):
@@ -91,11 +92,10 @@ def inspect(
         chosen[field] = name
 
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
     from drpo.files import replacing, write_json
-    from drpo.inspect.analyze import analyse
     from drpo.inspect.page import render
     from drpo.inspect.read import read_rollouts
     from drpo.report.html import write_page
@@ -114,9 +114,15 @@ def inspect(
         f"max {found.measured['divergence/max']:.3g}; {reached} {100 * share:g} % of tokens"
     )
     if choose_delta:
-        table = Table(*DELTA_COLUMNS, box=None, title=f"What {objective} hits, by δ: shares of the tokens with A ≠ 0")
+        *numbers, texts = DELTA_COLUMNS
+        table = Table(
+            *numbers,
+            Column(texts, overflow="fold"),
+            box=None,
+            title=f"What {objective} hits, by δ: shares of the tokens with A ≠ 0",
+        )
         for row in delta_rows(found.region):
-            table.add_row(*(f"{value:.3g}" if isinstance(value, float) else escape(str(value)) for value in row))
+            table.add_row(*(f"{value:.3g}" if isinstance(value, float) else Text(str(value)) for value in row))
         Console().print(table)
     for remark in found.remarks:
         typer.echo(remark, err=True)

@@ -57,7 +57,7 @@ def train(
 
       drpo train gsm8k --engine verl --verl trainer.n_gpus_per_node=8
     """
-    from drpo.run.folder import RunFolder
+    from drpo.run.folder import RunFolder, decisive_fields
     from drpo.run.recipe import load_recipe
 
     folder = RunFolder(output or Path("runs") / (recipe.stem if recipe else "arithmetic"))
@@ -70,8 +70,8 @@ def train(
         begun = folder.check_resumable()
         # Without a recipe file, --set speaks of the run's own.
         chosen = load_recipe(recipe or folder.recipe, overrides or [])
-        if chosen != begun:
-            field = next(name for name in type(begun).model_fields if getattr(chosen, name) != getattr(begun, name))
+        now, then = decisive_fields(chosen), decisive_fields(begun)
+        if field := next((name for name in then if now[name] != then[name]), None):
             raise UserError(
                 f"--resume: {field} is {getattr(chosen, field)!r}, but the run in {folder} has {getattr(begun, field)!r}"
             )

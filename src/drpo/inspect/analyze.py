@@ -108,7 +108,9 @@ def analyse(
     total = TrustRegionMetrics()
     sums: dict[str, dict[str, Tensor]] = {}
     distances = []
-    why_not = {name: reason for name, o in objectives.items() if (reason := _why_not(o, rollouts.old_logp is not None))}
+    why_not = {
+        name: reason for name, o in objectives.items() if (reason := why_not_computed(o, rollouts.old_logp is not None))
+    }
     if region_of in why_not:
         raise UserError(f"{region_of} cannot be computed: {why_not[region_of]}")
     region = RegionCounter(region_of, objectives[region_of], rollouts)
@@ -153,6 +155,8 @@ def analyse(
 
 def _remarks(rollouts: Rollouts) -> list[str]:
     names = rollouts.columns.names
+    if not rollouts.advantage.any():
+        return ["no token has an advantage other than 0, so that no objective weighed by it does anything"]
     if torch.equal(rollouts.logp, rollouts.behavior_logp):
         return [
             f"π and μ are equal at every token; is {names['logp']} a copy of {names['behavior_logp']}, as verl's "
@@ -167,7 +171,8 @@ def _remarks(rollouts: Rollouts) -> list[str]:
     return []
 
 
-def _why_not(objective: Objective, has_old: bool) -> str:
+def why_not_computed(objective: Objective, has_old: bool) -> str:
+    """Why a file of rollouts says too little for an objective, without or with π_old; "" where it says enough."""
     if isinstance(objective, TopKObjective):
         return "it needs log-probs of the sampler's likeliest tokens, which the file does not have"
     if objective.corrects_mismatch and not has_old:

@@ -8,7 +8,7 @@ from drpo.inspect import figures
 from drpo.inspect.analyze import Inspection
 from drpo.inspect.region import DELTA_COLUMNS, Region, delta_rows
 from drpo.report.html import document, section, table
-from drpo.report.tokens import LEGEND, groups_table
+from drpo.report.tokens import LEGEND, groups_table, texts_table
 
 _MEASURED = {
     "divergence/mean": "|π − μ|, mean",
@@ -80,7 +80,7 @@ def _deltas(inspection: Inspection) -> str:
 def _region(region: Region) -> str:
     name = f"{region.objective}({', '.join(f'{field}={value:g}' for field, value in region.hyperparameters.items())})"
     hits = region.hits
-    by = "".join(groups_table(title, groups) for title, groups in (*hits.by.items(), ("token", hits.texts)))
+    by = "".join(groups_table(title, groups) for title, groups in hits.by.items()) + texts_table(hits.texts)
     completions = "".join(completion.to_html() for completion in region.completions)
     parts = (
         section(

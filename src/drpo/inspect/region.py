@@ -29,7 +29,7 @@ _SIGN = "sign of the advantage"
 _LABELS = {
     _SIGN: tuple(SIGN_GROUPS.values()),
     "probability of the token": tuple(MU_GROUPS.values()),
-    "position in the completion": (
+    "position among the tokens that count": (
         "1 to 4",
         *(f"{low + 1:,} to {high:,}" for low, high in pairwise(_POSITION_ENDS)),
         f"beyond {_POSITION_ENDS[-1]:,}",
@@ -75,8 +75,11 @@ class Region:
     completions: list[WeighedCompletion]
 
 
-def has_delta(objective: Objective) -> bool:
-    return any(field.name == "delta" for field in fields(objective))
+def delta_field(objective: Objective) -> str | None:
+    """The hyperparameter that bounds the region of an objective as δ does; None if it has none."""
+    names = [field.name for field in fields(objective) if field.name.endswith("delta")]
+    bound = objective.region.high if objective.region is not None else None
+    return bound if bound in names else next(iter(names), None)
 
 
 DELTA_COLUMNS = (
@@ -99,7 +102,8 @@ def delta_rows(region: Region) -> list[tuple[float | str, ...]]:
             if text.outside
         ]
         by_sign = (outside.get(sign, "–") for sign in SIGN_GROUPS.values())
-        rows.append((hits.delta or 0.0, hits.all.outside, *by_sign, hits.strength, ", ".join(texts) or "–"))
+        of_all = (hits.all.outside, *by_sign, hits.strength) if hits.all.tokens else ("–",) * 4
+        rows.append((hits.delta or 0.0, *of_all, ", ".join(texts) or "–"))
     return rows
 
 
@@ -117,9 +121,9 @@ class RegionCounter:
         self._objective = objective
         self._rollouts = rollouts
         tried = [objective]
-        if has_delta(objective):
-            deltas = {*DELTAS, objective.delta}  # pyright: ignore[reportAttributeAccessIssue]
-            tried = [replace(objective, delta=delta) for delta in sorted(deltas)]
+        if field := delta_field(objective):
+            deltas = {*DELTAS, getattr(objective, field)}
+            tried = [replace(objective, **{field: delta}) for delta in sorted(deltas)]
         self._hits = [_HitCounter(objective, rollouts.texts) for objective in tried]
         self._farthest = torch.zeros(len(rollouts.lengths))
 
@@ -131,7 +135,7 @@ class RegionCounter:
         group = {
             _SIGN: (batch.advantage < 0).long()[steered],
             "probability of the token": find_bucket(batch.against("sampler")).view_as(batch.mask)[steered].long(),
-            "position in the completion": torch.bucketize(position[steered], torch.tensor(_POSITION_ENDS)),
+            "position among the tokens that count": torch.bucketize(position[steered], torch.tensor(_POSITION_ENDS)),
         }
         text = self._rollouts.text[places[steered]] if self._rollouts.texts else None
         size = (batch.advantage.abs() * batch.ratio)[steered]
@@ -197,7 +201,7 @@ class _HitCounter:
         by = {name: make_groups(_LABELS[name], counts) for name, counts in self._counts.items()}
         everything = self._counts[_SIGN].sum(dim=0, keepdim=True)
         return Hits(
-            delta=getattr(self.objective, "delta", None),
+            delta=getattr(self.objective, field) if (field := delta_field(self.objective)) else None,
             strength=self._changed / (self._plain or 1),
             all=next(iter(make_groups(["all"], everything)), Group("all", 0, dict.fromkeys(KINDS, 0.0), 0.0)),
             by=by,

@@ -43,7 +43,10 @@ def find_recipe(path: Path, engine: Engine = "trl", option: str = "") -> Path:
     if name in recipes:
         return recipes[name]
     if engine == "trl" and name in recipe_paths("verl"):
-        raise UserError(f"{where}: is a configuration of verl's own trainer; expected {verl_command(name)}")
+        raise UserError(
+            f"{where}: is a configuration of verl's own trainer; expected {verl_command(name)}, "
+            f"or drpo doctor --verl {name}"
+        )
     raise UserError(f"{where}: no such file; {unknown_name('recipe', name, recipes)}")
 
 

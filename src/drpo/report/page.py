@@ -17,7 +17,7 @@ from drpo.report import figures
 from drpo.report.figures import over_rollouts
 from drpo.report.html import document, section, table, write_page
 from drpo.report.read import RunData, read_run
-from drpo.report.tokens import LEGEND, groups_table
+from drpo.report.tokens import LEGEND, texts_table
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import dump_recipe
 
@@ -178,7 +178,7 @@ def _origins(runs: Sequence[RunData]) -> str:
 
 def _trained_tokens(runs: Sequence[RunData]) -> str:
     parts = [
-        f"<h3>{escape(run.name)}</h3>{groups_table('token', run.trained.texts)}"
+        f"<h3>{escape(run.name)}</h3>{texts_table(run.trained.texts)}"
         + "".join(completion.to_html() for completion in run.trained.completions)
         for run in runs
         if run.trained.texts

@@ -6,7 +6,7 @@ import heapq
 import math
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -68,6 +68,11 @@ def groups_table(title: str, groups: Sequence[Group]) -> str:
     """As HTML: how many tokens a group has, and what share of them the objective hits, and how."""
     rows = [[group.label, group.tokens, group.outside, *(group.shares[e] for e in EFFECTS)] for group in groups]
     return table([title, "tokens", "outside", *EFFECTS], rows)
+
+
+def texts_table(texts: Sequence[Group]) -> str:
+    """The same of texts of tokens, with their spaces and what cannot be printed."""
+    return groups_table("token", [replace(text, label=repr(text.label)) for text in texts])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
 from drpo.run.checks import describe_overlap, end_tokens, refuse_without_end
 from drpo.run.options import build_config
-from drpo.run.recipe import Recipe, TaskSpec
+from drpo.run.recipe import Recipe
+from drpo.run.specs import TaskSpec
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
 

@@ -27,6 +27,17 @@ _FIRST_FILES = {"run.lock", "run.partial.json", "run.json", "recipe.partial.yaml
 """Of a folder that is being made; a kill leaves some of them."""
 
 
+_CHECKS = {"audit_threshold", "stop_on_collapse"}
+_CHECKS_IN_TRAINER = {"max_skipped_updates", "stale_sampler"}
+
+
+def decisive_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that a run is resumed with as it began, in JSON: all but those of checks, which change no update."""
+    fields = recipe.model_dump(mode="json", exclude=_CHECKS)
+    fields["trainer"] = {name: value for name, value in recipe.trainer.items() if name not in _CHECKS_IN_TRAINER}
+    return fields
+
+
 class RunFolder:
     """A folder that holds one run.
 

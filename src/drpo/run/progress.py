@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Progress(Bar):
         self._updates_per_rollout = updates_per_rollout
         self._rollouts = total // updates_per_rollout
         self._shown: dict[str, float] = {}
-        self._clock, self._began, self._done_before, self._said = clock, clock(), 0, -1
+        self._clock, self._began, self._done_before, self._said = clock, math.nan, 0, -1
         self._task = self.add_task("loading", total=self._rollouts, status="")
 
     def begin(self, done: int) -> None:
@@ -74,7 +75,9 @@ class Progress(Bar):
             self._say(rollout)
 
     def times(self, completed: float) -> str:
-        """The time since training began and what is left of it, after so many rollouts."""
+        """The time since training began and what is left of it, after so many rollouts; "" before."""
+        if math.isnan(self._began):
+            return ""
         elapsed, done = self._clock() - self._began, completed - self._done_before
         left = f", {_duration(elapsed / done * (self._rollouts - completed))} left" if done > 0 else ""
         return f"{_duration(elapsed)}{left}"
@@ -82,8 +85,8 @@ class Progress(Bar):
     def _say(self, rollout: int) -> None:
         self._said = rollout
         if not self.console.is_terminal:
-            line = f"rollout {rollout}/{self._rollouts}  {self.times(rollout)}  {self._status()}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            parts = (f"rollout {rollout}/{self._rollouts}", self.times(rollout), self._status())
+            self.console.print("  ".join(filter(None, parts)), highlight=False, soft_wrap=True)
 
     def _status(self) -> str:
         return "  ".join(f"{name} {value:.3g}" for name, value in self._shown.items())

@@ -7,115 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
 
 from drpo.advantage import Advantage
 from drpo.aggregation import Aggregation
 from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
-from drpo.objectives import Anchor, Correction, Objective, anchored, make_correction, make_objective
+from drpo.objectives import Anchor, anchored
 from drpo.precision import RolloutPrecision, TrainPrecision
 from drpo.recipes import find_recipe, recipe_paths
 from drpo.redact import find_secret
-from drpo.rewards import REWARD_TIMEOUT, REWARDS, Reward, Weighted, load_reward, make_reward
+from drpo.rewards import REWARD_TIMEOUT, Reward, Weighted
 from drpo.run.mistakes import first_mistake
 from drpo.run.options import REFUSED
+from drpo.run.specs import CorrectionSpec, LoRASpec, ObjectiveSpec, Positive, RewardSpec, Strict, TaskSpec, Text
 from drpo.run.yaml import dump, parse
 
 BUILTIN_RECIPE = recipe_paths()["arithmetic"]
 
 LARGEST = 100_000
 """Bytes of a recipe. The longest here has 2,000; more is another file, which would be parsed for minutes."""
-
-Positive = Annotated[int, Field(ge=1, le=10**9)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True,
-        hide_input_in_errors=True,
-    )  # fmt: skip
-
-
-class TaskSpec(_Strict):
-    """Where problems come from, a built-in task or a .jsonl or .parquet file, and how a model is asked them."""
-
-    train: Text
-    """`arithmetic` or `addition`, made on the spot, or a file of problems."""
-    heldout: Text | None = None
-    """The same, for evaluation; none by default."""
-    prompt: Text = "prompt"
-    """The field of a row that holds the question."""
-    answer: Text = "answer"
-    """The field that holds the reference answer."""
-    template: Text = "{prompt}"
-    """The text the model sees, with `{prompt}` where the question goes."""
-    chat_template: bool = True
-    """Whether the chat template of the model, if it has one, is put around that; if not, the model goes on with the text, and is saved without one."""
-    stop: Text | None = None
-    """What ends a completion in place of the model's own end: the text of one token, such as `"\\n"`."""
-
-    @field_validator("train", "heldout")
-    @classmethod
-    def _absolute(cls, source: str | None) -> str | None:
-        # A resolved recipe means the same from any folder.
-        return str(Path(source).absolute()) if source and source.endswith((".jsonl", ".parquet")) else source
-
-    @field_validator("template")
-    @classmethod
-    def _has_placeholder(cls, template: str) -> str:
-        if "{prompt}" not in template:
-            raise ValueError("expected text with {prompt} in it")
-        return template
-
-
-class _Named(_Strict):
-    """A name and, beside it, the hyperparameters of what it names; :meth:`make` makes it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    def make(self) -> Any:
-        raise NotImplementedError
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        self.make()
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class ObjectiveSpec(_Named):
-    """An objective of :data:`drpo.OBJECTIVES`."""
-
-    def make(self) -> Objective:
-        return make_objective(self.name, **self.hyperparameters)
-
-
-class CorrectionSpec(_Named):
-    """A correction of :data:`drpo.objectives.CORRECTIONS`."""
-
-    def make(self) -> Correction:
-        return make_correction(self.name, **self.hyperparameters)
 
 
 def _as_list(value: Any) -> Any:
@@ -124,31 +35,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class RewardSpec(_Named):
-    """A reward of :data:`drpo.rewards.REWARDS` or a function as ``module:function``, and its weight in the sum."""
-
-    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-
-    def make(self) -> Reward:
-        return load_reward(self.name, **self.hyperparameters)
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        # A function of the user's is not imported before the whole recipe has been read.
-        if self.name in REWARDS:
-            make_reward(self.name, **self.hyperparameters)
-        return self
-
-
-class LoRASpec(_Strict):
-    """Train low-rank adapters (peft) instead of all weights."""
-
-    r: Positive = 16
-    alpha: Positive = 32
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A training run.
 
     Fields without a default have to be in the recipe; those that are None leave the choice to
@@ -206,7 +93,7 @@ class Recipe(_Strict):
     checkpoint_every: Positive = 25
     """Rollouts between checkpoints."""
     stop_on_collapse: Positive | None = None
-    """Rollouts in a row with a reward below half of the best, after which training stops; it goes on by default."""
+    """Rollouts in a row with a reward below half of its best (if that is above 0), after which training stops; at most `checkpoint_every`, so that the checkpoint from before is kept."""
     record_rollouts: bool = False
     """Whether `rollouts.jsonl` is written."""
     heldout_problems: Annotated[int, Field(ge=1, le=100_000)] = 250
@@ -257,6 +144,15 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _is_anchored(self) -> Self:
         anchored(self.objective.make(), self.anchor, self.correction and self.correction.make())
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_a_collapse_goes_back_to(self) -> Self:
+        if (self.stop_on_collapse or 0) > self.checkpoint_every:
+            raise ValueError(
+                f"stop_on_collapse: got {self.stop_on_collapse}; expected at most checkpoint_every, {self.checkpoint_every}: "
+                "two checkpoints are kept, and neither would be from before"
+            )
         return self
 
     @model_validator(mode="after")

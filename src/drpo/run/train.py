@@ -16,7 +16,7 @@ from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl, writing
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries
-from drpo.run.folder import SAMPLES_KEPT, RunFolder
+from drpo.run.folder import SAMPLES_KEPT, RunFolder, decisive_fields
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
 from drpo.trainer.checkpoint import CheckpointError
@@ -77,7 +77,7 @@ def _train(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(recipe, reward, problems, heldout, scratch, state.num_processes, rollout_func)
     trainer.args.output_dir = str(folder.checkpoints)
-    trainer.run_fingerprint = {f"recipe.{name}": value for name, value in recipe.model_dump(mode="json").items()}
+    trainer.run_fingerprint = {f"recipe.{name}": value for name, value in decisive_fields(recipe).items()}
     trainer.run_fingerprint["heldout problems"] = digest_of_rows(map(asdict, heldout))
 
     with folder.locked() if state.is_main_process else nullcontext():

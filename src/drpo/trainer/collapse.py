@@ -13,11 +13,11 @@ from drpo.errors import TrainingStoppedError
 class StopOnCollapse(TrainerCallback):
     """Stops training once the reward has stayed below half of its best.
 
-    The best and what came after it are read from the trainer's log, which a checkpoint holds too. A best reward of at
-    most 0 has no half.
+    The best and what came after it are read from the trainer's log, which a checkpoint holds too; with ``logging_steps``
+    above 1 these are means over some rollouts. A best reward of at most 0 has no half: training goes on.
 
     Args:
-        rollouts: how many in a row, as ``logging_steps=1`` logs them.
+        rollouts: how many in a row.
     """
 
     def __init__(self, rollouts: int) -> None:
@@ -31,12 +31,15 @@ class StopOnCollapse(TrainerCallback):
         """
         rewards = [(row["reward"], row["step"]) for row in state.log_history if row.get("reward") is not None]
         best, best_update = max(rewards, default=(0.0, 0))
-        if best <= 0 or any(reward >= best / 2 for reward, _ in rewards[-self._rollouts :]):
+        if best <= 0:
             return
         held = max(update for reward, update in rewards if reward >= best / 2)
+        last, last_update = rewards[-1]
+        if last_update - held < self._rollouts * args.updates_per_rollout:
+            return
         raise TrainingStoppedError(
             f"the reward has been below half of its best ({best:.3g} at update {best_update}) for {self._rollouts} rollouts, "
-            f"last {rewards[-1][0]:.3g}; {_name_checkpoint(Path(args.output_dir), held)}"
+            f"last {last:.3g}; {_name_checkpoint(Path(args.output_dir), held)}"
         )
 
 

@@ -31,7 +31,7 @@ FREE_OPTIONS = (
     "gradient_checkpointing", "use_cache", "dataloader_", "torch_compile", "torch_empty_cache_steps", "ddp_", "local_rank",
     "tokens_per_micro_batch", "fused_loss", "drop_zero_advantage", "share_prompts", "skip_memory_metrics", "debug", "enable_jit_checkpoint",
     "vllm_gpu_memory_utilization", "vllm_server_", "vllm_group_port", "vllm_enable_sleep_mode",
-    "audit_threshold", "max_skipped_updates", "split_distance", "checkpoint_checksums", "reward_timeout",
+    "audit_threshold", "stale_sampler", "max_skipped_updates", "split_distance", "checkpoint_checksums", "reward_timeout",
 )  # fmt: skip
 """Beginnings of the names of options that may change when a run is resumed."""
 
