@@ -116,7 +116,8 @@ def test_every_field_of_a_recipe_is_in_the_docs() -> None:
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     for prefix, kind in (("", Recipe), ("task.", TaskSpec)):
         for name, field in kind.model_fields.items():
-            default = None if field.is_required() else "None" if field.default is None else field.default
+            value = field.get_default(call_default_factory=True)
+            default = None if field.is_required() else "None" if value is None else value
             assert option_row(prefix + name, default, field.description or "") in page
 
 

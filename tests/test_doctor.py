@@ -125,7 +125,7 @@ WITHOUT_WEIGHTS = [
     fault("deaf audit", None, "audit_threshold=5", verdict="warning", what="audit_threshold 5 nats", fix="at most 0.1"),
     fault("missing model", None, "model=./nowhere", what="model: cannot load './nowhere'"),
     fault("no end", no_eos, what="tokenizer: neither it nor the model has an end-of-sequence token, so every completion runs to its limit; expected eos_token in"),
-    fault("few positions", edit("config.json", max_position_embeddings=30), what="are more than the model's 30 positions; expected a smaller max_completion_length"),
+    fault("few positions", edit("config.json", max_position_embeddings=30), what="are more than the model's 30 positions; expected prompts of at most 10 tokens"),
     fault("template differs", template(CHAT, chat_template="{{ messages[0].content }}"), what="chat_template.jinja and tokenizer_config.json", fix="chat_template.jinja alone"),
     fault("template fails", template("{{ raise_exception('no') }}"), what="chat template: fails on a prompt: no"),
     fault("template without prompt", template("<|user|>"), what="chat template: leaves the prompt out", fix="chat_template of"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from drpo.advantage import Advantage
 from drpo.aggregation import Aggregation
@@ -102,7 +102,7 @@ class Recipe(Strict):
     """Completions of each held-out problem."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of everything that is drawn."""
-    trainer: dict[str, JsonValue] = {}
+    trainer: dict[str, JsonValue] = Field(default_factory=dict)
     """Any further option of `DRPOConfig`, TRL's and Transformers' among them."""
 
     def make_reward(self) -> Reward:
