@@ -312,13 +312,24 @@ def test_a_stale_sampler_may_be_warned_of(tmp_path: Path, problems: Dataset, cap
         config(tmp_path, stale_sampler="wrn")
 
 
+def sure_model() -> nn.Module:
+    """The built-in model with its logits times 3: most tokens are all but certain, few are not."""
+    model, _ = load_model()
+    model.lm_head.weight = nn.Parameter(3 * model.lm_head.weight.detach())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+@pytest.mark.parametrize("is_sure", [False, True])
 @pytest.mark.parametrize(
     "settings", [{}, {"rollout_precision": "bf16"}, {"rollout_precision": "fp8"}, {"rollout_lag": 2}]
 )
 def test_a_sampler_with_the_weights_of_now_is_never_called_stale(
-    tmp_path: Path, problems: Dataset, settings: dict[str, Any]
+    tmp_path: Path, problems: Dataset, settings: dict[str, Any], is_sure: bool
 ) -> None:
-    trainer = make_trainer(tmp_path, problems, reward_funcs=parity, **{**STALE, "max_steps": 24}, **settings)
+    model = sure_model() if is_sure else load_model()[0]
+    given = {**STALE, "max_steps": 24, **settings}
+    trainer = make_trainer(tmp_path, problems, model=model, reward_funcs=parity, **given)
     trainer.train()
     gaps, changes = (
         [row[name] for row in trainer.state.log_history if name in row] for name in ("audit/gap", "audit/change")
@@ -327,3 +338,12 @@ def test_a_sampler_with_the_weights_of_now_is_never_called_stale(
     assert (len(gaps), len(changes)) == ((1, 0) if "rollout_lag" in settings else (12, 11))
     # A sampler without them would have been found.
     assert "rollout_lag" in settings or max(changes) > CLEAR * gaps[0]
+
+
+def test_a_sampler_that_keeps_old_weights_is_named_after_a_resume(tmp_path: Path, problems: Dataset) -> None:
+    made_up = {"rollout_func": frozen_sampler, "reward_funcs": parity, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, problems, **made_up, **{**STALE, "max_steps": 2}).train()
+    trainer = make_trainer(tmp_path, problems, **made_up, **STALE)
+    with pytest.raises(AuditError, match="the sampler did not get the new weights"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 2

@@ -69,9 +69,33 @@ class Difference(NamedTuple):
     mean: float
     """|log π − log μ| in nats."""
     maximum: float
-    divergence: float
-    """|π − μ|, mean."""
+    log_odds: float
+    """See :func:`log_odds_sums`."""
+    weight: float
+    """Of the tokens in that."""
     tokens: int
+
+
+def log_odds_sums(prob: Tensor, other: Tensor, counted: Tensor) -> Tensor:
+    """How far the log-odds of tokens are apart under two policies: Σ|π − π'| and the weight to divide it by, [2], fp32.
+
+    To first order, |π − π'| is π(1 − π) times the change of log π/(1 − π), in nats. The quotient is the mean of that change,
+    each token by how much it moves the policy, which hardly depends on how sure the policy is; means of |π − π'| and of
+    |log π − log π'| do.
+
+    Args:
+        prob: π, of any shape.
+        other: π', of the same shape.
+        counted: the tokens that count, bool, of the same shape.
+    """
+    weight = (prob * (1 - prob) + other * (1 - other)) / 2
+    return torch.stack([values.masked_fill(~counted, 0.0).sum() for values in ((prob - other).abs(), weight)]).float()
+
+
+def log_odds_mean(sums: Tensor) -> tuple[float, float]:
+    """The mean of the change and its weight, from :func:`log_odds_sums` of any number of parts, [N, 2]."""
+    total, weight = sums.sum(dim=0).tolist()
+    return (total / weight if weight else 0.0), weight
 
 
 class Differences:
@@ -81,11 +105,12 @@ class Differences:
         self._parts: list[Tensor] = []
 
     def add(self, batch: TokenBatch) -> None:
-        difference = (batch.logp.detach() - batch.behavior_logp).abs()
+        logp = batch.logp.detach()
+        difference = (logp - batch.behavior_logp).abs()
         largest = pad(difference.flatten(), (0, 1)).amax()
-        divergence = (batch.logp.detach().exp() - batch.behavior_logp.exp()).abs()
-        sums = (difference.sum(), largest, divergence.sum(), batch.mask.sum().to(difference))
-        self._parts.append(torch.stack(sums))
+        sums = torch.stack([difference.sum(), largest, batch.mask.sum().to(difference)])
+        log_odds = log_odds_sums(logp.exp(), batch.behavior_logp.exp(), batch.mask.bool())
+        self._parts.append(torch.cat([sums, log_odds]))
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -93,11 +118,12 @@ class Differences:
     def take(self, gather: Callable[[Tensor], Tensor]) -> Difference:
         """What was added on all ranks; forgotten here."""
         # Every rank sees the same numbers, so that all of them stop or none does.
-        total, largest, divergence, tokens = gather(torch.stack(self._parts)).view(-1, 4).unbind(dim=1)
+        parts = gather(torch.stack(self._parts)).view(-1, 5)
         self._parts.clear()
+        total, largest, tokens, *_ = parts.unbind(dim=1)
         count = int(tokens.sum().item())
-        mean, divergence = (sums.sum().item() / max(1, count) for sums in (total, divergence))
-        return Difference(mean, largest.max().item(), divergence, count)
+        mean = total.sum().item() / max(1, count)
+        return Difference(mean, largest.max().item(), *log_odds_mean(parts[:, 3:]), count)
 
 
 @dataclass(frozen=True)
@@ -144,13 +170,12 @@ class AuditedPolicy:
         if self.rollout_precision != self.precision:
             seen.append(f"precision: tokens are sampled in {self.rollout_precision} and scored in {self.precision}")
         elif self.precision == "fp32":
-            unknown.append(
-                "precision: the sampler's weights, activations or log-probs may be below fp32, or its weights stale"
-            )
+            unknown.append("precision: the sampler's weights, activations or log-probs may be below fp32")
         else:
             seen.append(
                 f"precision: the trainer's forward pass runs in {self.precision}; keep log-probs and LM head in fp32"
             )
+        unknown.append("weights: the sampler may have older ones than the trainer")
         return seen + unknown
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from drpo.rollout.audit import Audit, AuditedPolicy, AuditError, Difference
+from drpo.rollout.audit import Audit, AuditedPolicy, AuditError, Difference, log_odds_mean, log_odds_sums
 from drpo.trainer.batch import RolloutBatch, loss_mask, select
 
 if TYPE_CHECKING:
@@ -20,29 +19,31 @@ logger = logging.getLogger(__name__)
 PROBES = 8
 """Sequences of a rollout, on each rank, that the trainer scores again later."""
 
-NEGLIGIBLE = 1e-5
-"""A mean change of π for which no sampler is called stale: rounding makes less."""
+NEGLIGIBLE = 1e-4
+"""A mean change of log-odds, in nats, for which no sampler is called stale: rounding makes less."""
 
-CLEAR = 4
-"""How many times the gap between engines the change has to be, so that the two are not taken for one another."""
+CLEAR = 3
+"""How many times the largest gap between engines the change has to be, so that the two are not taken for one another."""
+
+ENOUGH = 0.5
+"""The weight of tokens (:func:`~drpo.rollout.audit.log_odds_sums`) below which a mean says nothing: two tosses of a coin."""
 
 
-@dataclass
-class _Probe:
-    """Sequences of a rollout, π of their tokens when it began, [B, C], and the mean |π − μ| of its first update's tokens."""
+class _Probe(NamedTuple):
+    """Sequences of a rollout, and π of their tokens when it began, [B, C]."""
 
     batch: RolloutBatch
     prob: Tensor
-    gap: float | None = None
 
 
 class RolloutAudits:
     """Whether the sampler has the trainer's policy: at the first update of a run, and of each rollout.
 
     At the first, |log π − log μ| is compared with a threshold (:class:`~drpo.rollout.audit.Audit`). A sampler that
-    keeps old weights passes that. From the second rollout on, the gap |π − μ| of the rollout's first update is compared with
-    how far the trainer's own π has moved since the first rollout and since the last one, on a few of their sequences. With
-    the new weights the gap stays what engine and precision make of it; with old ones it is as large as the change.
+    keeps old weights passes that. From the second rollout on, the gap between log-odds under π and μ at the rollout's first
+    update is compared with how far the trainer's own have moved since the first rollout and since the last one, on a few of
+    their sequences. With the new weights the gap stays what engine and precision make of it; with old ones it is as large
+    as the change.
 
     Args:
         trainer: whose rollouts they are.
@@ -55,12 +56,21 @@ class RolloutAudits:
         self.first: Audit | None = None
         self._trainer = trainer
         self._probes: list[_Probe] = []
-        self._changes: list[tuple[_Probe, float]] = []
+        self._changes: list[tuple[float, float]] = []
+        self._largest_gap: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"probes": [tuple(probe) for probe in self._probes], "largest_gap": self._largest_gap}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._probes = [_Probe(*probe) for probe in state_dict["probes"]]
+        self._largest_gap = state_dict["largest_gap"]
 
     def begin_rollout(self, batch: RolloutBatch) -> None:
         """Measure what the updates since earlier rollouts changed, before any update on this one. All ranks call it together."""
-        self._probes = [probe for probe in self._probes if probe.gap is not None]
-        self._changes = [(probe, self._change(probe)) for probe in self._probes]
+        self._changes = [self._change(probe) for probe in self._probes]
         rows = select(batch, torch.arange(min(PROBES, len(batch["completion_ids"]))))
         self._probes = [*self._probes[:1], _Probe(rows, self._probs(rows))]
 
@@ -74,9 +84,9 @@ class RolloutAudits:
             return
         trainer = self._trainer
         metrics = trainer._metrics["train"]
-        metrics["audit/gap"].append(difference.divergence)
+        metrics["audit/gap"].append(difference.log_odds)
         if self._changes:
-            metrics["audit/change"].append(self._changes[-1][1])
+            metrics["audit/change"].append(self._changes[-1][0])
         if self.first is None:
             policy = audited_policy(trainer)
             self.first = policy.audit(difference, trainer.args.audit_threshold)
@@ -85,22 +95,28 @@ class RolloutAudits:
             metrics["audit/logp_difference_mean"].append(difference.mean)
             metrics["audit/logp_difference_max"].append(difference.maximum)
             self.first.check(policy.likely_causes())
-        self._check_weights(difference.divergence)
-        self._probes[-1].gap = difference.divergence
+        if difference.weight >= ENOUGH:
+            self._check_weights(difference.log_odds)
 
     def _check_weights(self, gap: float) -> None:
-        for probe, change in self._changes:
-            assert probe.gap is not None
-            if change > max(NEGLIGIBLE, CLEAR * probe.gap) and gap > (probe.gap + change) / 2:
-                message = (
-                    f"the sampler did not get the new weights: |π − μ| is {gap:.2g} on average before any update on this "
-                    f"rollout, it was {probe.gap:.2g} on an earlier one, and the updates in between changed the trainer's "
-                    f"own π by {change:.2g}. Send the sampler the weights before each rollout"
-                )
-                if self._trainer.args.stale_sampler == "stop":
-                    raise AuditError(f"{message}; with stale_sampler='warn' training goes on")
-                logger.warning("%s.", message[0].upper() + message[1:])
-                return
+        largest = self._largest_gap
+        changes = [change for change, weight in self._changes if weight >= ENOUGH]
+        if largest is not None:
+            for change in changes:
+                if change > max(NEGLIGIBLE, CLEAR * largest) and gap > (largest + change) / 2:
+                    self._report_stale(gap, largest, change)
+                    return
+        self._largest_gap = max(gap, largest or 0.0)
+
+    def _report_stale(self, gap: float, largest: float, change: float) -> None:
+        message = (
+            f"the sampler did not get the new weights: before any update on this rollout its log-odds are {gap:.2g} nats from "
+            f"the trainer's, where {largest:.2g} was the most on earlier ones, and the updates in between changed the "
+            f"trainer's own by {change:.2g}. Send the sampler the weights before each rollout"
+        )
+        if self._trainer.args.stale_sampler == "stop":
+            raise AuditError(f"{message}; with stale_sampler='warn' training goes on")
+        logger.warning("%s.", message[0].upper() + message[1:])
 
     def _probs(self, batch: RolloutBatch) -> Tensor:
         trainer = self._trainer
@@ -111,12 +127,9 @@ class RolloutAudits:
         finally:
             trainer.model.train()
 
-    def _change(self, probe: _Probe) -> float:
-        counted = loss_mask(probe.batch).bool()
-        difference = (self._probs(probe.batch) - probe.prob).abs().masked_fill(~counted, 0.0).sum()
-        sums = torch.stack([difference, counted.sum().to(difference)])
-        total, tokens = self._trainer.accelerator.gather(sums).view(-1, 2).sum(dim=0)
-        return (total / tokens.clamp(min=1)).item()
+    def _change(self, probe: _Probe) -> tuple[float, float]:
+        sums = log_odds_sums(self._probs(probe.batch), probe.prob, loss_mask(probe.batch).bool())
+        return log_odds_mean(self._trainer.accelerator.gather(sums).view(-1, 2))
 
 
 def audited_policy(trainer: DRPOTrainer) -> AuditedPolicy:

@@ -135,7 +135,8 @@ class DRPOTrainer(CheckpointedTrainer):
         self._guard = UpdateGuard(args)
         self._audits = RolloutAudits(self)
         self._idle = IdleRollouts(needs_advantage=not self.objective.acts_without_advantage)
-        self.stateful |= {"rollout_sampler": self._rollout_sampler, "guard": self._guard, "idle": self._idle}
+        checkpointed = {"guard": self._guard, "audits": self._audits, "idle": self._idle}
+        self.stateful |= {"rollout_sampler": self._rollout_sampler, **checkpointed}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     def _send_telemetry(self) -> None:
