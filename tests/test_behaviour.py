@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.precision import make_rollout_model, quantized, train_in_fp8
-from drpo.rollout.audit import AuditError
+from drpo.rollout.audit import AuditError, log_odds_mean, log_odds_sums
 from drpo.trainer.auditing import CLEAR
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, make_trainer
@@ -310,6 +310,27 @@ def test_a_stale_sampler_may_be_warned_of(tmp_path: Path, problems: Dataset, cap
     assert "The sampler did not get the new weights" in caplog.text
     with pytest.raises(ValueError, match="unknown stale_sampler 'wrn'; did you mean 'warn'"):
         config(tmp_path, stale_sampler="wrn")
+
+
+def test_the_gap_of_an_engine_hardly_depends_on_how_sure_the_policy_is() -> None:
+    torch.manual_seed(0)
+    noise = 0.01 * torch.randn(4000, 50)
+    means, gaps = [], []
+    for scale in (0.5, 8.0):
+        logits = scale * torch.randn(4000, 50)
+        drawn = logits.softmax(-1).multinomial(1)
+        prob, other = ((logits + part).softmax(-1).gather(1, drawn) for part in (0.0, noise))
+        means.append((prob - other).abs().mean().item())
+        gaps.append(log_odds_mean(log_odds_sums(prob, other, torch.ones_like(prob, dtype=torch.bool))[None])[0])
+    # The mean |Δ log-odds| of such noise is 0.01 · √(2/π).
+    assert gaps == pytest.approx([0.008, 0.008], rel=0.35)
+    assert means[1] > 5 * means[0]
+
+
+def test_tokens_that_do_not_count_are_not_in_the_gap() -> None:
+    prob, other = torch.tensor([0.5, 0.9]), torch.tensor([0.4, 0.1])
+    mean, weight = log_odds_mean(log_odds_sums(prob, other, torch.tensor([True, False]))[None])
+    assert (mean, weight) == pytest.approx((0.1 / 0.245, 0.245))
 
 
 def sure_model() -> nn.Module:

@@ -230,6 +230,18 @@ def test_a_run_of_another_recipe_or_data_is_not_resumed(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_checks_may_change_when_a_run_is_resumed(tmp_path: Path, drpo: Any) -> None:
+    run = tmp_path / "run"
+    drpo("train", "--output", run, *sets(**SMALL, stop_on_collapse=1))
+    weights = (run / "model/model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints/checkpoint-16")
+    (run / "summary.json").unlink()
+    changed = {"audit_threshold": 0.5, "stop_on_collapse": "null"}
+    options = {"trainer.stale_sampler": "warn", "trainer.max_skipped_updates": 9}
+    drpo("train", "--resume", "--output", run, *sets(**changed, **options))
+    assert (run / "model/model.safetensors").read_bytes() == weights
+
+
 def test_a_run_with_a_lag_is_resumed_and_keeps_its_audit(tmp_path: Path, drpo: Any) -> None:
     run = tmp_path / "run"
     drpo("train", "--output", run, *sets(**SMALL, rollout_lag=2, learning_rate=0.001))
