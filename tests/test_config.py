@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from drpo import DRPOConfig, DRPOTrainer
 from drpo.rewards import exact_answer
-from drpo.trainer.config import AS_IN_TRL, REFUSED
+from drpo.trainer.refused import AS_IN_TRL, REFUSED
 from support.rollouts import config, load_model
 
 

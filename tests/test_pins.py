@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from transformers import GenerationMixin, TrainingArguments
 from trl import GRPOConfig
 
-from drpo.trainer.config import REFUSED
+from drpo.trainer.refused import REFUSED
 
 TAKEN = {
     "cache_implementation",

@@ -46,11 +46,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_two_ranks_with_uneven_lengths_give_the_gradient_of_one(tmp_path: Path) -> None:
     split = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     split_settings = {name: {**split, **settings} for name, settings in SETTINGS.items()}
-    finished = launch(rollouts.__file__, str(tmp_path), json.dumps(split_settings))
+    dynamic = {"dynamic": {**split, "max_steps": 2, "dynamic_sampling_rounds": 9}}
+    finished = launch(rollouts.__file__, str(tmp_path), json.dumps(split_settings | dynamic))
     assert finished.returncode == 0, finished.stderr[-3000:]
     # The audits span both ranks, so there really were two.
-    dropped = re.findall(r"Audited 683 tokens, dropped ([\d.]+)", finished.stdout)
-    assert [share == "0.000" for share in dropped[::2]] == [True, True, True, False]
+    dropped = re.findall(r"Audited (\d+) tokens, dropped ([\d.]+)", finished.stdout)[::2]
+    assert [tokens == "683" for tokens, _ in dropped] == [True, True, True, True, False]
+    # Where other groups take the places of those without an advantage, none is left to drop.
+    assert [share == "0.000" for _, share in dropped] == [True, True, True, False, True]
     for name, settings in SETTINGS.items():
         plain = {"drop_zero_advantage": False, "share_prompts": False, "tokens_per_micro_batch": None}
         one = rollouts.gradient_of_one_update(tmp_path / "one", per_device_train_batch_size=64, **{**settings, **plain})

@@ -23,8 +23,8 @@ from drpo import OBJECTIVES, DRPOTrainer
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
 from drpo.trainer.batch import RolloutBatch
-from drpo.trainer.config import REFUSED
 from drpo.trainer.measurements import Mode
+from drpo.trainer.refused import REFUSED
 from drpo.trainer.scoring import FusedScorer
 from support.rollouts import (
     config,

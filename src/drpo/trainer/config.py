@@ -18,101 +18,11 @@ from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
 from drpo.registry import unknown_name
 from drpo.rewards import REWARD_TIMEOUT
 from drpo.rollout.sampling import FILTERS, NEUTRAL
+from drpo.trainer.refused import AS_IN_TRL, GENERATION_KWARGS, REFUSED
 
 logger = logging.getLogger(__name__)
 
 StaleSampler = Literal["stop", "warn"]
-
-_NO_REFERENCE = "no reference model is kept; the objective keeps π near μ by itself"
-_NO_ENTROPY_BONUS = "there is no entropy bonus"
-_OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
-_OTHER_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
-_NO_LOG_PROBS = "it returns no log-probs, and the ratio needs those of the sampler"
-_CHANGES_SAMPLING = (
-    "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
-)
-
-REFUSED: dict[str, str] = {
-    "loss_type": "set objective= (what is maximised) and aggregation= (how tokens are averaged)",
-    "epsilon": "set objective='ppo', objective_kwargs={'clip_low': ...}",
-    "epsilon_high": "set objective='ppo', objective_kwargs={'clip_high': ...}",
-    "delta": "this is TRL's two-sided clip; DRPO's δ is objective_kwargs={'delta': ...}",
-    "importance_sampling_level": "the objective decides what the ratio is taken over",
-    "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
-    "scale_rewards": "set advantage= ('mean', 'mean-std', 'leave-one-out' or 'max-rl')",
-    "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
-    "vllm_importance_sampling_correction": "set correction='token_truncate', for an objective anchored on the old policy",
-    "vllm_importance_sampling_mode": "set correction= ('token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask')",
-    "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
-    "top_entropy_quantile": "every completion token is trained on",
-    **dict.fromkeys(
-        ("beta", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_bias_correction_kl"),
-        _NO_REFERENCE,
-    ),
-    **dict.fromkeys(
-        ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap"),
-        _OTHER_CORRECTION,
-    ),
-    **dict.fromkeys(
-        (
-            "entropy_coef",
-            "use_adaptive_entropy",
-            "entropy_coef_min",
-            "entropy_coef_max",
-            "entropy_coef_delta",
-            "entropy_target",
-        ),
-        _NO_ENTROPY_BONUS,
-    ),
-    **dict.fromkeys(
-        (
-            "sapo_temperature_neg",
-            "sapo_temperature_pos",
-            "vespo_k_pos",
-            "vespo_k_neg",
-            "vespo_lambda_pos",
-            "vespo_lambda_neg",
-        ),
-        _OTHER_OBJECTIVE,
-    ),
-    **dict.fromkeys(FILTERS, f"{_CHANGES_SAMPLING}, or set replay_support=True to score the tokens that it leaves"),
-    **dict.fromkeys(("repetition_penalty", "vllm_structured_outputs_regex"), _CHANGES_SAMPLING),
-    **dict.fromkeys(("use_transformers_continuous_batching", "use_transformers_paged"), _NO_LOG_PROBS),
-}
-"""Options of GRPOConfig that this trainer would ignore, and what to do instead. Only their defaults, and values that mean the same, are accepted."""
-
-_CLIP = "objective='ppo', objective_kwargs={'clip_high': 0.2}"
-
-AS_IN_TRL: dict[str, dict[Any, str]] = {
-    "loss_type": {
-        "grpo": f"{_CLIP}, aggregation='seq-mean-token-mean'",
-        "bnpo": f"{_CLIP}, aggregation='token-mean'",
-        "dr_grpo": f"{_CLIP}, aggregation='seq-mean-token-sum-norm', horizon=max_completion_length",
-        "cispo": "objective='cispo', aggregation='token-mean'",
-        "sapo": "objective='sapo', aggregation='seq-mean-token-mean'",
-        "luspo": "objective='gspo', aggregation='seq-mean-token-sum'",
-        "vespo": "objective='vespo', aggregation='token-mean'",
-    },
-    "importance_sampling_level": {"sequence": "objective='gspo', aggregation='seq-mean-token-mean'"},
-    "scale_rewards": dict.fromkeys(("group", True), "advantage='mean-std'"),
-}
-"""Values of refused options, and what trains as they did. ``loss_type='dapo'``, TRL's default, is that of 'bnpo'."""
-
-GENERATION_KWARGS = {
-    "bos_token_id",
-    "cache_config",
-    "cache_implementation",
-    "compile_config",
-    "disable_compile",
-    "eos_token_id",
-    "max_new_tokens",
-    "max_time",
-    "pad_token_id",
-    "prefill_chunk_size",
-    "temperature",
-    "use_cache",
-}
-"""Generation settings that leave what is sampled from as it is. The temperature is here because the audit compares it."""
 
 
 @dataclass
@@ -124,7 +34,7 @@ class DRPOConfig(GRPOConfig):
     ``steps_per_generation``, ``generation_batch_size`` and ``num_iterations`` follow from it.
 
     Options of GRPOConfig that this trainer would ignore (``beta``, ``loss_type``, ``epsilon``...)
-    are refused with what to set instead; :data:`REFUSED` lists them.
+    are refused with what to set instead; :data:`drpo.trainer.refused.REFUSED` lists them.
 
     Args:
         objective: a name of :data:`drpo.OBJECTIVES`.
@@ -148,6 +58,8 @@ class DRPOConfig(GRPOConfig):
             (:func:`drpo.kernels.fused_policy_loss`) where the model allows it.
         drop_zero_advantage: leave sequences with A = 0 out of the training forward and backward pass,
             under objectives that give them no gradient. They stay in the denominators.
+        dynamic_sampling_rounds: how many times a rollout may sample further prompts, whose groups take the place of those
+            without an advantage (DAPO's dynamic sampling, :mod:`drpo.trainer.dynamic_sampling`).
         share_prompts: let the prompt of a group go through the model once an update instead of once a completion, where
             the model allows it and the fused loss is on (:mod:`drpo.trainer.shared_prompts`).
         tokens_per_micro_batch: how many tokens, padding included, go through the model at once. The
@@ -192,6 +104,7 @@ class DRPOConfig(GRPOConfig):
     stale_sampler: StaleSampler = "stop"
     fused_loss: bool = True
     drop_zero_advantage: bool = True
+    dynamic_sampling_rounds: int = 0
     share_prompts: bool = True
     tokens_per_micro_batch: int | None = 16_384
     train_precision: TrainPrecision | None = None
@@ -227,7 +140,8 @@ class DRPOConfig(GRPOConfig):
                     + (f"; as in TRL: {kept}" if kept else "")
                 )
         _check_whole_number("updates_per_rollout", self.updates_per_rollout, at_least=1)
-        _check_whole_number("rollout_lag", self.rollout_lag, at_least=0)
+        for name in ("rollout_lag", "dynamic_sampling_rounds"):
+            _check_whole_number(name, getattr(self, name), at_least=0)
         _check_whole_number("max_skipped_updates", self.max_skipped_updates, at_least=1)
         if self.tokens_per_micro_batch is not None:
             _check_whole_number("tokens_per_micro_batch", self.tokens_per_micro_batch, at_least=1)
@@ -327,6 +241,14 @@ class DRPOConfig(GRPOConfig):
                 f"processes={self.world_size} × gradient_accumulation_steps={self.gradient_accumulation_steps} × "
                 f"updates_per_rollout={self.updates_per_rollout} = {self.generation_batch_size}; "
                 + _instead("generation_batch_size", size, self.generation_batch_size // self.updates_per_rollout)
+            )
+        assert self.num_generations is not None
+        completions = self.generation_batch_size // self.world_size
+        if self.dynamic_sampling_rounds and completions % self.num_generations:
+            raise ValueError(
+                f"dynamic_sampling_rounds={self.dynamic_sampling_rounds} needs whole groups on each process; expected a "
+                f"num_generations that divides per_device_train_batch_size × gradient_accumulation_steps × "
+                f"updates_per_rollout = {completions}, got {self.num_generations}"
             )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from torch import Tensor
 
 from drpo.metrics.untrained import REASONS
 from drpo.trainer.batch import RolloutBatch, loss_mask
@@ -40,18 +39,18 @@ class IdleRollouts:
         """Go on from a checkpoint."""
         self.counts, self._is_in_a_row = dict(state_dict["counts"]), state_dict["is_in_a_row"]
 
-    def add(self, batch: RolloutBatch, rewards: Tensor, number: int) -> None:
+    def add(self, batch: RolloutBatch, number: int) -> None:
         """Look at a rollout; all ranks do together.
 
         Args:
             batch: of this rank.
-            rewards: of all ranks' completions.
             number: of the rollout, from 1 on.
         """
         counted = loss_mask(batch).bool().any(dim=1)
         trained = counted & (batch["advantages"] != 0) if self._needs_advantage else counted
         signs: Any = gather(torch.stack([counted.any(), trained.any()])[None])
         is_counted, is_trained = signs.any(dim=0).tolist()
+        rewards: Any = gather(batch["rewards"])
         if is_trained:
             self._is_in_a_row = False
             return

@@ -81,13 +81,13 @@ class RolloutSampler:
         self._rollout: Rollout | None = None
 
     @contextmanager
-    def rollout(self, policy: nn.Module, is_trained_on: bool) -> Iterator[Rollout]:
+    def rollout(self, policy: nn.Module, is_trained_on: bool) -> Iterator[None]:
         """Within this context what is sampled belongs to one rollout."""
         if is_trained_on:
             self.behavior.begin_rollout(policy)
         self._rollout = Rollout(is_trained_on)
         try:
-            yield self._rollout
+            yield
         finally:
             self._rollout = None
 
@@ -104,8 +104,10 @@ class RolloutSampler:
         if rollout is not None:
             rollout.recorder = recorder
 
-    def complete(self, batch: RolloutBatch, rollout: Rollout) -> None:
-        """Write what was recorded beside the sampled tokens' log-probs into the rollout's batch, and the sampler's age."""
+    def complete(self, batch: RolloutBatch) -> None:
+        """Write what was recorded beside the sampled tokens' log-probs into the batch of this rollout, and the sampler's age."""
+        rollout = self._rollout
+        assert rollout is not None
         columns = batch["completion_ids"].shape[1]
         if rollout.recorder is not None and (likeliest := rollout.recorder.likeliest(columns)):
             batch["top_k_ids"], batch["top_k_per_token_logps"] = likeliest
@@ -203,7 +205,7 @@ def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
 
 
 def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of the completions of all ranks, [N] each, of [N, functions]; the advantages are logged in place of TRL's.
+    """Both of this rank's completions, of all ranks' scores [N, functions]; the advantages are logged in place of TRL's.
 
     Raises:
         RewardError: scores that cannot be trained on.
@@ -221,7 +223,8 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[
     for _ in range(min(len(logged), len(advantages))):
         logged.pop()
     logged.extend(advantages.tolist())
-    return rewards, advantages
+    own = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    return rewards.chunk(own[1])[own[0]], advantages.chunk(own[1])[own[0]]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from drpo.trainer.auditing import RolloutAudits
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
+from drpo.trainer.dynamic_sampling import DynamicSampling
 from drpo.trainer.guard import UpdateGuard
 from drpo.trainer.idle import IdleRollouts, refuse_too_few_prompts
 from drpo.trainer.measurements import Measurements, Mode
@@ -135,8 +136,9 @@ class DRPOTrainer(CheckpointedTrainer):
         self._guard = UpdateGuard(args)
         self._audits = RolloutAudits(self)
         self._idle = IdleRollouts(needs_advantage=not self.objective.acts_without_advantage)
-        checkpointed = {"guard": self._guard, "audits": self._audits, "idle": self._idle}
-        self.stateful |= {"rollout_sampler": self._rollout_sampler, **checkpointed}
+        self._dynamic_sampling = DynamicSampling(args, self.train_dataset, self.accelerator.process_index)
+        self.stateful |= {"rollout_sampler": self._rollout_sampler, "dynamic_sampling": self._dynamic_sampling}
+        self.stateful |= {"guard": self._guard, "audits": self._audits, "idle": self._idle}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     def _send_telemetry(self) -> None:
@@ -200,19 +202,13 @@ class DRPOTrainer(CheckpointedTrainer):
         super()._log_metric(str(name), float(value))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.announce("sampling")
         is_trained_on = self.model.training
         sampler = self._rollout_sampler
-        with sampler.rollout(self.accelerator.unwrap_model(self.model_wrapped), is_trained_on) as rollout:
-            output = super()._generate_and_score_completions(inputs)
-        batch = cast(RolloutBatch, output)
-        check_log_probs(batch)
-        rewards, advantages = rewards_and_advantages(self, self._rewards_per_func)
-        own = self.accelerator.process_index * len(inputs)
-        batch["rewards"], batch["advantages"] = (values[own : own + len(inputs)] for values in (rewards, advantages))
-        if is_trained_on:
-            self._idle.add(batch, rewards, self.state.global_step // self.args.updates_per_rollout + 1)
-        sampler.complete(batch, rollout)
+        with sampler.rollout(self.accelerator.unwrap_model(self.model_wrapped), is_trained_on):
+            batch = self._sample(inputs)
+            if is_trained_on:
+                batch = self._dynamic_sampling.fill(batch, self._sample, self._metrics["train"])
+                self._idle.add(batch, self.state.global_step // self.args.updates_per_rollout + 1)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
             batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
@@ -221,7 +217,16 @@ class DRPOTrainer(CheckpointedTrainer):
         elif is_trained_on and self.args.split_distance:
             with sampler.behavior.weights_of_samples(self.policy):
                 batch["sampler_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
-        return output
+        return cast(dict[str, Any], batch)
+
+    def _sample(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
+        """Completions of this rank's prompts with their rewards and advantages; all ranks call it together."""
+        self.announce("sampling")
+        batch = cast(RolloutBatch, super()._generate_and_score_completions(inputs))
+        check_log_probs(batch)
+        batch["rewards"], batch["advantages"] = rewards_and_advantages(self, self._rewards_per_func)
+        self._rollout_sampler.complete(batch)
+        return batch
 
     # An update.
 
@@ -334,6 +339,7 @@ class DRPOTrainer(CheckpointedTrainer):
             if self._guard.skipped:
                 metrics["updates/skipped"] = float(self._guard.skipped)
             metrics |= as_metrics(self._idle.counts) | self._rollout_sampler.metrics(gather)
+            metrics |= self._dynamic_sampling.metrics()
         self._metrics[mode].update({name: [value] for name, value in metrics.items()})
         super().log(logs, start_time)
 
