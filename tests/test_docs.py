@@ -286,7 +286,7 @@ class TestFindings:
         safe = [row["accuracy"][-1] for (_, rate, _), rows in cells.items() for row in rows if rate == 5e-5]
         assert 0.94 <= min(safe) <= max(safe) <= 0.985
         regions = [arm for arm in CORE if arm not in findings.WITHOUT_REGION]
-        assert min(min(findings.areas(cells, arm, 2e-4)) for arm in regions) >= 0.255
+        assert min(min(findings.areas(cells, arm, 2e-4)) for arm in regions) >= 0.25
         assert max(max(findings.areas(cells, arm, 2e-4)) for arm in findings.WITHOUT_REGION) <= 0.205
         broken = [has_collapsed(row["accuracy"]) for arm in regions for row in cells[arm, 2e-4, findings.UPDATES]]
         assert broken.count(False) == 1
