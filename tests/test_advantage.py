@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,13 @@ MODES = get_args(Advantage)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def of_equal_lengths(rewards: torch.Tensor, group_size: int, mode: Advantage) -> torch.Tensor:
+    lengths = torch.full_like(rewards, 3, dtype=torch.long) if mode == "length-weighted" else None
+    return group_advantage(rewards, group_size, mode, lengths)
+
+
 def advantages(rewards: list[float], group_size: int, mode: Advantage) -> list[float]:
-    return group_advantage(torch.tensor(rewards, dtype=torch.float64), group_size, mode).tolist()
+    return of_equal_lengths(torch.tensor(rewards, dtype=torch.float64), group_size, mode).tolist()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_a_group_of_equal_rewards_gets_exact_zeros(
     equal = torch.full((group_size,), reward, dtype=dtype)
     one_unscored = equal.clone()
     one_unscored[0] = math.nan
-    assert (group_advantage(torch.cat([equal, one_unscored]), group_size, mode) == 0).all()
+    assert (of_equal_lengths(torch.cat([equal, one_unscored]), group_size, mode) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -84,9 +90,9 @@ def test_rewards_that_differ_by_their_rounding_alone_get_exact_zeros(
     neighbor = reward * (1 + torch.finfo(dtype).eps)
     assert neighbor != reward
     rewards = torch.stack([reward, neighbor, reward, torch.full_like(reward, math.nan)]) * scale
-    assert group_advantage(rewards, 4, mode).tolist() == [0, 0, 0, 0]
+    assert of_equal_lengths(rewards, 4, mode).tolist() == [0, 0, 0, 0]
     if scale > 0 or mode != "max-rl":
-        assert (group_advantage(torch.tensor([1, 1, 1.0625], dtype=dtype) * scale, 3, mode) != 0).all()
+        assert (of_equal_lengths(torch.tensor([1, 1, 1.0625], dtype=dtype) * scale, 3, mode) != 0).all()
 
 
 def test_the_same_reward_summed_from_other_parts_gets_zero() -> None:
@@ -141,9 +147,9 @@ def test_advantages_are_computed_in_fp32_or_in_fp64_if_rewards_have_it(
     given: torch.dtype, computed: torch.dtype, mode: Advantage
 ) -> None:
     # Two of these overflow fp16.
-    advantage = group_advantage(torch.tensor([60000, 60000, 0], dtype=given), 3, mode)
+    advantage = of_equal_lengths(torch.tensor([60000, 60000, 0], dtype=given), 3, mode)
     assert advantage.dtype == computed
-    reference = group_advantage(torch.tensor([60000, 60000, 0], dtype=given).double(), 3, mode)
+    reference = of_equal_lengths(torch.tensor([60000, 60000, 0], dtype=given).double(), 3, mode)
     torch.testing.assert_close(advantage.double(), reference, rtol=1e-6, atol=0)
 
 
@@ -207,3 +213,37 @@ def test_max_rl_refuses_a_negative_reward_in_a_group_with_advantages() -> None:
 def test_max_rl_does_not_change_with_the_unit_of_rewards(unit: float) -> None:
     # The mean of 1, 0, 0, 1 is 1/2.
     assert group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0]) * unit, 4, "max-rl").tolist() == [1, -1, -1, 1]
+
+
+def test_the_baseline_may_be_the_mean_weighted_by_length() -> None:
+    rewards, lengths = torch.tensor([1.0, 2, 3, 0, 6, math.nan]), torch.tensor([1, 2, 3, 2, 1, 9])
+    # (1·1 + 2·2 + 3·3) / 6 = 7/3; (2·0 + 1·6) / 3 = 2
+    expected = [-4 / 3, -1 / 3, 2 / 3, -2, 4, 0]
+    assert group_advantage(rewards, 3, "length-weighted", lengths).tolist() == pytest.approx(expected)
+
+
+def test_it_is_that_of_verl() -> None:
+    algorithms = pytest.importorskip("verl.trainer.ppo.core_algos")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (32,), generator=generator)
+    mask = (torch.arange(8) < lengths[:, None]).float()
+    scores = torch.randn(32, generator=generator)
+    token_rewards = torch.zeros(32, 8).scatter(1, lengths[:, None] - 1, scores[:, None])
+    expected = algorithms.compute_opo_outcome_advantage(token_rewards, mask, np.arange(32) // 4)[0]
+    actual = group_advantage(scores, 4, "length-weighted", lengths)
+    torch.testing.assert_close(actual[:, None] * mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "lengths", "message"),
+    [
+        ("length-weighted", None, "got no lengths; expected one for each reward with advantage 'length-weighted'"),
+        ("length-weighted", torch.ones(3), r"got lengths of shape \(3,\)"),
+        ("mean", torch.ones(4), r"got lengths of shape \(4,\); .* none otherwise"),
+    ],
+)
+def test_lengths_that_do_not_go_with_the_mode_are_refused(
+    mode: Advantage, lengths: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_advantage(torch.zeros(4), 2, mode, lengths)

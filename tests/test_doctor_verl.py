@@ -181,6 +181,31 @@ WRONG = [
     pytest.param(
         ["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"], "warning", "lost to rounding", "=fp32", id="bf16-weights"
     ),
+    pytest.param(["actor_rollout_ref.actor.use_kl_loss=true"], "warning", "use_kl_loss=True: a penalty", "=False", id="kl-loss"),
+    pytest.param(["algorithm.use_kl_in_reward=true"], "warning", "use_kl_in_reward=True: a penalty", "=False", id="kl-reward"),
+    pytest.param(
+        ["objective=ppo", "algorithm.rollout_correction.bypass_mode=false", "algorithm.rollout_correction.rollout_is=tokens"],
+        "stop", "unknown rollout_is 'tokens'; did you mean 'token'?", "rollout_is=token", id="rollout-is",
+    ),
+    pytest.param(
+        [
+            "objective=ppo", "algorithm.rollout_correction.bypass_mode=false", "algorithm.rollout_correction.rollout_is=token",
+            "actor_rollout_ref.rollout.calculate_log_probs=false",
+        ],
+        "stop", "rollout_is=token weighs by the sampler's log-probs", "calculate_log_probs=True", id="rollout-is-of-none",
+    ),
+    pytest.param(
+        ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=9000"],
+        "stop", "is below the longest sequence, 9216 tokens", "ppo_max_token_len_per_gpu=9216", id="token-budget",
+    ),
+    pytest.param(
+        ["actor_rollout_ref.actor.use_dynamic_bsz=false", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7"],
+        "stop", "ppo_micro_batch_size_per_gpu=7 does not divide", "ppo_micro_batch_size_per_gpu=1", id="micro-batch",
+    ),
+    pytest.param(["actor_rollout_ref.model.path=/no/model"], "warning", "model.path=/no/model: no such file", "every node", id="model"),
+    pytest.param(
+        ["reward.custom_reward_function.path=no_reward.py"], "warning", "path=no_reward.py: no such file", "every node", id="reward"
+    ),
     pytest.param(["actor_rollout_ref.actor.loss_agg_mode=mean"], "stop", "Invalid loss_agg_mode: mean", "", id="verl-s-own"),
 ]  # fmt: skip
 

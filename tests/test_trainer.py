@@ -420,6 +420,19 @@ class TestTraining:
         orders = [list(make_trainer(tmp_path, problems, **seeds)._get_train_sampler()) for seeds in SEEDS]
         assert orders[0] == orders[1] != orders[2]
 
+    def test_weighs_a_group_s_baseline_by_length(self, tmp_path: Path, problems: Dataset) -> None:
+        made_up = {"rollout_func": made_up_rollout, "reward_funcs": made_up_reward, "audit_threshold": 100.0}
+        one = {"num_generations": 8, "updates_per_rollout": 1, "max_steps": 1, "per_device_train_batch_size": 32}
+        trainer = make_trainer(tmp_path, problems, Watching, advantage="length-weighted", **one, **made_up)
+        trainer.train()
+        batch = trainer.updates[0]
+        prompts = [tuple(row) for row in batch["prompt_ids"].tolist()]
+        for prompt in set(prompts):
+            group = torch.tensor([other == prompt for other in prompts])
+            rewards, lengths = batch["rewards"][group], batch["completion_mask"][group].sum(dim=1)
+            expected = rewards - (rewards * lengths).sum() / lengths.sum()
+            torch.testing.assert_close(batch["advantages"][group], expected, atol=1e-6, rtol=1e-6)
+
     def test_counts_no_token_after_a_stop_of_generation_kwargs(self, tmp_path: Path, problems: Dataset) -> None:
         _, tokenizer = load_model()
         stop = tokenizer("1")["input_ids"][-1]

@@ -75,7 +75,10 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["audit_threshold=0.1"], "audit_threshold: verl has no audit"),
         (["train_precision=fp8"], "train_precision: verl trains in FP8 with Megatron alone"),
         (["rollout_lag=2"], "rollout_lag: verl's trainer decides how old"),
-        (["advantage=max-rl"], "advantage: verl has no max-rl; expected mean, mean-std, leave-one-out"),
+        (
+            ["advantage=max-rl"],
+            "advantage: verl has no max-rl; expected mean, mean-std, leave-one-out, length-weighted",
+        ),
         (["reward_timeout=60"], "reward_timeout: verl calls rewards in workers of its own"),
         (["rollout_precision=int8"], "rollout_precision: verl's sampler has a dtype of its own"),
         (["record_rollouts=true"], "record_rollouts: verl has no log of trained tokens"),

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from drpo.registry import unknown_name
 
-Advantage = Literal["mean", "mean-std", "leave-one-out", "max-rl"]
+Advantage = Literal["mean", "mean-std", "leave-one-out", "max-rl", "length-weighted"]
 
 
-def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") -> Tensor:
+def group_advantage(
+    rewards: Tensor, group_size: int, mode: Advantage = "mean", lengths: Tensor | None = None
+) -> Tensor:
     """Advantages [N] of rewards [N] in which each run of ``group_size`` shares a prompt.
 
     A group whose rewards are all equal, but for their own rounding, gets exact zeros. NaN marks a completion
@@ -24,16 +26,23 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
         mode: ``mean``, minus the group's mean (the paper's); ``mean-std``, that divided by the
             group's standard deviation (GRPO's); ``leave-one-out``, minus the mean of the others
             (RLOO's); ``max-rl``, minus the group's mean and divided by it (arXiv 2602.02710, Algorithm 1, made
-            for rewards of 0 and 1).
+            for rewards of 0 and 1); ``length-weighted``, minus the mean weighted by length, which has the least variance
+            where completions have orthogonal gradients as large as they are long (OPO, arXiv 2505.23585; verl's ``opo``).
+        lengths: [N], tokens that count; ``length-weighted`` needs them, the others take none.
 
     Raises:
-        ValueError: an unknown mode, an infinite reward or advantage, a negative reward under ``max-rl``, or an N that is not whole groups.
+        ValueError: an unknown mode, lengths that do not go with it, an infinite reward or advantage, a negative reward under ``max-rl``, or an N that is not whole groups.
     """
     if mode not in get_args(Advantage):
         raise ValueError(unknown_name("advantage", mode, get_args(Advantage)))
     if rewards.dim() != 1 or group_size < 1 or rewards.numel() % group_size:
         raise ValueError(
             f"rewards has shape {tuple(rewards.shape)}; expected one dimension, a multiple of group_size={group_size}"
+        )
+    if (lengths is None) == (mode == "length-weighted") or (lengths is not None and lengths.shape != rewards.shape):
+        shape = "no lengths" if lengths is None else f"lengths of shape {tuple(lengths.shape)}"
+        raise ValueError(
+            f"got {shape}; expected one for each reward with advantage 'length-weighted' and none otherwise"
         )
     if rewards.isinf().any():
         row = int(rewards.isinf().nonzero()[0])
@@ -49,7 +58,11 @@ def group_advantage(rewards: Tensor, group_size: int, mode: Advantage = "mean") 
     # Squares and sums of rewards beyond 1e19 overflow fp32. A power of two is divided by and multiplied with exactly.
     unit = largest.log2().floor().clamp(-126, 127).exp2()
     advantage = groups / unit
-    mean = advantage.nanmean(dim=1, keepdim=True)
+    if lengths is None:
+        mean = advantage.nanmean(dim=1, keepdim=True)
+    else:
+        weight = lengths.view(-1, group_size).to(groups) * scored
+        mean = (advantage * weight).nansum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
     advantage = advantage - mean
     # A reward is a sum of parts, rounded on the way: in fp32 0.6 + 0.3 exceeds 0.9, and mean-std makes ±1 of the difference.
     rounding = 4 * torch.finfo(rewards.dtype).eps * largest

@@ -33,13 +33,13 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide a run's numbers."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _clean(value: Any) -> Any:

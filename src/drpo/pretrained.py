@@ -28,13 +28,13 @@ def load_pretrained(name: str, dtype: torch.dtype, *, field: str, expected: str)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-        model, found = loaded
+        model, loading_info = loaded
     except Exception as error:  # a damaged folder fails in as many ways as there are files in it
         raise UserError(
             f"{field}: cannot load {name!r}: expected {expected}, a folder saved by Transformers, or a model on the "
             f"Hugging Face hub ({str(error)[:200]})"
         ) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise UserError(
             f"{field}: {name!r} lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} among them; "
             "expected the weights of a causal language model and the config.json that belongs to them"

@@ -67,9 +67,9 @@ def page(name: str, objective: Objective) -> RenderableType:
     for field in fields(objective):
         value = f"{field.name} = {getattr(objective, field.name)}"
         hyperparameters.add_row(Text(value, style="bold"), Text(described[field.name]))
-    said = _without_arguments(inspect.getdoc(kind) or "")
+    description = _without_arguments(inspect.getdoc(kind) or "")
     title = Text.assemble((name, "bold"), f"  {kind.__module__}.{kind.__name__}")
-    body: Sequence[RenderableType] = [title, "", Text(said), "", table, "", hyperparameters]
+    body: Sequence[RenderableType] = [title, "", Text(description), "", table, "", hyperparameters]
     return Group(*body) if fields(objective) else Group(*body[:-2])
 
 

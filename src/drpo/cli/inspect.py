@@ -30,7 +30,7 @@ def inspect(
     advantage: Annotated[
         str,
         typer.Option(
-            help="How rewards become advantages where there are none: mean, mean-std, leave-one-out or max-rl."
+            help="How rewards become advantages where there are none: mean, mean-std, leave-one-out, max-rl or length-weighted."
         ),
     ] = "mean",
     objective: Annotated[

@@ -58,8 +58,8 @@ def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings
         raise UserError(f"--engine: {unknown_name('engine', options['engine'], ENGINE_NAMES)}")
     if options["precision"] not in PRECISIONS:
         raise UserError(f"--precision: {unknown_name('precision', options['precision'], PRECISIONS)}")
-    told = _mapping(chat_template_kwargs)
-    if option := find_secret({**options, "chat-template-kwargs": told}):
+    template_kwargs = _mapping(chat_template_kwargs)
+    if option := find_secret({**options, "chat-template-kwargs": template_kwargs}):
         raise UserError(
             f"--{option.partition('.')[0]}: holds a secret, which would be written to the evaluation's folder; expected a "
             "token in the environment (HF_TOKEN)"
@@ -74,7 +74,7 @@ def check_settings(chat_template_kwargs: str | None, **options: Any) -> Settings
             raise UserError(
                 f"--data {source}: no such file; expected a .jsonl or .parquet file, or {', '.join(BUILTIN_TASKS)}"
             )
-    return Settings(chat_template_kwargs=told, **options)
+    return Settings(chat_template_kwargs=template_kwargs, **options)
 
 
 def check_template(template: str | None) -> None:

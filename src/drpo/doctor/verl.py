@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -15,6 +16,7 @@ from drpo.doctor.recipe import ANCHORS, describe_objective
 from drpo.doctor.verl_values import ACTOR, CORRECTION, LOSS, ROLLOUT, check_values
 from drpo.doctor.verl_worker import check_worker
 from drpo.errors import UserError
+from drpo.registry import unknown_name
 
 
 def examine_file(path: Path, overrides: Sequence[str] = (), *, workers: bool = True) -> list[Finding]:
@@ -48,7 +50,8 @@ def examine_config(config: Any) -> list[Finding]:
     """What can be said of a composed configuration of verl's PPO trainer without Ray."""
     if wrong := list(check_values(config)):
         return wrong
-    findings = [*_check_loss(config), *_check_settings(config), *_check_anchor(config), *_check_update(config)]
+    checks = (_check_loss, _check_settings, _check_anchor, _check_update, _check_micro_batches, _check_paths)
+    findings = [finding for check in checks for finding in check(config)]
     if all(finding.verdict != "stop" for finding in findings):
         findings += _check_as_verl_does(config)
     return findings
@@ -78,7 +81,6 @@ def _check_loss(config: Any) -> Iterator[Finding]:
 
     from drpo.integrations.verl import LOSS_MODES
     from drpo.integrations.verl.config import objective_of
-    from drpo.registry import unknown_name
 
     mode = str(_get(config, f"{LOSS}.loss_mode"))
     if mode not in POLICY_LOSS_REGISTRY:
@@ -127,6 +129,10 @@ class _Setting:
 
 _FILTER = "samples come from a filtered distribution, the trainer's log-probs from the whole"
 
+_REFERENCE = (
+    "a penalty on the distance from a reference model is added to the objective, which bounds that from μ by itself"
+)
+
 _SETTINGS = (
     _Setting("trainer.use_v1", (True, None), "the legacy trainer overwrites loss_mode"),
     _Setting(f"{ROLLOUT}.top_p", (1, None), _FILTER),
@@ -149,6 +155,8 @@ _SETTINGS = (
         "most updates at a learning rate of 1e-6 are lost to rounding",
         "warning",
     ),
+    _Setting(f"{ACTOR}.use_kl_loss", (False, None), _REFERENCE, "warning"),
+    _Setting("algorithm.use_kl_in_reward", (False, None), _REFERENCE, "warning"),
 )
 """What the paper's method needs of verl's settings, each by itself."""
 
@@ -166,12 +174,28 @@ def _check_settings(config: Any) -> Iterator[Finding]:
         )
 
 
+_CORRECTIONS = ("token", "sequence")
+
+
 def _check_anchor(config: Any) -> Iterator[Finding]:
     bypass = _get(config, f"{CORRECTION}.bypass_mode")
     if bypass and not _get(config, f"{ROLLOUT}.calculate_log_probs"):
         yield Finding(
             "stop",
             "bypass_mode takes the sampler's log-probs for the old policy's, and the sampler returns none",
+            f"{ROLLOUT}.calculate_log_probs=True",
+        )
+    rollout_is = _get(config, f"{CORRECTION}.rollout_is")
+    if rollout_is not in (*_CORRECTIONS, None):
+        yield Finding(
+            "stop",
+            f"{CORRECTION}.rollout_is: {unknown_name('rollout_is', str(rollout_is), _CORRECTIONS)}",
+            f"{CORRECTION}.rollout_is=token, or null",
+        )
+    elif rollout_is and not bypass and not _get(config, f"{ROLLOUT}.calculate_log_probs"):
+        yield Finding(
+            "stop",
+            f"{CORRECTION}.rollout_is={rollout_is} weighs by the sampler's log-probs, and the sampler returns none",
             f"{ROLLOUT}.calculate_log_probs=True",
         )
     yield Finding("ok", f"anchor: {ANCHORS['sampler' if bypass else 'old']}")
@@ -215,6 +239,41 @@ def _check_update(config: Any) -> Iterator[Finding]:
             "seq-mean-token-sum-norm divides by the padded length of each micro-batch, which differs between them",
             f"{ACTOR}.loss_scale_factor={_get(config, 'data.max_response_length')}",
         )
+
+
+def _check_micro_batches(config: Any) -> Iterator[Finding]:
+    """Whether an update splits into micro-batches of FSDP's ranks, which verl finds out after the first rollout."""
+    parallel = _get(config, f"{ACTOR}.ulysses_sequence_parallel_size") or 1
+    longest = _get(config, "data.max_prompt_length") + _get(config, "data.max_response_length")
+    if _get(config, f"{ACTOR}.use_dynamic_bsz"):
+        limit = _get(config, f"{ACTOR}.ppo_max_token_len_per_gpu")
+        if limit * parallel < longest:
+            yield Finding(
+                "stop",
+                f"{ACTOR}.ppo_max_token_len_per_gpu={limit} is below the longest sequence, {longest} tokens of prompt and "
+                "response",
+                f"{ACTOR}.ppo_max_token_len_per_gpu={-(-longest // parallel)}",
+            )
+        return
+    size = _get(config, f"{ACTOR}.ppo_micro_batch_size_per_gpu")
+    ranks = max(1, _get(config, "trainer.n_gpus_per_node") * _get(config, "trainer.nnodes") // parallel)
+    update = _get(config, f"{ACTOR}.ppo_mini_batch_size") * _get(config, f"{ROLLOUT}.n")
+    if size and str(_get(config, f"{ACTOR}.strategy")).startswith("fsdp") and update // ranks % size:
+        yield Finding(
+            "stop",
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu={size} does not divide the {update // ranks} samples of an update on each "
+            f"of {ranks} ranks",
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu={math.gcd(size, update // ranks)}",
+        )
+
+
+def _check_paths(config: Any) -> Iterator[Finding]:
+    """What is on this machine: the verl job may run on another one, so nothing stops here."""
+    for key in ("actor_rollout_ref.model.path", "reward.custom_reward_function.path"):
+        path = str(_get(config, key) or "")
+        is_name = "reward" not in key and not path.startswith((".", "~", "/"))
+        if path and "://" not in path and not is_name and not Path(path).expanduser().exists():
+            yield Finding("warning", f"{key}={path}: no such file on this machine", "a path that every node has")
 
 
 def _check_as_verl_does(config: Any) -> Iterator[Finding]:

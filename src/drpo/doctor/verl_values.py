@@ -29,7 +29,8 @@ _KINDS = {
 _NEEDED = {
     "a mapping": ("data", "algorithm", "trainer", ROLLOUT, LOSS, f"{ACTOR}.optim"),
     "a whole number, at least 1": (
-        *("data.train_batch_size", "data.max_response_length", "trainer.n_gpus_per_node", "trainer.nnodes"),
+        *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
+        *("trainer.n_gpus_per_node", "trainer.nnodes"),
         *(f"{ACTOR}.ppo_mini_batch_size", f"{ACTOR}.ppo_epochs", f"{ROLLOUT}.n"),
     ),
     "a number, at least 0": (f"{ACTOR}.optim.lr",),
@@ -39,7 +40,11 @@ _NEEDED = {
 
 _OPTIONAL = {
     "a mapping": (f"{LOSS}.hyperparameters", CORRECTION),
-    "true or false": (f"{CORRECTION}.bypass_mode", f"{ROLLOUT}.calculate_log_probs"),
+    "true or false": (
+        *(f"{CORRECTION}.bypass_mode", f"{ROLLOUT}.calculate_log_probs"),
+        *(f"{ACTOR}.use_dynamic_bsz", f"{ACTOR}.use_kl_loss"),
+    ),
+    "a whole number, at least 1": (f"{ACTOR}.ppo_max_token_len_per_gpu", f"{ACTOR}.ulysses_sequence_parallel_size"),
     "a number > 0": (f"{ACTOR}.clip_ratio_c",),
 }
 

@@ -92,14 +92,14 @@ def sample_and_score(
 
 def _as_trained(settings: Settings, recipe: Recipe | None) -> Settings:
     """The settings, in which what is left open is as it was when the model was trained."""
-    template, told = settings.template, settings.chat_template_kwargs
+    template, template_kwargs = settings.template, settings.chat_template_kwargs
     if template is None:
         template = recipe.task.template if recipe else "{prompt}"
-    if told is None:
-        told = recipe.trainer.get("chat_template_kwargs") if recipe else None
+    if template_kwargs is None:
+        template_kwargs = recipe.trainer.get("chat_template_kwargs") if recipe else None
         # TRL takes a mapping, or JSON.
-        told = json.loads(told) if isinstance(told, str) else told or {}
-    return replace(settings, template=template, chat_template_kwargs=told)
+        template_kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs or {}
+    return replace(settings, template=template, chat_template_kwargs=template_kwargs)
 
 
 def _seed(settings: Settings, prompt: str, sample: int) -> int:

@@ -45,7 +45,7 @@ def sums(batch: TokenBatch, weight: Tensor, dtype: torch.dtype) -> dict[str, Ten
     # A token's share in the plain policy gradient, and what the objective takes from it or adds.
     plain = (batch.advantage.abs() * batch.ratio).masked_fill(~steered, 0.0)
     kind = kinds(weight)
-    found = {
+    parts = {
         "weight": weight.masked_fill(~steered, 0.0).sum(dtype=dtype),
         "plain": plain.sum(dtype=dtype),
         "regularised": (plain * (weight - 1).masked_fill(~steered, 0.0).abs()).sum(dtype=dtype),
@@ -53,10 +53,10 @@ def sums(batch: TokenBatch, weight: Tensor, dtype: torch.dtype) -> dict[str, Ten
     }
     positive = counted & (batch.advantage > 0)
     for sign, of_sign in zip(SIGNS, (positive, steered ^ positive), strict=True):
-        found[f"tokens_{sign}"] = of_sign.sum().to(dtype)
+        parts[f"tokens_{sign}"] = of_sign.sum().to(dtype)
         counts = histogram(kind.flatten(), len(KINDS), of_sign, dtype)
-        found |= {f"{effect}_{sign}": count for effect, count in zip(EFFECTS, counts[1:], strict=True)}
-    return found
+        parts |= {f"{effect}_{sign}": count for effect, count in zip(EFFECTS, counts[1:], strict=True)}
+    return parts
 
 
 def scalars(total: dict[str, float]) -> dict[str, float]:
@@ -67,14 +67,14 @@ def scalars(total: dict[str, float]) -> dict[str, float]:
     ``regulariser/strength``, Σ|A|·r·|w − 1| / Σ|A|·r: how much of the plain policy gradient the
     objective takes away or adds.
     """
-    found = {}
+    metrics = {}
     steered = sum(total[f"tokens_{sign}"] for sign in SIGNS)
     if steered:
-        found["weight/mean"] = total["weight"] / steered
+        metrics["weight/mean"] = total["weight"] / steered
     for sign in SIGNS:
         for effect in EFFECTS:
             if total[f"tokens_{sign}"]:
-                found[f"weight/{effect}_{sign}"] = total[f"{effect}_{sign}"] / total[f"tokens_{sign}"]
+                metrics[f"weight/{effect}_{sign}"] = total[f"{effect}_{sign}"] / total[f"tokens_{sign}"]
     if total["plain"]:
-        found["regulariser/strength"] = total["regularised"] / total["plain"]
-    return found
+        metrics["regulariser/strength"] = total["regularised"] / total["plain"]
+    return metrics

@@ -30,7 +30,7 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
     divergence = torch.where(counted, batch.shift.abs(), 0.0).to(dtype)
     bins = divergence_bins(divergence)
     bucket = find_bucket(batch)
-    found = {
+    parts = {
         "histogram_bucket": histogram(bucket * _BINS + bins, len(BUCKETS) * _BINS, counted, dtype),
         "divergence_bucket": torch.zeros(len(BUCKETS), dtype=dtype, device=bins.device).scatter_add_(
             0, bucket.long(), divergence.flatten()
@@ -39,9 +39,9 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
     }
     for sign, has_sign in zip(SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
         steered = counted & has_sign
-        found[f"histogram_{sign}"] = histogram(bins, _BINS, steered, dtype)
-        found[f"divergence_{sign}"] = torch.where(steered, divergence, 0.0).sum()
-    return found
+        parts[f"histogram_{sign}"] = histogram(bins, _BINS, steered, dtype)
+        parts[f"divergence_{sign}"] = torch.where(steered, divergence, 0.0).sum()
+    return parts
 
 
 def extremes(batch: TokenBatch) -> dict[str, Tensor]:
@@ -50,15 +50,15 @@ def extremes(batch: TokenBatch) -> dict[str, Tensor]:
     # By its sign, a token is in the first, the second or, without advantage, none of the groups.
     sign = torch.where(batch.advantage > 0, 0, torch.where(batch.advantage < 0, 1, len(SIGNS)))
     bucket = find_bucket(batch)
-    found = {}
+    maxima = {}
     for name, factor in (("largest", 1), ("least", -1)):
         distance, log_ratio = (
             torch.where(batch.mask, factor * values, -torch.inf).flatten() for values in (divergence, batch.log_ratio)
         )
-        of_signs = _largest(distance, sign.flatten(), len(SIGNS) + 1)[: len(SIGNS)]
-        found[f"{name}_divergence"] = torch.cat([of_signs, _largest(distance, bucket, len(BUCKETS))])
-        found[f"{name}_log_ratio"] = _largest(log_ratio, torch.zeros_like(bucket), 1)
-    return found
+        by_sign = _largest(distance, sign.flatten(), len(SIGNS) + 1)[: len(SIGNS)]
+        maxima[f"{name}_divergence"] = torch.cat([by_sign, _largest(distance, bucket, len(BUCKETS))])
+        maxima[f"{name}_log_ratio"] = _largest(log_ratio, torch.zeros_like(bucket), 1)
+    return maxima
 
 
 def _largest(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -79,10 +79,10 @@ def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, 
     A or one of :data:`BUCKETS`, and ``tokens/BUCKET``, the share of tokens in it;
     ``log_ratio/p01`` | ``p50`` | ``p99``, of log π − log μ in nats.
     """
-    found = {}
+    metrics = {}
     least, largest = -extremes["least_log_ratio"].item(), extremes["largest_log_ratio"].item()
     for name, share in LOG_RATIO_QUANTILES.items():
-        found[f"log_ratio/{name}"] = quantile(
+        metrics[f"log_ratio/{name}"] = quantile(
             total["log_ratio_histogram"], LOG_RATIO_EDGES, share, least=least, largest=largest
         )
     by_bucket = total["histogram_bucket"].view(len(BUCKETS), _BINS)
@@ -92,10 +92,10 @@ def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, 
     for group, name in enumerate((*SIGNS, *BUCKETS)):
         tokens = counted[group].sum().item()
         if name in BUCKETS:
-            found[f"tokens/{name}"] = tokens / by_bucket.sum().item()
+            metrics[f"tokens/{name}"] = tokens / by_bucket.sum().item()
         if tokens:
-            found[f"divergence/mean_{name}"] = distances[group].item() / tokens
-            found[f"divergence/p99_{name}"] = quantile(
+            metrics[f"divergence/mean_{name}"] = distances[group].item() / tokens
+            metrics[f"divergence/p99_{name}"] = quantile(
                 counted[group], DIVERGENCE_EDGES, 0.99, least=least[group], largest=largest[group]
             )
-    return found
+    return metrics

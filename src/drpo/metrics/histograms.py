@@ -71,9 +71,9 @@ def histogram(bins: Tensor, size: int, counted: Tensor, dtype: torch.dtype) -> T
     """How many of the counted values are in each of ``size`` bins, [size]."""
     counted = counted.flatten()
     if bins.device.type == "cpu":
-        found = torch.bincount(bins * counted, minlength=size)
-        found[0] -= counted.numel() - counted.sum()
-        return found.to(dtype)
+        counts = torch.bincount(bins * counted, minlength=size)
+        counts[0] -= counted.numel() - counted.sum()
+        return counts.to(dtype)
     # bincount waits for a GPU.
     return torch.zeros(size, dtype=dtype, device=bins.device).scatter_add_(0, bins.long(), counted.to(dtype))
 

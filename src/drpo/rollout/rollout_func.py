@@ -31,8 +31,8 @@ def checked(rollout_func: RolloutFunc) -> RolloutFunc:
         if not isinstance(output, Mapping):
             raise ValueError(f"rollout_func returned a {type(output).__name__}; expected a dict")
         # A field that is missing, or log-probs that are None, the trainer has its own words for.
-        given = {name: output[name] for name in (*_IDS, *_PER_TOKEN) if output.get(name) is not None}
-        rows = {name: _rows(name, value, len(prompts)) for name, value in given.items()}
+        fields = {name: output[name] for name in (*_IDS, *_PER_TOKEN) if output.get(name) is not None}
+        rows = {name: _rows(name, value, len(prompts)) for name, value in fields.items()}
         for name in _IDS:
             _check_ids(name, rows.get(name, []))
         for name in _PER_TOKEN:

@@ -178,7 +178,8 @@ class DRPOConfig(GRPOConfig):
                 f"{'the likeliest tokens' if isinstance(objective, TopKObjective) else 'π_old'} too"
             )
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
-        group_advantage(torch.zeros(1), 1, self.advantage)
+        lengths = torch.ones(1) if self.advantage == "length-weighted" else None
+        group_advantage(torch.zeros(1), 1, self.advantage, lengths)
 
     def _choose_precision(self) -> None:
         for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):
@@ -190,12 +191,12 @@ class DRPOConfig(GRPOConfig):
             if self.use_vllm and getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r}: vLLM samples by its own weights; leave it out")
         if self.train_precision is not None:
-            wanted = self.train_precision != "fp32"
-            if self.fp16 or self.bf16 not in (None, wanted):
+            is_bf16 = self.train_precision != "fp32"
+            if self.fp16 or self.bf16 not in (None, is_bf16):
                 raise ValueError(
                     f"train_precision={self.train_precision!r} contradicts bf16={self.bf16}, fp16={self.fp16}"
                 )
-            self.bf16 = wanted
+            self.bf16 = is_bf16
 
     def _check_filter(self, name: str) -> None:
         value = getattr(self, name)

@@ -64,8 +64,8 @@ class UpdateGuard:
             self._in_a_row = 0
             return
         losses = [loss.item() for _, loss in parts if not loss.isfinite()]
-        what = f"the loss is {losses[0]}" if losses else "the gradient is not finite, although the loss is"
-        cause = f"update {update}: {what}"
+        symptom = f"the loss is {losses[0]}" if losses else "the gradient is not finite, although the loss is"
+        cause = f"update {update}: {symptom}"
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row == 1:

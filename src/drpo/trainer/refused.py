@@ -22,7 +22,7 @@ REFUSED: dict[str, str] = {
     "delta": "this is TRL's two-sided clip; DRPO's δ is objective_kwargs={'delta': ...}",
     "importance_sampling_level": "the objective decides what the ratio is taken over",
     "num_iterations": "every token is trained on once a rollout; raise updates_per_rollout for more, smaller updates",
-    "scale_rewards": "set advantage= ('mean', 'mean-std', 'leave-one-out' or 'max-rl')",
+    "scale_rewards": "set advantage= ('mean', 'mean-std', 'leave-one-out', 'max-rl' or 'length-weighted')",
     "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
     "vllm_importance_sampling_correction": "set correction='token_truncate', for an objective anchored on the old policy",
     "vllm_importance_sampling_mode": "set correction= ('token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask')",

@@ -204,7 +204,7 @@ def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
     return (per_function * weights.to(per_function)).nansum(dim=1).masked_fill(unscored, torch.nan)
 
 
-def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[Tensor, Tensor]:
+def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
     """Both of this rank's completions, of all ranks' scores [N, functions]; the advantages are logged in place of TRL's.
 
     Raises:
@@ -215,8 +215,11 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor) -> tuple[
         check_some_rewards(per_function, trainer.reward_func_names)
     rewards = sum_rewards(per_function, trainer.reward_weights)
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    lengths = None
+    if trainer.args.advantage == "length-weighted":
+        lengths = trainer.accelerator.gather(loss_mask(batch).sum(dim=1))
     try:
-        advantages = group_advantage(rewards, group_size, trainer.args.advantage)
+        advantages = group_advantage(rewards, group_size, trainer.args.advantage, lengths)
     except ValueError as error:
         raise RewardError(f"reward {', '.join(trainer.reward_func_names)}: {error}") from error
     logged = trainer._logs["advantages"]

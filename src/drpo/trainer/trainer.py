@@ -224,7 +224,7 @@ class DRPOTrainer(CheckpointedTrainer):
         self.announce("sampling")
         batch = cast(RolloutBatch, super()._generate_and_score_completions(inputs))
         check_log_probs(batch)
-        batch["rewards"], batch["advantages"] = rewards_and_advantages(self, self._rewards_per_func)
+        batch["rewards"], batch["advantages"] = rewards_and_advantages(self, self._rewards_per_func, batch)
         self._rollout_sampler.complete(batch)
         return batch
 

@@ -62,8 +62,8 @@ def register() -> dict[str, str]:
         ValueError: another plug-in has taken one of the names.
     """
     for mode in LOSS_MODES:
-        taken = POLICY_LOSS_REGISTRY.get(mode)
-        if taken is not None and taken.__module__ != __name__:
-            raise ValueError(f"loss_mode {mode!r} is already registered by {taken.__module__}")
+        registered = POLICY_LOSS_REGISTRY.get(mode)
+        if registered is not None and registered.__module__ != __name__:
+            raise ValueError(f"loss_mode {mode!r} is already registered by {registered.__module__}")
         register_policy_loss(mode)(policy_loss)  # type: ignore[arg-type]
     return LOSS_MODES

@@ -41,6 +41,7 @@ _ADVANTAGES = {
     "mean": ("grpo", False),
     "mean-std": ("grpo", True),
     "leave-one-out": ("rloo", False),
+    "length-weighted": ("opo", False),
 }
 
 

@@ -101,15 +101,15 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, resume:
     settings = overrides(
         recipe, folder.path.absolute(), len(problems), longest, plain=not tokenizer.chat_template, resume=resume
     )
-    given = changed(folder.verl_settings or [], more) if resume else list(more)
-    arguments = as_arguments(settings, given)
-    config = compose_main_ppo(arguments, given)
+    extra = changed(folder.verl_settings or [], more) if resume else list(more)
+    arguments = as_arguments(settings, extra)
+    config = compose_main_ppo(arguments, extra)
     if "file" not in config.trainer.logger:
         raise UserError(
             f"--verl trainer.logger={config.trainer.logger}: leaves out file, which the run's rows are read from; expected "
             "it among them"
         )
-    return Plan(recipe, folder, problems, heldout, given, arguments, config, _checkpoint(config) if resume else None)
+    return Plan(recipe, folder, problems, heldout, extra, arguments, config, _checkpoint(config) if resume else None)
 
 
 def _checkpoint(config: Any) -> Path:
