@@ -249,6 +249,20 @@ class TestOffPolicy:
         assert f"the first two by {first:.2f} nats on average and the later ones by {later:.2f}" in self.PAGE
 
 
+def test_a_real_model_learns_as_measured() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    seeds: dict[str, list[dict[str, str]]] = {}
+    for row in rows("real_model.csv"):
+        if row["accuracy"]:
+            seeds.setdefault(row["seed"], []).append(row)
+    assert len(seeds) == 3
+    for seed, (before, *_, after) in seeds.items():
+        shown = (f"{float(r['accuracy']):.2f} [{float(r['low']):.2f}, {float(r['high']):.2f}]" for r in (before, after))
+        assert f"| {seed} | {' | '.join(shown)} | {float(after['train_seconds']) / 60:.1f} |" in page
+        assert float(after["accuracy"]) - float(before["accuracy"]) >= 0.3
+        assert float(after["low"]) > float(before["high"])
+
+
 def test_what_a_checkpoint_costs_is_as_measured() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     measured = {row["what"]: row for row in rows("checkpoint.csv")}
