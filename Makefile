@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: demo test test-long check bench gpu format clean
+.PHONY: demo test test-long check docs bench gpu format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/installed  ## docs/ and a reference from the docstrings as a site, into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/mkdocs build
+
 bench: $(VENV)/installed $(VLLM)/installed  ## all benchmarks, into docs/results and docs/images; long, and only fair on an idle machine
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks all
@@ -48,4 +52,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) runs site
