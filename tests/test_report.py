@@ -449,12 +449,23 @@ def test_an_output_that_is_no_page_is_refused_and_left_alone(tmp_path, name):
         lambda run: run.metrics.write_text("3\n"),
         lambda run: run.metrics.write_text("{}\n"),
         lambda run: append_jsonl(run.metrics, {**metrics_row(13), "weight_histogram": [1, 2]}),
+        lambda run: append_jsonl(run.evaluations, {"rollout": 3, "completions": 2, "correct": [1, "1"]}),
         lambda run: run.samples.write_bytes(b"\xff\n"),
         lambda run: run.info.write_text(""),
         lambda run: run.summary.write_text("[]"),
         lambda run: run.recipe.write_text("model: 3\n"),
     ],
-    ids=["not JSON", "no object", "no rollout", "short histogram", "no UTF-8", "empty", "a list", "no recipe"],
+    ids=[
+        "not JSON",
+        "no object",
+        "no rollout",
+        "short histogram",
+        "counts",
+        "no UTF-8",
+        "empty",
+        "a list",
+        "no recipe",
+    ],
 )
 def test_a_damaged_run_is_refused_in_one_line_that_names_it(tmp_path, damage):
     folder = make_run(tmp_path / "run")

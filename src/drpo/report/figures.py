@@ -23,6 +23,7 @@ MOST_MARKERS = 30
 """Points of a line that are marked; more hide its dashes."""
 
 MOST_WEIGHT_TICKS = 9
+"""On the axis of gradient weights, whose labels are long."""
 
 STATISTICS = {"mean": "mean", "p99": "99 % quantile", "max": "maximum"}
 """What the statistics of |π − μ| are called."""
@@ -63,8 +64,8 @@ def with_markers(points: int) -> str:
 
 
 def tick_whole(figure: go.Figure) -> go.Figure:
-    """The figure with about ten ticks on its x axis, at whole numbers."""
-    ends = [end for trace in figure.data for end in (trace.x[0], trace.x[-1])]
+    """The figure with at most eleven ticks on its x axes, at whole numbers."""
+    ends = [end for trace in figure.select_traces() for end in (trace.x[0], trace.x[-1])]
     span = max(ends) - min(ends) if ends else 0
     steps = (digit * 10**power for power in range(16) for digit in (1, 2, 5))
     return figure.update_xaxes(tick0=0, dtick=next(step for step in steps if span <= 10 * step))
@@ -118,7 +119,7 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
             x=[min(rollouts), max(rollouts)],
             y=[delta, delta],
             name=escape(f"{names}: δ = {delta:g}" if len(of_delta) > 1 else f"δ = {delta:g}"),
-            mode=with_markers(2),
+            mode="lines+markers",
             marker={"size": 4},
             line={"color": "#555", "dash": DASHES[(order + 1) % len(DASHES)], "width": 1},
         )

@@ -123,12 +123,7 @@ def _evaluations(path: Path) -> list[Evaluation]:
             raise ValueError(f"{path.name}, row {number}: expected correct with the right completions of each problem")
         accuracy = estimate([count * len(correct) / completions for count in correct])
         evaluations.append(
-            {
-                "rollout": row["rollout"],
-                "accuracy": accuracy,
-                "problems": len(correct),
-                "completions": completions,
-            }
+            {"rollout": row["rollout"], "accuracy": accuracy, "problems": len(correct), "completions": completions}
         )
     return evaluations
 
