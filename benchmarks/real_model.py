@@ -42,11 +42,10 @@ def run(command: str) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"seed": seed, "rollout": rollout, "reward": rewards.get(rollout, "")}
             row |= {"divergence": distances.get(rollout, ""), "accuracy": "", "low": "", "high": "", "problems": ""}
             if rollout in heldout:
-                problems = heldout[rollout]["completions"]
-                right = round(heldout[rollout]["accuracy"] * problems)
-                interval = estimate([1.0] * right + [0.0] * (problems - right))
+                correct = heldout[rollout]["correct"]  # of one completion a problem
+                interval = estimate(correct)
                 row |= {"accuracy": interval["mean"], "low": interval["low"], "high": interval["high"]}
-                row["problems"] = problems
+                row["problems"] = len(correct)
             rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
             rows.append({**rounded, "train_seconds": summary["train_seconds"], **provenance})
     return rows

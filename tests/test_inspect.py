@@ -17,7 +17,7 @@ import pytest
 from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl
 from drpo.inspect.analyze import Inspection, analyse
-from drpo.inspect.figures import distances
+from drpo.inspect.figures import distances, outside
 from drpo.inspect.page import render
 from drpo.inspect.read import read_rollouts
 from drpo.inspect.region import DELTAS
@@ -542,6 +542,18 @@ def test_what_makes_the_numbers_doubtful_is_said(
     if expected is not None:
         assert found.remarks[0].startswith(expected)
         assert expected in render(found)
+
+
+def test_steps_are_ticked_as_whole_numbers_and_each_delta_has_its_place(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "step": step} for step in (1, 2, 5)]
+    found = inspected(write(tmp_path / "rollouts.jsonl", rows))
+    assert distances(found.by_step, "step").layout.xaxis.dtick == 1
+    assert outside(found.region).layout.xaxis.type == "category"
+    page = parse(render(found))
+    # Counts stand to the right with their heading, as the numbers below them.
+    kinds = [(tag, dict(given).get("class")) for tag, given in page.elements if tag in ("th", "td")]
+    assert kinds[:4] == [("th", None), ("th", "number"), ("td", None), ("td", "number")]
+    assert page.cells[:2] == ["sequences", "3"]
 
 
 def test_nothing_in_a_file_becomes_markup(tmp_path: Path) -> None:

@@ -151,6 +151,26 @@ def test_a_quantile_of_the_divergence_is_at_most_an_eighth_too_high(spread: floa
     assert scalars[f"divergence/{name}"] <= scalars["divergence/max"]
 
 
+@pytest.mark.parametrize(
+    "shifts",
+    [
+        # The median is 1.01 steps; the upper edge of its bin, 1.125 steps, is more than twice the mean of 0.54 steps.
+        pytest.param([0.0] * 49 + [1.01] * 50 + [3.0], id="above"),
+        # In the first bin, below half a step, lie all of them.
+        pytest.param([0.1, 0.2, 0.3, 0.4], id="smallest"),
+    ],
+)
+def test_a_quantile_is_what_the_mean_allows(shifts: list[float]) -> None:
+    step = 2**-26
+    batch = tokens([0.4 + step * shift for shift in shifts], [0.4] * len(shifts), [1.0] * len(shifts))
+    scalars = measured(batch, torch.ones_like(batch.ratio)).scalars
+    mean, largest = scalars["divergence/mean"], scalars["divergence/max"]
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        # 1 − share of the tokens are at the quantile or beyond; share of them are at it or nearer.
+        assert (1 - share) * scalars[f"divergence/{name}"] <= mean * (1 + 1e-12), name
+        assert share * scalars[f"divergence/{name}"] + (1 - share) * largest >= mean * (1 - 1e-12), name
+
+
 def test_policies_that_agree_have_no_divergence_and_a_full_sample() -> None:
     batch = tokens([0.4, 0.2], [0.4, 0.2], [1.0, -1.0])
     scalars = measured(batch, torch.ones_like(batch.ratio)).scalars

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,34 +13,12 @@ from drpo.errors import UserError
 from drpo.recipes import FOLDER, find_recipe, recipe_paths
 from drpo.run.recipe import load_recipe
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_recipes_are_in_the_package() -> None:
     assert FOLDER.is_relative_to(Path(drpo.__file__).parent)
     assert {"arithmetic", "gsm8k"} <= recipe_paths().keys()
     assert "paper" not in recipe_paths("verl")
     assert len(recipe_paths("verl")) == 6
-
-
-@pytest.mark.long
-def test_the_wheel_alone_lists_its_recipes_and_trains_by_them(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        shipped = {name for name in archive.namelist() if name.startswith("drpo/recipes/")}
-        archive.extractall(tmp_path / "site")
-    inside = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
-    assert {f"drpo/recipes/{name}" for name in inside} <= shipped
-    small = ["--set", "rollouts=1", "--set", "heldout_problems=8"]
-    for arguments in (["recipes"], ["doctor", "arithmetic", "--no-rollout"], ["train", "arithmetic", *small]):
-        command = [sys.executable, "-m", "drpo", *arguments]
-        ended = subprocess.run(
-            command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "runs" / "arithmetic" / "report.html").is_file()
 
 
 def test_each_is_listed_with_its_engine_model_data_and_what_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -10,12 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs_version
 
 from drpo.errors import UserError
 from drpo.files import append_jsonl, write_json
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.report import write_report
+from drpo.report.figures import MOST_WEIGHT_TICKS, divergence, tick_whole, weight_distribution
+from drpo.report.html import table
 from drpo.report.page import render
 from drpo.report.read import read_run
 from drpo.run.folder import RunFolder
@@ -83,9 +88,10 @@ def make_run(path: Path, text: str = "42,34,68", overrides: tuple[str, ...] = ()
     recipe = recipe.model_copy(update={"model": valid, "reward": reward, "task": task, "trainer": {valid: valid}})
     folder.create(recipe)
     append_jsonl(folder.metrics, *map(metrics_row, range(1, ROLLOUTS * UPDATES_PER_ROLLOUT + 1)))
-    for rollout, accuracy in ((0, 0.25), (ROLLOUTS, 0.5)):
+    for rollout, correct in ((0, [1, 0]), (ROLLOUTS, [2, 0])):
         where = {"update": rollout * UPDATES_PER_ROLLOUT, "rollout": rollout}
-        append_jsonl(folder.evaluations, {**where, "accuracy": accuracy, "completions": 2})
+        row = {**where, "accuracy": sum(correct) / 4, "completions": 4, "correct": correct}
+        append_jsonl(folder.evaluations, row)
         append_jsonl(
             folder.samples,
             {**where, "prompt": "17+25-8+34=", "answer": "68", "completion": "42,34,68", "reward": 1.0},
@@ -217,10 +223,10 @@ def test_text_from_a_run_is_never_an_element_or_attribute(tmp_path, benign, payl
     assert [figure for figure in page.figures if "<" in figure] == []
 
 
-@pytest.mark.parametrize("key", ["rollout", "accuracy"])
+@pytest.mark.parametrize("key", ["rollout", "completions", "correct"])
 def test_text_in_place_of_a_number_is_refused(tmp_path, key):
     folder = make_run(tmp_path / "run")
-    append_jsonl(folder.evaluations, {"update": 12, "rollout": 3, "accuracy": 0.5, key: "<b>3</b>"})
+    append_jsonl(folder.evaluations, {"update": 12, "rollout": 3, "completions": 1, "correct": [1], key: "<b>3</b>"})
     with pytest.raises(UserError, match=rf"evaluations\.jsonl, row \d+: expected an object with {key}, a "):
         report_of(folder)
 
@@ -251,10 +257,11 @@ def test_a_content_security_policy_allows_the_pages_own_scripts_alone(benign):
 def test_a_report_shows_the_run(tmp_path):
     page = report_of(make_run(tmp_path / "demo", overrides=("objective.delta=0.25", "seed=7")))
     assert page.cells[0] == "demo"
-    assert page.cells[2:4] == ["0.25", "0.5"]
-    assert page.cells[4] == str(ROLLOUTS)
-    assert page.cells[7] == "7"
-    assert page.cells[18:22] == ["17+25-8+34=", "42,34,68", "68", "1"]
+    # Two samples of each of two problems, of which one problem never is right.
+    assert page.cells[2:5] == ["0.250 [0.000, 0.500]", "0.500 [0.000, 1.000]", "4 of 2 problems"]
+    assert page.cells[5] == str(ROLLOUTS)
+    assert page.cells[8] == "7"
+    assert page.cells[19:23] == ["17+25-8+34=", "42,34,68", "68", "1"]
     assert "demo, after 0 rollouts:" in page.text
     assert f"demo, after {ROLLOUTS} rollouts:" in page.text
     assert "delta: 0.25" in page.text
@@ -267,6 +274,96 @@ def test_a_report_of_several_runs_shows_each(tmp_path):
         assert text in page.cells
         assert f"{name}: training reward" in page.figures[0]
         assert f"{name}: recipe" in page.text
+
+
+def traces(page: Page) -> list[dict[str, Any]]:
+    return [trace for figure in page.figures for trace in json.loads(figure)["data"]]
+
+
+def test_a_series_with_one_point_is_seen(tmp_path):
+    folder = make_run(tmp_path / "run")
+    after_one_update(folder)
+    single = [trace for trace in traces(report_of(folder)) if trace["type"] == "scatter" and len(trace["x"]) == 1]
+    # 1 of learning, 3 of divergence, 2 of the ratio, 2 x 4 of effects
+    assert len(single) == 14
+    assert all("markers" in trace["mode"] for trace in single)
+
+
+@pytest.mark.parametrize(
+    ("last", "step"), [(1, 1), (4, 1), (10, 1), (11, 2), (21, 5), (60, 10), (200, 20), (2000, 200)]
+)
+def test_an_axis_ticks_at_most_ten_steps_at_whole_numbers(last, step):
+    axis = tick_whole(go.Figure(go.Scatter(x=[0, last]))).layout.xaxis
+    assert (axis.tick0, axis.dtick) == (0, step)
+
+
+def test_every_axis_of_rollouts_ticks_whole_ones(benign):
+    axes = [
+        axis
+        for layout in (json.loads(figure)["layout"] for figure in benign.figures)
+        for axis in layout.values()
+        if isinstance(axis, dict) and axis.get("title", {}).get("text") == "rollouts"
+    ]
+    assert len(axes) == 5
+    assert [axis["dtick"] for axis in axes] == [1] * 5
+
+
+def test_weights_have_few_ticks_one_of_them_at_1(tmp_path):
+    folder = make_run(tmp_path / "run")
+    folder.metrics.unlink()
+    append_jsonl(folder.metrics, {**metrics_row(1), "weight_histogram": [1] * (len(WEIGHT_EDGES) + 1)})
+    axis = weight_distribution([read_run(folder)]).layout.xaxis
+    assert "1" in axis.tickvals
+    assert 3 <= len(axis.tickvals) <= MOST_WEIGHT_TICKS
+    assert set(axis.tickvals) <= set(axis.categoryarray)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "lines"),
+    [
+        ([0.2], {"δ = 0.2": 0.2}),
+        ([0.2, 0.2], {"δ = 0.2": 0.2}),
+        ([0.2, 0.3], {"run 0: δ = 0.2": 0.2, "run 1: δ = 0.3": 0.3}),
+        ([0.2, 0.3, 0.2], {"run 0, run 2: δ = 0.2": 0.2, "run 1: δ = 0.3": 0.3}),
+        ([12.5], {}),
+    ],
+)
+def test_each_delta_of_the_runs_has_a_line(tmp_path, deltas, lines):
+    folders = [make_run(tmp_path / f"run {n}", overrides=(f"objective.delta={d}",)) for n, d in enumerate(deltas)]
+    drawn = [trace for trace in divergence([read_run(folder) for folder in folders]).data if "δ" in trace.name]
+    assert {trace.name: set(trace.y) for trace in drawn} == {name: {delta} for name, delta in lines.items()}
+    assert len({trace.line.dash for trace in drawn}) == len(lines)
+
+
+def test_a_prompt_keeps_its_lines(tmp_path):
+    page = report_of(make_run(tmp_path / "run", "first line\n  second line"))
+    assert "first line\n  second line" in page.cells
+    assert re.search(r"\btd \{[^}]*white-space: pre-wrap", page.contents["style"][0])
+
+
+@pytest.mark.parametrize("other", ["not measured", 2])
+def test_a_column_with_numbers_is_to_the_right_with_its_heading(other):
+    page = parse(table(["run", "accuracy"], [["a", 0.5], ["b", other]]))
+    kinds = [(tag, dict(given).get("class")) for tag, given in page.elements if tag in ("th", "td")]
+    assert kinds == [("th", None), ("th", "number"), *[("td", None), ("td", "number")] * 2]
+
+
+def test_a_wide_table_scrolls_by_itself(benign):
+    kinds = [(tag, dict(given).get("class")) for tag, given in benign.elements]
+    before = [kinds[place - 1] for place, (tag, _) in enumerate(kinds) if tag == "table"]
+    assert before == [("div", "table")] * len(before)
+    assert before
+    assert re.search(r"\.table \{ overflow-x: auto }", benign.contents["style"][0])
+
+
+def test_a_page_is_small_with_a_script_that_draws_all_its_traces(tmp_path, benign):
+    assert (make_run(tmp_path / "run").path.parent).is_dir()
+    write_report([RunFolder(tmp_path / "run")], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 1.3e6
+    assert {trace["type"] for trace in traces(benign)} == {"scatter", "bar"}
+    # The script is of the version whose figures Python writes.
+    version = f"plotly.js (basic - minified) v{get_plotlyjs_version()}"
+    assert sum(version in script for script in benign.contents["script"]) == 1
 
 
 def unfinished(folder: RunFolder) -> None:
@@ -315,15 +412,15 @@ def with_infinite_metrics(folder: RunFolder) -> None:
         (just_started, "0 of 3", "not measured", 0),
         (cut_short, "3 of 3", "not finished", 5),
         (after_one_update, "1 of 3", "not measured", 5),
-        (with_infinite_metrics, "3", "0.25", 5),
+        (with_infinite_metrics, "3", "0.250 [0.000, 0.500]", 5),
     ],
 )
 def test_a_run_in_any_state_has_a_report_with_figures_of_what_it_measured(tmp_path, change, rollouts, state, figures):
     folder = make_run(tmp_path / "run")
     change(folder)
     page = report_of(folder)
-    assert rollouts in page.cells[:8]
-    assert state in page.cells[:8]
+    assert rollouts in page.cells[:9]
+    assert state in page.cells[:9]
     assert len(page.figures) == figures
 
 
@@ -352,12 +449,23 @@ def test_an_output_that_is_no_page_is_refused_and_left_alone(tmp_path, name):
         lambda run: run.metrics.write_text("3\n"),
         lambda run: run.metrics.write_text("{}\n"),
         lambda run: append_jsonl(run.metrics, {**metrics_row(13), "weight_histogram": [1, 2]}),
+        lambda run: append_jsonl(run.evaluations, {"rollout": 3, "completions": 2, "correct": [1, "1"]}),
         lambda run: run.samples.write_bytes(b"\xff\n"),
         lambda run: run.info.write_text(""),
         lambda run: run.summary.write_text("[]"),
         lambda run: run.recipe.write_text("model: 3\n"),
     ],
-    ids=["not JSON", "no object", "no rollout", "short histogram", "no UTF-8", "empty", "a list", "no recipe"],
+    ids=[
+        "not JSON",
+        "no object",
+        "no rollout",
+        "short histogram",
+        "counts",
+        "no UTF-8",
+        "empty",
+        "a list",
+        "no recipe",
+    ],
 )
 def test_a_damaged_run_is_refused_in_one_line_that_names_it(tmp_path, damage):
     folder = make_run(tmp_path / "run")
@@ -401,8 +509,8 @@ def test_a_browser_draws_the_five_figures_and_the_samples(drawn, runs):
     assert console == []
     assert classes(page)["js-plotly-plot"] == 5
     assert classes(page)["main-svg"] >= 5
-    # 2 lines of learning, 3 of divergence, 2 of the ratio, 2 x 4 of effects; one run has the edge δ = 0.2 as well
-    assert classes(page)["scatter"] == 15 * runs + (runs == 1)
+    # 2 lines of learning, 3 of divergence, 2 of the ratio, 2 x 4 of effects; and one of δ = 0.2, which all runs have
+    assert classes(page)["scatter"] == 15 * runs + 1
     assert page.cells.count("17+25-8+34=") == 2 * runs
 
 

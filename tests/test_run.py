@@ -125,6 +125,15 @@ def test_the_accuracy_before_is_that_before_the_first_update(run):
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (None, 0.75)
 
 
+def test_an_evaluation_has_the_right_completions_of_each_problem(run):
+    # Three problems of two completions: both, none and one of them right.
+    samples = [{"prompt": str(row), "reward": reward} for row, reward in enumerate((1.0, 2.0, 0.0, 0.5, 1.0, 0.0))]
+    assert run.append_evaluation({"update": 4, "rollout": 1}, samples, a_problem=2) == 0.5
+    (row,) = read_jsonl(run.evaluations)
+    assert row == {"update": 4, "rollout": 1, "accuracy": 0.5, "completions": 6, "correct": [2, 0, 1]}
+    assert read_jsonl(run.samples) == [{"update": 4, "rollout": 1, **sample} for sample in samples]
+
+
 def test_a_new_run_folder_holds_its_recipe_and_is_recognised(tmp_path):
     recipe = load_recipe(None, ["seed=7"])
     folder = RunFolder(tmp_path / "runs" / "new")

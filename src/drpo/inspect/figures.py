@@ -11,10 +11,7 @@ from drpo.inspect.analyze import Inspection
 from drpo.inspect.region import Region
 from drpo.metrics.effects import EFFECTS
 from drpo.metrics.histograms import DIVERGENCE_EDGES
-from drpo.report.figures import COLORS, DASHES, MU_GROUPS, SIGN_GROUPS, STATISTICS, style
-
-MOST_MARKERS = 100
-"""Points of a curve that are marked; more hide its dashes."""
+from drpo.report.figures import COLORS, DASHES, MU_GROUPS, SIGN_GROUPS, STATISTICS, style, tick_whole, with_markers
 
 _PATTERNS = {"unchanged": "", "attenuated": "/", "zeroed": "x", "reversed": "\\", "amplified": "."}
 
@@ -54,10 +51,10 @@ def distances(measured: Mapping[int, Mapping[str, float]], x_title: str) -> go.F
             x=list(measured),
             y=[scalars[f"divergence/{statistic}"] or None for scalars in measured.values()],
             name=label,
-            mode="lines" if len(measured) > MOST_MARKERS else "lines+markers",
+            mode=with_markers(len(measured)),
             line={"color": COLORS[order], "dash": DASHES[order]},
         )
-    return style(figure, x_title, "|π − μ|", log=True)
+    return tick_whole(style(figure, x_title, "|π − μ|", log=True))
 
 
 def outside(region: Region) -> go.Figure:
@@ -77,7 +74,8 @@ def outside(region: Region) -> go.Figure:
             x=deltas, y=values, name=name, mode="lines+markers", line={"color": COLORS[order], "dash": DASHES[order]}
         )
     style(figure, "δ", "share")
-    return figure.update_xaxes(type="log", tickvals=deltas).update_yaxes(rangemode="tozero")
+    # At equal distances the values of δ have room on a phone too.
+    return figure.update_xaxes(type="category").update_yaxes(rangemode="tozero")
 
 
 def what_if(inspection: Inspection) -> go.Figure:

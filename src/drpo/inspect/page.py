@@ -7,7 +7,7 @@ from html import escape
 from drpo.inspect import figures
 from drpo.inspect.analyze import Inspection
 from drpo.inspect.region import DELTA_COLUMNS, Region, delta_rows
-from drpo.report.html import document, section, table
+from drpo.report.html import Number, document, section, table
 from drpo.report.tokens import LEGEND, groups_table, texts_table
 
 _MEASURED = {
@@ -58,8 +58,8 @@ def render(inspection: Inspection) -> str:
 
 def _overview(inspection: Inspection) -> str:
     rows = [
-        ["sequences", f"{inspection.sequences:,}"],
-        ["tokens that count", f"{inspection.tokens:,}"],
+        ["sequences", Number(f"{inspection.sequences:,}")],
+        ["tokens that count", Number(f"{inspection.tokens:,}")],
         ["share of them with A ≠ 0", inspection.steered],
         ["share of them moved the way A pushes, A(r − 1) > 0", inspection.away],
         *([label, inspection.measured[name]] for name, label in _MEASURED.items() if name in inspection.measured),

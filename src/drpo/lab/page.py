@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plotly.offline import get_plotlyjs
+
 from drpo.errors import UserError
 from drpo.lab import figures
 from drpo.lab.grid import ARMS, SETTINGS, Run
@@ -35,7 +37,8 @@ def write_lab_page(lab: Lab, target: Path) -> None:
     body = "".join(_setting(name, by_setting[name]) for name in SETTINGS if name in by_setting)
     failed = len(lab.rows()) - len(rows)
     note = f"<p>{len(rows)} runs, {failed} failed. Intervals are over seeds, at 95 %.</p>"
-    write_page(document("The paper in miniature", "lab", note + body), target)
+    # A map of stability is a heatmap, which the script of other pages cannot draw.
+    write_page(document("The paper in miniature", "lab", note + body, get_plotlyjs()), target)
 
 
 def _setting(name: str, rows: Sequence[Row]) -> str:

@@ -29,7 +29,7 @@ class Exercise:
     Args:
         prompt: the text that the model sees.
         answer: what follows the last comma of a right solution.
-        steps: for :meth:`TaughtTask.solution`.
+        steps: for :meth:`drpo.lab.tasks.TaughtTask.solution`.
     """
 
     prompt: str

@@ -35,6 +35,7 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
         "divergence_bucket": torch.zeros(len(BUCKETS), dtype=dtype, device=bins.device).scatter_add_(
             0, bucket.long(), divergence.flatten()
         ),
+        "log_ratio": batch.log_ratio.sum(dtype=dtype),
         "log_ratio_histogram": histogram(log_ratio_bins(batch.log_ratio), len(LOG_RATIO_EDGES) + 1, counted, dtype),
     }
     for sign, has_sign in zip(SIGNS, (batch.advantage > 0, batch.advantage < 0), strict=True):
@@ -81,9 +82,11 @@ def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, 
     """
     metrics = {}
     least, largest = -extremes["least_log_ratio"].item(), extremes["largest_log_ratio"].item()
+    log_ratios = total["log_ratio_histogram"]
+    mean = (total["log_ratio"] / log_ratios.sum()).item()
     for name, share in LOG_RATIO_QUANTILES.items():
         metrics[f"log_ratio/{name}"] = quantile(
-            total["log_ratio_histogram"], LOG_RATIO_EDGES, share, least=least, largest=largest
+            log_ratios, LOG_RATIO_EDGES, share, least=least, largest=largest, mean=mean
         )
     by_bucket = total["histogram_bucket"].view(len(BUCKETS), _BINS)
     counted = [*(total[f"histogram_{sign}"] for sign in SIGNS), *by_bucket]
@@ -94,8 +97,9 @@ def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, 
         if name in BUCKETS:
             metrics[f"tokens/{name}"] = tokens / by_bucket.sum().item()
         if tokens:
-            metrics[f"divergence/mean_{name}"] = distances[group].item() / tokens
+            mean = distances[group].item() / tokens
+            metrics[f"divergence/mean_{name}"] = mean
             metrics[f"divergence/p99_{name}"] = quantile(
-                counted[group], DIVERGENCE_EDGES, 0.99, least=least[group], largest=largest[group]
+                counted[group], DIVERGENCE_EDGES, 0.99, least=least[group], largest=largest[group], mean=mean
             )
     return metrics

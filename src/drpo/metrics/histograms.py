@@ -78,8 +78,14 @@ def histogram(bins: Tensor, size: int, counted: Tensor, dtype: torch.dtype) -> T
     return torch.zeros(size, dtype=dtype, device=bins.device).scatter_add_(0, bins.long(), counted.to(dtype))
 
 
-def quantile(counts: Tensor, edges: Tensor, share: float, least: float, largest: float) -> float:
-    """The upper edge of the bin within which ``share`` of the values is reached, 0 in a bin of the smallest distances; between the extremes of the values."""
+def quantile(counts: Tensor, edges: Tensor, share: float, least: float, largest: float, mean: float) -> float:
+    """The upper edge of the bin within which ``share`` of the values is reached, as far as their extremes and mean allow it.
+
+    At least 1 − share of the values are at the quantile or above it, the others at ``least`` or above it; and at
+    least ``share`` of them are at the quantile or below it.
+    """
     reached = int((counts.cumsum(0) >= share * counts.sum()).nonzero()[0])
     upper = edges[min(reached, len(edges) - 1)].item()
-    return min(max(0.0 if abs(upper) <= edges.abs().min().item() else upper, least), largest)
+    most = (mean - share * least) / (1 - share)
+    fewest = (mean - (1 - share) * largest) / share
+    return min(max(min(upper, most), fewest, least), largest)

@@ -144,7 +144,12 @@ def _scalars(total: dict[str, float], largest: dict[str, float], divergence_hist
     least, most = -largest["negated_divergence"], largest["divergence"]
     for name, share in QUANTILES.items():
         scalars[f"divergence/{name}"] = quantile(
-            divergence_histogram, DIVERGENCE_EDGES, share, least=least, largest=most
+            divergence_histogram,
+            DIVERGENCE_EDGES,
+            share,
+            least=least,
+            largest=most,
+            mean=scalars["divergence/mean"],
         )
     # Where π has left every token, all ratios are 0 to rounding.
     if ratio_squared > 0:

@@ -22,7 +22,7 @@ SMALLEST, LARGEST = 1e-9, 1e9
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """A frozen dataclass whose fields are numbers > 0, within :data:`SMALLEST` and :data:`LARGEST`."""
+    """A frozen dataclass whose fields are numbers > 0, within ``SMALLEST`` and ``LARGEST``."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

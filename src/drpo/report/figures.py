@@ -19,6 +19,12 @@ from drpo.report.read import RunData
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
+MOST_MARKERS = 30
+"""Points of a line that are marked; more hide its dashes."""
+
+MOST_WEIGHT_TICKS = 9
+"""On the axis of gradient weights, whose labels are long."""
+
 STATISTICS = {"mean": "mean", "p99": "99 % quantile", "max": "maximum"}
 """What the statistics of |π − μ| are called."""
 
@@ -52,34 +58,71 @@ def style(
     return figure
 
 
+def with_markers(points: int) -> str:
+    """The mode of a line through so many points: a single one is seen by its marker alone."""
+    return "lines" if points > MOST_MARKERS else "lines+markers"
+
+
+def tick_whole(figure: go.Figure) -> go.Figure:
+    """The figure with at most eleven ticks on its x axes, at whole numbers."""
+    ends = [end for trace in figure.select_traces() for end in (trace.x[0], trace.x[-1])]
+    span = max(ends) - min(ends) if ends else 0
+    steps = (digit * 10**power for power in range(16) for digit in (1, 2, 5))
+    return figure.update_xaxes(tick0=0, dtick=next(step for step in steps if span <= 10 * step))
+
+
 def over_rollouts(runs: Sequence[RunData], metrics: Mapping[str, str], y_title: str, *, log: bool = False) -> go.Figure:
     """Metrics, by name with what to call each, at the last update of each rollout."""
     figure = go.Figure()
     for index, run in enumerate(runs):
         for order, (metric, label) in enumerate(metrics.items()):
             _add_line(figure, runs, index, label, *run.series(metric), order=order)
-    return style(figure, "rollouts", y_title, log=log).update_yaxes(rangemode="tozero")
+    return tick_whole(style(figure, "rollouts", y_title, log=log)).update_yaxes(rangemode="tozero")
 
 
 def learning(runs: Sequence[RunData]) -> go.Figure:
-    """Training reward and held-out accuracy over rollouts."""
+    """Training reward and held-out accuracy over rollouts, with the interval of each accuracy."""
     figure = go.Figure()
     for index, run in enumerate(runs):
-        rollouts, accuracies = ([row[key] for row in run.evaluations] for key in ("rollout", "accuracy"))
-        marker = {"size": 7, "symbol": index}
+        rollouts = [row["rollout"] for row in run.evaluations]
+        accuracies = [row["accuracy"] for row in run.evaluations]
+        above = [accuracy["high"] - accuracy["mean"] for accuracy in accuracies]
+        below = [accuracy["mean"] - accuracy["low"] for accuracy in accuracies]
         _add_line(figure, runs, index, "training reward", *run.series("reward"), order=1, width=1)
-        _add_line(figure, runs, index, "held-out accuracy", rollouts, accuracies, width=2.5, marker=marker)
-    return style(figure, "rollouts", "mean reward, accuracy").update_yaxes(rangemode="tozero")
+        _add_line(
+            figure,
+            runs,
+            index,
+            "held-out accuracy",
+            rollouts,
+            [accuracy["mean"] for accuracy in accuracies],
+            width=2.5,
+            mode="lines+markers",
+            marker={"size": 7, "symbol": index},
+            error_y={"array": above, "arrayminus": below, "thickness": 1},
+        )
+    return tick_whole(style(figure, "rollouts", "mean reward, accuracy")).update_yaxes(rangemode="tozero")
 
 
 def divergence(runs: Sequence[RunData]) -> go.Figure:
-    """|π − μ| over rollouts, and δ where there is one run that has it."""
+    """|π − μ| over rollouts, and δ of the runs that have one."""
     metrics = {f"divergence/{statistic}": label for statistic, label in STATISTICS.items()}
     figure = over_rollouts(runs, metrics, "|π − μ|", log=True)
-    if figure.data and len(runs) == 1 and (delta := runs[0].objective.edge or 1) < 1:
-        ends = [runs[0].metrics[place]["rollout"] for place in (0, -1)]
-        edge = go.Scatter(x=ends, y=[delta, delta], name=f"δ = {delta:g}", mode="lines")
-        figure.add_trace(edge.update(line={"color": "#555", "dash": "dash", "width": 1}))
+    of_delta: dict[float, list[RunData]] = {}
+    for run in runs:
+        if run.metrics and (delta := run.objective.edge or 1) < 1:
+            of_delta.setdefault(delta, []).append(run)
+    for order, (delta, alike) in enumerate(of_delta.items() if figure.data else ()):
+        rollouts = [run.metrics[place]["rollout"] for run in alike for place in (0, -1)]
+        names = ", ".join(run.name for run in alike)
+        figure.add_scatter(
+            x=[min(rollouts), max(rollouts)],
+            y=[delta, delta],
+            name=escape(f"{names}: δ = {delta:g}" if len(of_delta) > 1 else f"δ = {delta:g}"),
+            mode="lines+markers",
+            marker={"size": 4},
+            line={"color": "#555", "dash": DASHES[(order + 1) % len(DASHES)], "width": 1},
+        )
     return figure
 
 
@@ -99,21 +142,23 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
             name=escape(f"{runs[index].name} ({name})" if len(runs) > 1 else name),
             marker={"color": COLORS[index % len(COLORS)], "line": {"width": 0.5, "color": "#000"}},
         )
-    x_title = "gradient weight w (1: the plain policy gradient; 0: no gradient; below 0: pulled back)"
-    style(figure, x_title, "share of tokens", log=True)
-    return figure.update_xaxes(type="category", categoryorder="array", categoryarray=labels[shown])
+    style(figure, "gradient weight w", "share of tokens", log=True)
+    # Ticks at w = 1, which is the middle of the labels, and at equal distances from it.
+    step = max(1, math.ceil(len(labels[shown]) / MOST_WEIGHT_TICKS))
+    ticks = [labels[place] for place in range(len(labels))[shown] if (place - len(labels) // 2) % step == 0]
+    return figure.update_xaxes(type="category", categoryorder="array", categoryarray=labels[shown], tickvals=ticks)
 
 
 def effects(runs: Sequence[RunData]) -> go.Figure:
     """The share of tokens that the objective attenuates, zeroes, reverses or amplifies, by the sign of the advantage."""
-    titles = [f"tokens with {group}" for group in SIGN_GROUPS.values()]
+    titles = list(SIGN_GROUPS.values())
     figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     for column, sign in enumerate(SIGNS, 1):
         metrics = {f"weight/{effect}_{sign}": effect for effect in EFFECTS}
         lines = over_rollouts(runs, metrics, "").update_traces(showlegend=column == 1)
         figure.add_traces(list(lines.select_traces()), rows=1, cols=column)
     style(figure, "rollouts", height=400).update_layout(legend={"y": 1.1})
-    return figure.update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")
+    return tick_whole(figure).update_yaxes(title_text="share of tokens", col=1, rangemode="tozero")
 
 
 def _add_line(
@@ -126,9 +171,13 @@ def _add_line(
     *,
     order: int = 0,
     width: float = 1.5,
-    marker: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
-    """Add a series of a run, if it has values. Runs differ by color, the series of a run by dash, those of a single run by both."""
+    """Add a series of a run, if it has values. Runs differ by color, the series of a run by dash, those of a single run by both.
+
+    Args:
+        options: of the trace.
+    """
     if not x:
         return
     several = len(runs) > 1
@@ -139,9 +188,8 @@ def _add_line(
         y=y,
         name=name,
         legendgroup=name,
-        mode="lines+markers" if marker else "lines",
         line={"color": color, "dash": DASHES[order % len(DASHES)], "width": width},
-        marker=marker,
+        **{"mode": with_markers(len(x)), "marker": {"size": 5}, **options},
     )
 
 

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from drpo.metrics.untrained import describe_untrained
 from drpo.report import figures
 from drpo.report.figures import over_rollouts
-from drpo.report.html import document, section, table, write_page
+from drpo.report.html import Number, document, section, table, write_page
 from drpo.report.read import RunData, read_run
 from drpo.report.tokens import LEGEND, texts_table
 from drpo.run.folder import RunFolder
@@ -36,7 +36,7 @@ def _mean_distances(metrics: Mapping[str, str]) -> Draw:
 _FIGURES: tuple[tuple[str, str, Draw], ...] = (
     (
         "Reward and held-out accuracy",
-        "The mean reward of each rollout's samples, and the share of held-out samples that are right.",
+        "The mean reward of each rollout's samples, and the share of held-out samples that are right, with its interval at 95 %.",
         figures.learning,
     ),
     (
@@ -46,7 +46,7 @@ _FIGURES: tuple[tuple[str, str, Draw], ...] = (
     ),
     (
         "Gradient weights",
-        "The weight w that the objective gave to the policy gradient of each token, ∂loss/∂log π = −A·r·w, over the whole run.",
+        "The weight w that the objective gave to the policy gradient of each token, ∂loss/∂log π = −A·r·w, over the whole run. 1: the plain policy gradient; 0: no gradient; below 0: pulled back.",
         figures.weight_distribution,
     ),
     (
@@ -106,14 +106,18 @@ def render(runs: Sequence[RunData]) -> str:
 def _overview(runs: Sequence[RunData]) -> str:
     rows = []
     for run in runs:
-        accuracies = [row["accuracy"] for row in run.evaluations] or ["not measured"]
+        accuracies = [_interval(row["accuracy"]) for row in run.evaluations] or ["not measured"]
+        heldout = "–"
+        if run.evaluations:
+            heldout = "{completions:,} of {problems:,} problems".format(**run.evaluations[-1])
         done = run.metrics[-1]["rollout"] if run.metrics else 0
         rollouts = run.recipe.rollouts if run.summary else f"{done} of {run.recipe.rollouts}"
         seconds = run.summary.get("train_seconds", "not finished")
         settings = [rollouts, run.recipe.updates_per_rollout, seconds, run.recipe.seed]
-        rows.append([run.name, _objective(run), accuracies[0], accuracies[-1], *settings])
-    columns = ["run", "objective", "accuracy before", "accuracy after", "rollouts", "updates a rollout", "seconds"]
-    return table([*columns, "seed"], rows) + "".join(map(_notes, runs))
+        rows.append([run.name, _objective(run), accuracies[0], accuracies[-1], Number(heldout), *settings])
+    columns = ["run", "objective", "accuracy before", "accuracy after", "held-out samples", "rollouts"]
+    note = '<p class="note">Accuracies have their interval at 95 %, by bootstrap over problems.</p>'
+    return table([*columns, "updates a rollout", "seconds", "seed"], rows) + note + "".join(map(_notes, runs))
 
 
 def _objective(run: RunData) -> str:
@@ -160,8 +164,8 @@ def _evaluations(runs: Sequence[RunData]) -> str:
     return section("Evaluations", note, table([*columns, "no answer", "engine"], rows))
 
 
-def _interval(estimate: dict[str, Any] | None) -> str:
-    return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**estimate) if estimate else "–"
+def _interval(estimate: Mapping[str, Any] | None) -> Number:
+    return Number("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**estimate) if estimate else "–")
 
 
 def _origins(runs: Sequence[RunData]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from drpo.errors import UserError
+from drpo.evaluation.statistics import Estimate, estimate
 from drpo.files import iterate_jsonl, read_jsonl
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.objectives import Objective
@@ -18,6 +19,22 @@ from drpo.run.recipe import Recipe, load_recipe
 _BINS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 
 
+class Evaluation(TypedDict):
+    """A held-out evaluation.
+
+    Args:
+        rollout: after which it was made.
+        accuracy: share of right completions, with its interval over problems.
+        problems: how many there were.
+        completions: of all problems together.
+    """
+
+    rollout: int
+    accuracy: Estimate
+    problems: int
+    completions: int
+
+
 @dataclasses.dataclass(frozen=True)
 class RunData:
     """What a run wrote.
@@ -25,7 +42,7 @@ class RunData:
     Args:
         name: of its folder.
         metrics: a row an update.
-        evaluations: a row a held-out evaluation.
+        evaluations: the held-out evaluations.
         samples: a row a held-out completion.
         trained: what the objective did to the tokens trained on, if rollouts were recorded.
         info: seed and versions.
@@ -36,7 +53,7 @@ class RunData:
     name: str
     recipe: Recipe
     metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    evaluations: list[Evaluation]
     samples: list[dict[str, Any]]
     trained: TrainedTokens
     info: dict[str, Any]
@@ -69,7 +86,7 @@ def read_run(folder: RunFolder) -> RunData:
             name=folder.path.resolve().name,
             recipe=load_recipe(folder.recipe),
             metrics=_rows(folder.metrics, update=int, rollout=int, **dict.fromkeys(_BINS, list)),
-            evaluations=_rows(folder.evaluations, rollout=int, accuracy=float),
+            evaluations=_evaluations(folder.evaluations),
             samples=_rows(folder.samples, rollout=int, prompt=str, completion=str, answer=str),
             trained=read_trained_tokens(iterate_jsonl(folder.rollouts)),
             info=_object(folder.info),
@@ -90,12 +107,25 @@ def _object(path: Path) -> dict[str, Any]:
 def _measured(path: Path) -> dict[str, Any]:
     found = _object(path)
     estimates = [found.get("average"), found.get("majority"), *(found.get("pass_at") or {}).values()]
-    for estimate in estimates:
+    for statistic in estimates:
         if not (
-            isinstance(estimate, dict) and all(isinstance(estimate.get(k), float) for k in ("mean", "low", "high"))
+            isinstance(statistic, dict) and all(isinstance(statistic.get(k), float) for k in ("mean", "low", "high"))
         ):
             raise ValueError(f"{path.parent.name}/{path.name}: expected average, majority and pass_at, with intervals")
     return found
+
+
+def _evaluations(path: Path) -> list[Evaluation]:
+    evaluations: list[Evaluation] = []
+    for number, row in enumerate(_rows(path, rollout=int, completions=int, correct=list), 1):
+        correct, completions = row["correct"], row["completions"]
+        if not correct or not all(isinstance(count, int) for count in correct) or completions < 1:
+            raise ValueError(f"{path.name}, row {number}: expected correct with the right completions of each problem")
+        accuracy = estimate([count * len(correct) / completions for count in correct])
+        evaluations.append(
+            {"rollout": row["rollout"], "accuracy": accuracy, "problems": len(correct), "completions": completions}
+        )
+    return evaluations
 
 
 def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:

@@ -8,13 +8,22 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.files import iterate_jsonl, locked, read_jsonl, replace_jsonl, replace_text, versions, write_json
+from drpo.files import (
+    append_jsonl,
+    iterate_jsonl,
+    locked,
+    read_jsonl,
+    replace_jsonl,
+    replace_text,
+    versions,
+    write_json,
+)
 from drpo.metrics.untrained import describe_untrained
 from drpo.run.recipe import Recipe, dump_recipe, load_recipe
 
@@ -70,6 +79,27 @@ class RunFolder:
             return self.info.is_file() and self.recipe.is_file()
         except (OSError, ValueError):  # a name the system does not take
             return False
+
+    def append_evaluation(
+        self, where: Mapping[str, int], samples: Sequence[Mapping[str, Any]], a_problem: int
+    ) -> float:
+        """Write an evaluation and the first of its samples.
+
+        Args:
+            where: the update and the rollout after which it was made.
+            samples: with their rewards, those of a problem together.
+            a_problem: how many a problem has.
+
+        Returns:
+            The share of samples that are right.
+        """
+        is_right = [sample["reward"] >= 1 for sample in samples]
+        accuracy = sum(is_right) / len(is_right)
+        correct = [sum(is_right[start : start + a_problem]) for start in range(0, len(is_right), a_problem)]
+        row = {**where, "accuracy": accuracy, "completions": len(samples), "correct": correct}
+        append_jsonl(self.evaluations, row)
+        append_jsonl(self.samples, *({**where, **sample} for sample in samples[:SAMPLES_KEPT]))
+        return accuracy
 
     @property
     def verl_settings(self) -> list[str] | None:

@@ -16,7 +16,7 @@ from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl, writing
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries
-from drpo.run.folder import SAMPLES_KEPT, RunFolder, decisive_fields
+from drpo.run.folder import RunFolder, decisive_fields
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
 from drpo.trainer.checkpoint import CheckpointError
@@ -183,7 +183,5 @@ class RunWriter(TrainerCallback):
         result = evaluate(self.trainer, self.heldout, self.reward, recipe.heldout_samples, seed=recipe.seed)
         if self.trainer.accelerator.is_main_process:
             where = {"update": update, "rollout": update // recipe.updates_per_rollout}
-            row = {**where, "accuracy": result.accuracy, "completions": len(result.samples)}
-            append_jsonl(self.folder.evaluations, row)
-            append_jsonl(self.folder.samples, *({**where, **sample} for sample in result.samples[:SAMPLES_KEPT]))
+            self.folder.append_evaluation(where, result.samples, recipe.heldout_samples)
         self.progress.show_accuracy(result.accuracy, update)

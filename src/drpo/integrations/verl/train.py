@@ -27,7 +27,7 @@ from drpo.integrations.verl.overrides import as_arguments, changed, overrides
 from drpo.integrations.verl.problems import write_rows
 from drpo.redact import find_secret
 from drpo.run.build import apply_task, load_problems
-from drpo.run.folder import SAMPLES_KEPT, RunFolder
+from drpo.run.folder import RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
 
@@ -250,6 +250,7 @@ class Log:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         self._folder, self._updates, self._progress = folder, recipe.updates_per_rollout, progress
+        self._heldout_samples = recipe.heldout_samples
         self._own = folder.path / "verl"
         self._read = 0
         rows = read_jsonl(folder.metrics)
@@ -286,9 +287,8 @@ class Log:
             self._write_evaluation(evaluation, where)
 
     def _write_evaluation(self, path: Path, where: dict[str, Any]) -> None:
-        rows = [
+        samples = [
             {
-                **where,
                 "prompt": sample["input"],
                 "answer": sample["gts"],
                 "completion": sample["output"],
@@ -296,9 +296,7 @@ class Log:
             }
             for sample in read_jsonl(path)
         ]
-        accuracy = sum(row["reward"] >= 1 for row in rows) / len(rows)
-        append_jsonl(self._folder.evaluations, {**where, "accuracy": accuracy, "completions": len(rows)})
-        append_jsonl(self._folder.samples, *rows[:SAMPLES_KEPT])
+        accuracy = self._folder.append_evaluation(where, samples, self._heldout_samples)
         self._progress.show_accuracy(accuracy, where["update"])
 
 
