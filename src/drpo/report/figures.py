@@ -65,7 +65,8 @@ def with_markers(points: int) -> str:
 
 def tick_whole(figure: go.Figure) -> go.Figure:
     """The figure with at most eleven ticks on its x axes, at whole numbers."""
-    ends = [end for trace in figure.select_traces() for end in (trace.x[0], trace.x[-1])]
+    traces: Any = figure.data
+    ends = [end for trace in traces for end in (trace.x[0], trace.x[-1])]
     span = max(ends) - min(ends) if ends else 0
     steps = (digit * 10**power for power in range(16) for digit in (1, 2, 5))
     return figure.update_xaxes(tick0=0, dtick=next(step for step in steps if span <= 10 * step))
