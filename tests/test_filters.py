@@ -178,13 +178,13 @@ BEAMS = {"early_stopping", "length_penalty"}
 """Of beams, which are refused by their number."""
 SAME_DISTRIBUTION = {
     *("temperature", "renormalize_logits", "remove_invalid_values", "num_return_sequences", "decoder_start_token_id"),
-    *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory", "continuous_batching_config"),
+    *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "max_cache_len", "low_memory", "continuous_batching_config"),
     *("compile_config", "disable_compile", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
     *("return_dict_in_generate", "transformers_version", "_commit_hash", "_from_model_config"),
 }  # fmt: skip
 """Temperature is compared by itself."""
 SPECULATION = {
-    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("use_mtp", "speculation_type", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
     *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
 }  # fmt: skip
 """It leaves the distribution as it is."""

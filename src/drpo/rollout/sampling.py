@@ -41,6 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, True),
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
+    "assistant_ensemble_weight": (None,),
 }
 """Generation settings that change the distribution sampled from, and the values at which they do not."""
 
