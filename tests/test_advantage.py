@@ -222,6 +222,11 @@ def test_the_baseline_may_be_the_mean_weighted_by_length() -> None:
     assert group_advantage(rewards, 3, "length-weighted", lengths).tolist() == pytest.approx(expected)
 
 
+def test_completions_of_equal_rewards_get_zeros_beside_one_without_tokens() -> None:
+    rewards, lengths = torch.tensor([0.3, 0.3, 0.3, 1.0]), torch.tensor([7, 11, 3, 0])
+    assert group_advantage(rewards, 4, "length-weighted", lengths).tolist() == [0, 0, 0, 0]
+
+
 def test_it_is_that_of_verl() -> None:
     algorithms = pytest.importorskip("verl.trainer.ppo.core_algos")
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.precision import make_rollout_model, quantized, train_in_fp8
 from drpo.rollout.audit import AuditError, log_odds_mean, log_odds_sums
-from drpo.trainer.auditing import CLEAR
+from drpo.trainer.auditing import CLEAR, RolloutAudits
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import config, load_model, make_trainer
 
@@ -300,6 +301,28 @@ def test_a_sampler_that_keeps_old_weights_is_named_at_the_second_rollout(
     with pytest.raises(AuditError, match=r"the sampler did not get the new weights.*stale_sampler='warn'"):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+def feed(gaps: list[float], changes: list[float]) -> None:
+    """The check of each rollout's gap with the change since the first one."""
+    audits = RolloutAudits(SimpleNamespace(args=SimpleNamespace(stale_sampler="stop")))  # type: ignore[arg-type]
+    for gap, change in zip(gaps, changes, strict=True):
+        audits._changes = [(change, 1.0)] if change else []
+        audits._check_weights(gap)
+
+
+def test_a_sampler_that_falls_behind_slowly_is_named() -> None:
+    changes = [0.004 * rollout for rollout in range(40)]
+    # What the engine makes and what the updates made, of which the gap is the root of the squares' sum.
+    gaps = [(0.02**2 + change**2) ** 0.5 for change in changes]
+    with pytest.raises(AuditError, match="did not get the new weights"):
+        feed(gaps, changes)
+
+
+def test_a_gap_that_crosses_a_slow_change_is_no_reason_to_stop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    changes = [0.004 * rollout for rollout in range(100)]
+    feed((0.02 + 0.02 * torch.rand(100, generator=generator)).tolist(), changes)
 
 
 def test_a_stale_sampler_may_be_warned_of(tmp_path: Path, problems: Dataset, caplog: pytest.LogCaptureFixture) -> None:

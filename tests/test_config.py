@@ -20,7 +20,9 @@ def test_derives_the_rollout_from_one_knob(tmp_path: Path) -> None:
     assert (args.steps_per_generation, args.generation_batch_size, args.num_iterations) == (8, 64, 1)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": -1}, {"min_p": 0.0}, {"generation_kwargs": {"use_cache": True}}])
+@pytest.mark.parametrize(
+    "settings", [{"top_k": -1}, {"scale_rewards": False}, {"min_p": 0.0}, {"generation_kwargs": {"use_cache": True}}]
+)
 def test_takes_what_changes_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
     config(tmp_path, **settings)
 

@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers import AutoTokenizer
 
 from drpo.data.build import OVERLAP, collect, contamination, normalised, within_pass_rates
 from drpo.data.files import read_problems, write_with_report
-from drpo.data.problems import Problem
+from drpo.data.problems import BUILTIN_MODELS, Problem, as_prompt, tokenize_prompt
 from drpo.data.sources import SOURCES
 from drpo.errors import UserError
 from test_cli import contents, drpo, here, refusal  # noqa: F401
@@ -91,6 +92,36 @@ def test_rows_are_a_task_and_read_back_as_written(tmp_path):
     write_with_report(tmp_path / "rows.jsonl", rows, {})
     assert read_problems(tmp_path / "rows.jsonl") == rows
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.json"}
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Answer with a number."},
+    {"role": "user", "content": "1+1="},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "2+3="},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_prompt_may_be_a_conversation_whose_last_message_is_the_question(tmp_path, suffix):
+    path = save(tmp_path / f"rows{suffix}", [{"prompt": CONVERSATION, "answer": "5"}])
+    (problem,) = read_problems(path, template="Q: {prompt}")
+    assert (problem.prompt, problem.answer) == ("Q: 2+3=", "5")
+    assert problem.messages == [*CONVERSATION[:3], {"role": "user", "content": "Q: 2+3="}]
+    write_with_report(tmp_path / "again.jsonl", [problem], {})
+    assert read_problems(tmp_path / "again.jsonl") == [problem]
+
+
+def test_a_conversation_goes_through_the_chat_template_and_needs_one():
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_MODELS["arithmetic"])
+    problem = Problem("2+3=", "5", context=({"role": "system", "content": "7,"},))
+    with pytest.raises(
+        UserError, match=r"the prompt '2\+3=' is the end of a conversation, for which the model has no chat temp"
+    ):
+        tokenize_prompt(problem, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert tokenize_prompt(problem, tokenizer) == tokenizer("7,2+3=")["input_ids"]
+    assert as_prompt(problem, tokenizer) == problem.messages
 
 
 class TestContamination:

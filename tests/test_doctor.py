@@ -17,6 +17,7 @@ import torch
 from drpo.cli.main import main
 from drpo.doctor import Finding, environment
 from drpo.doctor.examine import examine_recipe
+from drpo.doctor.rollout import check_updates
 from drpo.recipes import FOLDER
 from drpo.rollout.recorder import LogProbRecorder
 
@@ -331,3 +332,11 @@ def test_of_verl_too_json_is_all_there_is_and_a_stop_is_exit_code_1(
     ended, out, _ = doctor("--verl", config, "--no-workers", "--json", *overrides)
     assert ended == code
     assert ("stop" in {finding["verdict"] for finding in json.loads(out)}) == bool(code)
+
+
+def test_updates_without_a_gradient_are_no_success() -> None:
+    still, moved = ([{"loss": 0.0, "grad_norm": norm}] * 2 for norm in (0.0, 0.5))
+    (finding,) = check_updates(still)
+    assert (finding.verdict, "with a gradient of 0" in finding.what) == ("warning", True)
+    (finding,) = check_updates(moved)
+    assert finding.verdict == "ok"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
+from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.trainer.batch import RolloutBatch
 from drpo.trainer.dynamic_sampling import replace_rows
 from support.rollouts import GradientKeeper, config, flat, made_up_reward, made_up_rollout, make_trainer
@@ -155,6 +156,63 @@ def test_rows_are_replaced_with_their_padding() -> None:
     assert filled["completion_mask"].tolist() == [[1, 0, 0], [1, 0, 0]]
     assert filled["advantages"].tolist() == [-1.0, 1.0]
     assert filled["num_items_in_batch"] == 2
+
+
+@pytest.mark.parametrize("has_tools", ["old", "new", "both"])
+def test_a_rollout_without_tools_counts_all_of_its_tokens(has_tools: str) -> None:
+    def batch(tool_mask: list[list[int]], has_mask: bool) -> RolloutBatch:
+        ids = torch.tensor([[1, 2], [3, 4]])
+        ones = torch.ones_like(ids)
+        row: dict[str, Tensor] = {
+            "prompt_ids": ids,
+            "prompt_mask": ones,
+            "completion_ids": ids,
+            "completion_mask": ones,
+        }
+        return cast(RolloutBatch, row | ({"tool_mask": torch.tensor(tool_mask)} if has_mask else {}))
+
+    old, new = batch([[1, 0], [0, 1]], has_tools != "new"), batch([[0, 1], [1, 0]], has_tools != "old")
+    filled = replace_rows(old, torch.tensor([1]), new, torch.tensor([0]))
+    assert filled["tool_mask"].tolist() == [
+        [1, 1] if has_tools == "new" else [1, 0],
+        [1, 1] if has_tools == "old" else [0, 1],
+    ]
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (3, 2)])
+def test_supports_of_other_sizes_are_padded_with_what_is_in_none(old: int, new: int) -> None:
+    def batch(size: int) -> RolloutBatch:
+        ones = torch.ones(1, 2, dtype=torch.long)
+        row = {"completion_ids": ones, "completion_mask": ones, "support_ids": torch.full((1, 2, size), 7)}
+        return cast(RolloutBatch, row)
+
+    filled = replace_rows(batch(old), torch.tensor([0]), batch(new), torch.tensor([0]))
+    assert filled["support_ids"].tolist() == [[[7] * new + [NOT_IN_SUPPORT] * (3 - new)] * 2]
+
+
+def test_a_group_that_is_masked_as_a_whole_is_replaced(tmp_path: Path, problems: Dataset) -> None:
+    def masks_the_first(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+        output = made_up_rollout(prompts, trainer)
+        is_first = {prompt: prompt == prompts[0] and len(prompts) == 64 for prompt in prompts}
+        pairs = zip(prompts, output["completion_ids"], strict=True)
+        return {**output, "env_mask": [[int(not is_first[prompt])] * len(ids) for prompt, ids in pairs]}
+
+    def alternating(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(number % 2) for number in range(len(completion_ids))]
+
+    trainer = dynamic(tmp_path, problems, 3, rollout_func=masks_the_first, reward_funcs=alternating)
+    trainer.train()
+    assert trainer.state.log_history[0]["dynamic_sampling/replaced"] == 1
+    assert trainer.rollouts[0]["tool_mask"].any(dim=1).all()
+
+
+def test_further_prompts_may_have_no_scores_at_all(tmp_path: Path, problems: Dataset) -> None:
+    def unscored(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None] * len(prompts) if len(prompts) < 64 else list(made_up_reward(prompts, completion_ids))
+
+    trainer = dynamic(tmp_path, problems, 2, reward_funcs=unscored)
+    trainer.train()
+    assert trainer.state.log_history[0]["dynamic_sampling/replaced"] == 0
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,15 @@ def test_other_calls_of_the_model_stay_as_they_are() -> None:
     assert "shared" not in model.config.to_json_string()
 
 
+def test_a_model_is_shared_in_a_second_trainer_too() -> None:
+    model = make_model("Qwen3")
+    add_shared_attention(model)
+    name = model.config._attn_implementation
+    assert why_not_shared(model) is None
+    add_shared_attention(model)
+    assert model.config._attn_implementation == name
+
+
 class TestMicroBatches:
     def test_keep_completions_of_a_prompt_together(self) -> None:
         """Positions: 10 + 2 · 3 = 16 of the first prompt, 4 + 3 · 2 = 10 of the second, 3 + 5 = 8 of the third."""

@@ -51,6 +51,10 @@ def group_advantage(
         )
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
     scored = ~groups.isnan()
+    if lengths is not None:
+        # What has no token has no share in the mean, and no use for an advantage.
+        scored &= lengths.view(-1, group_size) > 0
+        groups = groups.masked_fill(~scored, torch.nan)
     size = scored.sum(dim=1, keepdim=True)
     lowest = torch.where(scored, groups, torch.inf).amin(dim=1, keepdim=True)
     highest = torch.where(scored, groups, -torch.inf).amax(dim=1, keepdim=True)

@@ -7,14 +7,13 @@ import json
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from decimal import Decimal
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from drpo.data.problems import Problem
+from drpo.data.problems import Message, Problem
 from drpo.errors import UserError
 from drpo.files import replace_jsonl, versions, write_json
 from drpo.registry import unknown_name
@@ -66,9 +65,9 @@ def read_problems(
 
     Args:
         path: the file.
-        prompt: the field that holds the question.
+        prompt: the field that holds the question: text, or the messages of a conversation, the last of which is the user's.
         answer: the field that holds the reference answer, text or a number.
-        template: the text that the model sees, with ``{prompt}`` where the question goes.
+        template: the text of the question that the model sees, with ``{prompt}`` where the question goes.
 
     Raises:
         UserError: a file that cannot be read.
@@ -76,9 +75,10 @@ def read_problems(
     """
 
     def convert(record: dict[str, Any], _: int) -> Problem:
-        question = text_field(record, prompt)
+        *context, question = conversation_field(record, prompt)
         labels = (label(record, name) for name in ("source", "id"))
-        return Problem(template.replace("{prompt}", question), value_field(record, answer), *labels)
+        text = template.replace("{prompt}", question["content"])
+        return Problem(text, value_field(record, answer), *labels, context=tuple(context))
 
     return list(converted(path, problem_records(path), convert))
 
@@ -91,7 +91,7 @@ def write_with_report(path: Path, problems: Iterable[Problem], report: dict[str,
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_jsonl(path, map(asdict, problems))
+        replace_jsonl(path, (problem.as_row() for problem in problems))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         write_json(path.with_suffix(".json"), {**report, "sha256": digest, "versions": versions()})
     except (OSError, ValueError) as error:
@@ -211,6 +211,26 @@ def text_field(record: dict[str, Any], *names: str) -> str:
     """
     name, value = _first(record, names)
     return _checked(name, value, value, "text")
+
+
+def conversation_field(record: dict[str, Any], name: str) -> list[Message]:
+    """The messages of a field; text is a conversation of one.
+
+    Raises:
+        ValueError: it is not there, or holds something else.
+    """
+    name, value = _first(record, (name,))
+    if not isinstance(value, list) or not value:
+        return [{"role": "user", "content": _checked(name, value, value, "text, or a list of messages")}]
+    messages = []
+    for place, message in enumerate(value):
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise ValueError(f"{name}[{place}] is {reprlib.repr(message)}; expected an object with role and content")
+        texts = {key: _checked(f"{name}[{place}].{key}", text, text, "text") for key, text in message.items()}
+        messages.append(texts)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"{name} ends with a message of {messages[-1]['role']!r}; expected one of 'user'")
+    return messages
 
 
 def value_field(record: dict[str, Any], name: str) -> str:

@@ -16,26 +16,53 @@ from drpo.errors import UserError
 BUILTIN_MODELS: dict[str, Path] = {"arithmetic": MODEL_PATH}
 
 
+Message = dict[str, str]
+"""What a ``role``, such as system, user or assistant, says: its ``content``."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A problem with a verifiable answer.
 
     Args:
-        prompt: the text that the model sees.
+        prompt: the text that the model sees; of a conversation, its last message, which is the user's.
         answer: the reference that its answer is scored against, as text.
         source: the data set that the problem is from.
         id: its name within the data set.
+        context: the messages of a conversation before the prompt, such as a system prompt and examples.
     """
 
     prompt: str
     answer: str
     source: str = ""
     id: str = ""
+    context: tuple[Message, ...] = ()
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation that asks for the answer."""
+        return [*self.context, {"role": "user", "content": self.prompt}]
+
+    def as_row(self) -> dict[str, Any]:
+        """As a row of a file of problems."""
+        prompt = self.messages if self.context else self.prompt
+        return {"prompt": prompt, "answer": self.answer, "source": self.source, "id": self.id}
 
 
 def as_prompt(problem: Problem, tokenizer: Any) -> Any:
-    """The prompt as TRL takes it: a conversation if the tokenizer has a chat template, else text."""
-    return [{"role": "user", "content": problem.prompt}] if tokenizer.chat_template else problem.prompt
+    """The prompt as TRL takes it: a conversation if the tokenizer has a chat template, else text.
+
+    Raises:
+        UserError: the problem is a conversation and the tokenizer has none.
+    """
+    if tokenizer.chat_template:
+        return problem.messages
+    if problem.context:
+        raise UserError(
+            f"the prompt {reprlib.repr(problem.prompt)} is the end of a conversation, for which the model has no chat template; "
+            "expected a model with one, or prompts that are text"
+        )
+    return problem.prompt
 
 
 def tokenize_prompt(problem: Problem, tokenizer: Any, **chat_template_kwargs: Any) -> list[int]:
@@ -63,7 +90,8 @@ def refuse_longer_prompts(
     """
     for number, problem in enumerate(problems, 1):
         # A token is a byte at least: most prompts need no tokens to be short enough, whatever a chat template adds.
-        if positions is None or 2 * len(problem.prompt.encode()) + completion < positions:
+        size = sum(len(message["content"].encode()) for message in problem.messages)
+        if positions is None or 2 * size + completion < positions:
             continue
         tokens = len(tokenize_prompt(problem, tokenizer))
         if tokens + completion > positions:

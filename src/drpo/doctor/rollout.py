@@ -68,7 +68,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
         causes or None,
     )
     yield from _check_log_probs(trainer.token_log.take())
-    yield from _check_updates([row for row in trainer.state.log_history if "loss" in row])
+    yield from check_updates([row for row in trainer.state.log_history if "loss" in row])
 
 
 def _check_adapters(recipe: Recipe, model: Any) -> Iterator[Finding]:
@@ -96,10 +96,17 @@ def _check_log_probs(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
             )
 
 
-def _check_updates(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+def check_updates(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """What the log's rows of the updates say, with ``loss`` and ``grad_norm`` each."""
     wrong = next((f"{n} is {row[n]}" for row in logs for n in ("loss", "grad_norm") if not math.isfinite(row[n])), None)
     if wrong:
         yield Finding("stop", f"update: {wrong}", "a smaller learning_rate, or train_precision: fp32")
+    elif logs and not any(row["grad_norm"] for row in logs):
+        yield Finding(
+            "warning",
+            f"update: {len(logs)} made, with a gradient of 0: the rewards of each group were equal, or nothing was counted",
+            "problems that the model solves sometimes, or a rollout of more prompts before this says something",
+        )
     elif logs:
         moved = logs[-1].get("divergence/mean")
         yield Finding(

@@ -63,7 +63,7 @@ def sample_and_score(
     is_run = settings.model not in BUILTIN_MODELS and run.is_run
     settings = _as_trained(settings, load_recipe(run.recipe) if is_run else None)
     problems = load(settings)
-    digest = hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([problem.as_row() for problem in problems]).encode()).hexdigest()
     fixed = json.loads(json.dumps({**asdict(settings), "data_sha256": digest, "versions": versions()}))
     order = [(index, sample) for index in range(len(problems)) for sample in range(settings.samples)]
     # The engine is loaded first: a model that cannot be leaves no folder behind.

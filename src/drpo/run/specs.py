@@ -29,7 +29,7 @@ class TaskSpec(Strict):
     heldout: Text | None = None
     """The same, for evaluation; none by default."""
     prompt: Text = "prompt"
-    """The field of a row that holds the question."""
+    """The field of a row that holds the question: text, or the messages of a conversation that ends with the user's."""
     answer: Text = "answer"
     """The field that holds the reference answer."""
     template: Text = "{prompt}"

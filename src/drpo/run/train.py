@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -78,7 +78,7 @@ def _train(
         trainer = make_trainer(recipe, reward, problems, heldout, scratch, state.num_processes, rollout_func)
     trainer.args.output_dir = str(folder.checkpoints)
     trainer.run_fingerprint = {f"recipe.{name}": value for name, value in decisive_fields(recipe).items()}
-    trainer.run_fingerprint["heldout problems"] = digest_of_rows(map(asdict, heldout))
+    trainer.run_fingerprint["heldout problems"] = digest_of_rows(problem.as_row() for problem in heldout)
 
     with folder.locked() if state.is_main_process else nullcontext():
         if state.is_main_process and not resume:

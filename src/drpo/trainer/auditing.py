@@ -106,7 +106,9 @@ class RolloutAudits:
                 if change > max(NEGLIGIBLE, CLEAR * largest) and gap > (largest + change) / 2:
                     self._report_stale(gap, largest, change)
                     return
-        self._largest_gap = max(gap, largest or 0.0)
+        # A gap as large as a change may be that change, of a sampler that is behind by too little to tell yet.
+        if largest is None or not any(change / 2 < gap < 2 * change for change in changes):
+            self._largest_gap = max(gap, largest or 0.0)
 
     def _report_stale(self, gap: float, largest: float, change: float) -> None:
         message = (

@@ -126,6 +126,8 @@ class DRPOConfig(GRPOConfig):
         if self.top_k == -1:
             # vLLM's word for no filter; TRL's is 0 for both.
             self.top_k = 0
+        if self.scale_rewards is False:
+            self.scale_rewards = "none"
         for name, instead in REFUSED.items():
             if getattr(self, name) in (defaults[name], *NEUTRAL.get(name, ())):
                 continue

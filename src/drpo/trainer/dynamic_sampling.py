@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.trainer.batch import RolloutBatch, loss_mask
 from drpo.trainer.config import DRPOConfig
 
@@ -76,8 +77,8 @@ class DynamicSampling:
         return batch
 
     def _idle_groups(self, batch: RolloutBatch) -> Tensor:
-        has_advantage = (batch["advantages"] != 0).view(-1, self._group_size).any(dim=1)
-        return (~has_advantage).nonzero().flatten().cpu()
+        is_trained = (batch["advantages"] != 0) & loss_mask(batch).bool().any(dim=1)
+        return (~is_trained.view(-1, self._group_size).any(dim=1)).nonzero().flatten().cpu()
 
     def _rows(self, groups: Tensor) -> Tensor:
         return (groups[:, None] * self._group_size + torch.arange(self._group_size)).flatten()
@@ -122,21 +123,30 @@ def replace_rows(batch: RolloutBatch, places: Tensor, fresh: RolloutBatch, rows:
         rows: [n], which of them.
     """
     merged: dict[str, Any] = {}
+    batch, fresh = (
+        (_with_tool_mask(part) for part in (batch, fresh)) if "tool_mask" in {*batch, *fresh} else (batch, fresh)
+    )
     for name, old in cast(dict[str, Tensor], batch).items():
         new = cast(dict[str, Tensor], fresh)[name]
         if not old.dim():
             merged[name] = old
             continue
-        if old.dim() > 1:
-            width = max(old.shape[1], new.shape[1])
-            old, new = (_widened(tensor, width, on_left=name.startswith("prompt")) for tensor in (old, new))
+        shape = [max(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
+        old, new = (_widened(tensor, shape, name) for tensor in (old, new))
         merged[name] = old.index_copy(0, places.to(old.device), new[rows.to(new.device)].to(old.dtype))
     filled = cast(RolloutBatch, merged)
     filled["num_items_in_batch"] = cast(Tensor, gather(loss_mask(filled).sum())).sum()
     return filled
 
 
-def _widened(tensor: Tensor, width: int, *, on_left: bool) -> Tensor:
-    missing = width - tensor.shape[1]
-    # From the last dimension backwards; the second is widened.
-    return pad(tensor, (0, 0) * (tensor.dim() - 2) + ((missing, 0) if on_left else (0, missing)))
+def _with_tool_mask(batch: RolloutBatch) -> RolloutBatch:
+    """What a rollout without tools has not."""
+    return {"tool_mask": torch.ones_like(batch["completion_mask"]), **batch}
+
+
+def _widened(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """The tensor of a key of the batch with so many columns and more dimensions, padded where the key has its padding."""
+    missing = [wanted - size for wanted, size in zip(shape, tensor.shape[1:], strict=True)]
+    # From the last dimension backwards.
+    widths = [width for size in reversed(missing) for width in ((size, 0) if name.startswith("prompt") else (0, size))]
+    return pad(tensor, widths, value=NOT_IN_SUPPORT if name == "support_ids" else 0)

@@ -211,8 +211,6 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: Ro
         RewardError: scores that cannot be trained on.
     """
     check_rewards(per_function, trainer.reward_func_names)
-    if trainer.model.training:
-        check_some_rewards(per_function, trainer.reward_func_names)
     rewards = sum_rewards(per_function, trainer.reward_weights)
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
     lengths = None

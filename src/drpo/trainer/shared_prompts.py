@@ -224,7 +224,7 @@ def _take(states: Tensor, places: Tensor) -> Tensor:
 
 def add_shared_attention(model: Any) -> None:
     """Let the model's body take ``shared_tokens``; other calls stay as they are."""
-    name = model.config._attn_implementation
+    name = model.config._attn_implementation.removeprefix(_PREFIX)
     AttentionInterface.register(_PREFIX + name, attend)
     AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
     model.config._attn_implementation = _PREFIX + name
@@ -233,7 +233,8 @@ def add_shared_attention(model: Any) -> None:
 def why_not_shared(model: Any) -> str | None:
     """Why prompts of this model cannot be shared; None where they can."""
     config = model.config.get_text_config()
-    name = config._attn_implementation
+    # A model that was in another trainer before has the prefix.
+    name = str(config._attn_implementation).removeprefix(_PREFIX)
     if name not in ("sdpa", "eager"):
         return f"its attention is {name}, not sdpa or eager"
     layer_types = getattr(config, "layer_types", None)

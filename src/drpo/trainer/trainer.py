@@ -36,6 +36,7 @@ from drpo.trainer.micro_batches import MicroBatches
 from drpo.trainer.rollouts import (
     PromptSampler,
     check_log_probs,
+    check_some_rewards,
     make_rollout_sampler,
     raising_together,
     rewards_and_advantages,
@@ -207,6 +208,7 @@ class DRPOTrainer(CheckpointedTrainer):
         with sampler.rollout(self.accelerator.unwrap_model(self.model_wrapped), is_trained_on):
             batch = self._sample(inputs)
             if is_trained_on:
+                check_some_rewards(self._rewards_per_func, self.reward_func_names)
                 batch = self._dynamic_sampling.fill(batch, self._sample, self._metrics["train"])
                 self._idle.add(batch, self.state.global_step // self.args.updates_per_rollout + 1)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1

@@ -10,11 +10,11 @@ from drpo.files import replace_jsonl, replacing
 
 
 def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
-    """Write problems as verl reads them, a conversation of one message and a reference answer each; returns how many."""
+    """Write problems as verl reads them, a conversation and a reference answer each; returns how many."""
     rows = [
         {
             "data_source": source,
-            "prompt": [{"role": "user", "content": problem.prompt}],
+            "prompt": problem.messages,
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": problem.answer},
             "extra_info": {"index": index},
