@@ -101,16 +101,11 @@ def check_updates(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     wrong = next((f"{n} is {row[n]}" for row in logs for n in ("loss", "grad_norm") if not math.isfinite(row[n])), None)
     if wrong:
         yield Finding("stop", f"update: {wrong}", "a smaller learning_rate, or train_precision: fp32")
-    elif logs and not any(row["grad_norm"] for row in logs):
-        yield Finding(
-            "warning",
-            f"update: {len(logs)} made, with a gradient of 0: the rewards of each group were equal, or nothing was counted",
-            "problems that the model solves sometimes, or a rollout of more prompts before this says something",
-        )
     elif logs:
         moved = logs[-1].get("divergence/mean")
         yield Finding(
             "ok",
             f"update: {len(logs)} made, gradient norm {logs[0]['grad_norm']:.2g}"
+            + ("" if any(row["grad_norm"] for row in logs) else " (so small a rollout had nothing to train on)")
             + (f", |π − μ| {moved:.2g} at the last" if moved is not None else ""),
         )
