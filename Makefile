@@ -37,7 +37,7 @@ $(NEWEST)/installed: $(VENV)/installed
 	touch $@
 
 test-newest: $(NEWEST)/installed  ## the trainer's tests on the newest Transformers
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(addprefix tests/test_,behaviour.py checkpoint.py \
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(addprefix tests/test_,auditing.py behaviour.py checkpoint.py \
 		config.py dynamic_sampling.py filters.py policy_head.py rollout_trainer.py shared_prompts.py train.py trainer.py)
 
 test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer; with SMOLLM2, of a real model

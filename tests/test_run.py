@@ -128,7 +128,7 @@ def test_the_accuracy_before_is_that_before_the_first_update(run):
 def test_an_evaluation_has_the_right_completions_of_each_problem(run):
     # Three problems of two completions: both, none and one of them right.
     samples = [{"prompt": str(row), "reward": reward} for row, reward in enumerate((1.0, 2.0, 0.0, 0.5, 1.0, 0.0))]
-    assert run.append_evaluation({"update": 4, "rollout": 1}, samples, a_problem=2) == 0.5
+    assert run.append_evaluation({"update": 4, "rollout": 1}, samples, samples_per_problem=2) == 0.5
     (row,) = read_jsonl(run.evaluations)
     assert row == {"update": 4, "rollout": 1, "accuracy": 0.5, "completions": 6, "correct": [2, 0, 1]}
     assert read_jsonl(run.samples) == [{"update": 4, "rollout": 1, **sample} for sample in samples]

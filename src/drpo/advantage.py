@@ -28,10 +28,10 @@ def group_advantage(
             (RLOO's); ``max-rl``, minus the group's mean and divided by it (arXiv 2602.02710, Algorithm 1, made
             for rewards of 0 and 1); ``length-weighted``, minus the mean weighted by length, which has the least variance
             where completions have orthogonal gradients as large as they are long (OPO, arXiv 2505.23585; verl's ``opo``).
-        lengths: [N], tokens that count; ``length-weighted`` needs them, the others take none.
+        lengths: [N], tokens that count, which ``length-weighted`` needs; one without any gets 0 there.
 
     Raises:
-        ValueError: an unknown mode, lengths that do not go with it, an infinite reward or advantage, a negative reward under ``max-rl``, or an N that is not whole groups.
+        ValueError: an unknown mode, ``length-weighted`` without lengths, an infinite reward or advantage, a negative reward under ``max-rl``, or an N that is not whole groups.
     """
     if mode not in get_args(Advantage):
         raise ValueError(unknown_name("advantage", mode, get_args(Advantage)))
@@ -39,22 +39,20 @@ def group_advantage(
         raise ValueError(
             f"rewards has shape {tuple(rewards.shape)}; expected one dimension, a multiple of group_size={group_size}"
         )
-    if (lengths is None) == (mode == "length-weighted") or (lengths is not None and lengths.shape != rewards.shape):
-        shape = "no lengths" if lengths is None else f"lengths of shape {tuple(lengths.shape)}"
-        raise ValueError(
-            f"got {shape}; expected one for each reward with advantage 'length-weighted' and none otherwise"
-        )
+    weights = torch.ones_like(rewards)
+    if mode == "length-weighted":
+        if lengths is None or lengths.shape != rewards.shape:
+            shape = None if lengths is None else tuple(lengths.shape)
+            raise ValueError(f"lengths has shape {shape}; length-weighted needs {tuple(rewards.shape)}, as rewards has")
+        weights = lengths
     if rewards.isinf().any():
         row = int(rewards.isinf().nonzero()[0])
         raise ValueError(
             f"reward of completion {row} is {rewards[row].item()}; expected a finite number, or NaN if it could not be scored"
         )
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
-    scored = ~groups.isnan()
-    if lengths is not None:
-        # What has no token has no share in the mean, and no use for an advantage.
-        scored &= lengths.view(-1, group_size) > 0
-        groups = groups.masked_fill(~scored, torch.nan)
+    weights = weights.view(-1, group_size).to(groups)
+    scored = ~groups.isnan() & (weights > 0)
     size = scored.sum(dim=1, keepdim=True)
     lowest = torch.where(scored, groups, torch.inf).amin(dim=1, keepdim=True)
     highest = torch.where(scored, groups, -torch.inf).amax(dim=1, keepdim=True)
@@ -62,11 +60,8 @@ def group_advantage(
     # Squares and sums of rewards beyond 1e19 overflow fp32. A power of two is divided by and multiplied with exactly.
     unit = largest.log2().floor().clamp(-126, 127).exp2()
     advantage = groups / unit
-    if lengths is None:
-        mean = advantage.nanmean(dim=1, keepdim=True)
-    else:
-        weight = lengths.view(-1, group_size).to(groups) * scored
-        mean = (advantage * weight).nansum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    total, weight = (torch.where(scored, part, 0.0).sum(dim=1, keepdim=True) for part in (advantage * weights, weights))
+    mean = total / weight.clamp(min=1)
     advantage = advantage - mean
     # A reward is a sum of parts, rounded on the way: in fp32 0.6 + 0.3 exceeds 0.9, and mean-std makes ±1 of the difference.
     rounding = 4 * torch.finfo(rewards.dtype).eps * largest
@@ -75,8 +70,9 @@ def group_advantage(
         std = (advantage.square().sum(dim=1, keepdim=True) / (size - 1).clamp(min=1)).sqrt()
         return torch.where(std > 0, advantage / std, 0.0).flatten()
     if mode == "max-rl":
-        if (advantage != 0).any() and groups[(advantage != 0).any(dim=1)].nan_to_num().amin() < 0:
-            row = int((groups < 0).flatten().nonzero()[0])
+        refused = (groups < 0) & (advantage != 0).any(dim=1, keepdim=True)
+        if refused.any():
+            row = int(refused.flatten().nonzero()[0])
             raise ValueError(
                 f"reward of completion {row} is {rewards[row].item():g}; max-rl divides by a group's mean, expected at least 0"
             )

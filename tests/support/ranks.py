@@ -87,7 +87,7 @@ def evaluates_fewer_problems_than_ranks() -> bool:
     )
     (problem, *_), three = builtin_problems("heldout", 1, 0), builtin_problems("heldout", 3, 0)
     counts = [
-        len(evaluate(trainer, problems, lambda completions, **_: [1.0] * len(completions), 2, seed=0).samples)
+        len(evaluate(trainer, problems, lambda completions, **_: [1.0] * len(completions), 2, seed=0))
         for problems in ([problem], three)
     ]
     return counts == [2, 6]

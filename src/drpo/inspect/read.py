@@ -201,11 +201,10 @@ def _groups(path: Path, rows: Sequence[Row]) -> dict[tuple[int, str], list[int]]
 def _from_rewards(rows: Sequence[Row], groups: Mapping[tuple[int, str], list[int]], mode: Advantage) -> Tensor:
     """An advantage for each row, within its step and group."""
     rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)
-    lengths = torch.tensor([len(row.logp) for row in rows]) if mode == "length-weighted" else None
+    lengths = torch.tensor([len(row.logp) for row in rows])
     advantages = torch.zeros_like(rewards)
     for members in groups.values():
-        of_members = None if lengths is None else lengths[members]
-        advantages[members] = group_advantage(rewards[members], len(members), mode, of_members)
+        advantages[members] = group_advantage(rewards[members], len(members), mode, lengths[members])
     return advantages
 
 

@@ -36,15 +36,13 @@ _FIRST_FILES = {"run.lock", "run.partial.json", "run.json", "recipe.partial.yaml
 """Of a folder that is being made; a kill leaves some of them."""
 
 
-_CHECKS = {"audit_threshold", "stop_on_collapse"}
-_CHECKS_IN_TRAINER = {"max_skipped_updates", "stale_sampler"}
-
-
 def decisive_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that a run is resumed with as it began, in JSON: all but those of checks, which change no update."""
-    fields = recipe.model_dump(mode="json", exclude=_CHECKS)
-    fields["trainer"] = {name: value for name, value in recipe.trainer.items() if name not in _CHECKS_IN_TRAINER}
-    return fields
+    """The fields that a run is resumed with as it began, in JSON: all but those that change no update."""
+    from drpo.trainer.fingerprint import FREE_OPTIONS
+
+    free = (*FREE_OPTIONS, "stop_on_collapse")
+    fields = {name: value for name, value in recipe.model_dump(mode="json").items() if not name.startswith(free)}
+    return fields | {"trainer": {name: value for name, value in recipe.trainer.items() if not name.startswith(free)}}
 
 
 class RunFolder:
@@ -81,21 +79,22 @@ class RunFolder:
             return False
 
     def append_evaluation(
-        self, where: Mapping[str, int], samples: Sequence[Mapping[str, Any]], a_problem: int
+        self, where: Mapping[str, int], samples: Sequence[Mapping[str, Any]], samples_per_problem: int
     ) -> float:
         """Write an evaluation and the first of its samples.
 
         Args:
             where: the update and the rollout after which it was made.
             samples: with their rewards, those of a problem together.
-            a_problem: how many a problem has.
+            samples_per_problem: how many of each.
 
         Returns:
             The share of samples that are right.
         """
         is_right = [sample["reward"] >= 1 for sample in samples]
         accuracy = sum(is_right) / len(is_right)
-        correct = [sum(is_right[start : start + a_problem]) for start in range(0, len(is_right), a_problem)]
+        firsts = range(0, len(is_right), samples_per_problem)
+        correct = [sum(is_right[first : first + samples_per_problem]) for first in firsts]
         row = {**where, "accuracy": accuracy, "completions": len(samples), "correct": correct}
         append_jsonl(self.evaluations, row)
         append_jsonl(self.samples, *({**where, **sample} for sample in samples[:SAMPLES_KEPT]))

@@ -180,8 +180,8 @@ class RunWriter(TrainerCallback):
             return
         recipe = self.recipe
         self.progress.show_phase("evaluating")
-        result = evaluate(self.trainer, self.heldout, self.reward, recipe.heldout_samples, seed=recipe.seed)
+        samples = evaluate(self.trainer, self.heldout, self.reward, recipe.heldout_samples, seed=recipe.seed)
         if self.trainer.accelerator.is_main_process:
             where = {"update": update, "rollout": update // recipe.updates_per_rollout}
-            self.folder.append_evaluation(where, result.samples, recipe.heldout_samples)
-        self.progress.show_accuracy(result.accuracy, update)
+            accuracy = self.folder.append_evaluation(where, samples, recipe.heldout_samples)
+            self.progress.show_accuracy(accuracy, update)

@@ -44,6 +44,11 @@ def loss_mask(batch: RolloutBatch) -> Tensor:
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
+def has_advantage(batch: RolloutBatch) -> Tensor:
+    """The sequences with an advantage and a token that counts, [B], bool."""
+    return loss_mask(batch).bool().any(dim=1) & (batch["advantages"] != 0)
+
+
 def widths(batch: RolloutBatch) -> Tensor:
     """Tokens of each sequence's prompt and of its completion, [B, 2]."""
     return torch.stack([batch["prompt_mask"].sum(dim=1), batch["completion_mask"].sum(dim=1)], dim=1)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from drpo.advantage import Advantage, group_advantage
+from drpo.advantage import Advantage
 from drpo.aggregation import Aggregation, aggregate
 from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
@@ -134,12 +134,11 @@ class DRPOConfig(GRPOConfig):
             if self.replay_support and name in FILTERS:
                 self._check_filter(name)
             else:
-                kept = next(
-                    (kept for value, kept in AS_IN_TRL.get(name, {}).items() if value == getattr(self, name)), ""
-                )
+                alike = AS_IN_TRL.get(name, {}).items()
+                same = next((options for value, options in alike if value == getattr(self, name)), "")
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}"
-                    + (f"; as in TRL: {kept}" if kept else "")
+                    + (f"; as in TRL: {same}" if same else "")
                 )
         _check_whole_number("updates_per_rollout", self.updates_per_rollout, at_least=1)
         for name in ("rollout_lag", "dynamic_sampling_rounds"):
@@ -180,8 +179,8 @@ class DRPOConfig(GRPOConfig):
                 f"{'the likeliest tokens' if isinstance(objective, TopKObjective) else 'π_old'} too"
             )
         aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
-        lengths = torch.ones(1) if self.advantage == "length-weighted" else None
-        group_advantage(torch.zeros(1), 1, self.advantage, lengths)
+        if self.advantage not in get_args(Advantage):
+            raise ValueError(unknown_name("advantage", str(self.advantage), get_args(Advantage)))
 
     def _choose_precision(self) -> None:
         for name, choices in (("train_precision", TrainPrecision), ("rollout_precision", RolloutPrecision)):

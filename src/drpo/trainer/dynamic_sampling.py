@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drpo.rollout.recorder import NOT_IN_SUPPORT
-from drpo.trainer.batch import RolloutBatch, loss_mask
+from drpo.trainer.batch import RolloutBatch, has_advantage, loss_mask
 from drpo.trainer.config import DRPOConfig
 
 Sample = Callable[[list[dict[str, Any]]], RolloutBatch]
@@ -63,11 +63,11 @@ class DynamicSampling:
             metrics: what ``sample`` adds to them is removed: of prompts chosen by their rewards it says nothing of the policy.
         """
         replaced = rounds = 0
-        idle = self._idle_groups(batch)
+        idle = (~self._groups_with_advantage(batch)).nonzero().flatten()
         while rounds < self._rounds and (prompts := max(gather_object([len(idle)]))):
             with _keeping(metrics):
                 fresh = sample(self._draw(prompts))
-            useful = _complement(self._idle_groups(fresh), prompts)[: len(idle)]
+            useful = self._groups_with_advantage(fresh).nonzero().flatten()[: len(idle)]
             places, idle = idle[: len(useful)], idle[len(useful) :]
             batch = replace_rows(batch, self._rows(places), fresh, self._rows(useful))
             replaced += sum(gather_object([len(useful)]))
@@ -76,25 +76,25 @@ class DynamicSampling:
             self.counts = {"rounds": rounds, "replaced": replaced}
         return batch
 
-    def _idle_groups(self, batch: RolloutBatch) -> Tensor:
-        is_trained = (batch["advantages"] != 0) & loss_mask(batch).bool().any(dim=1)
-        return (~is_trained.view(-1, self._group_size).any(dim=1)).nonzero().flatten().cpu()
+    def _groups_with_advantage(self, batch: RolloutBatch) -> Tensor:
+        return has_advantage(batch).view(-1, self._group_size).any(dim=1).cpu()
 
     def _rows(self, groups: Tensor) -> Tensor:
         return (groups[:, None] * self._group_size + torch.arange(self._group_size)).flatten()
 
     def _draw(self, prompts: int) -> list[dict[str, Any]]:
         """The next rows for this rank, each as often as its group is large."""
+        size = len(self._dataset)
         first = self._drawn + self._rank * prompts
         self._drawn += self._ranks * prompts
-        rows = [self._dataset[self._row(number)] for number in range(first, first + prompts)]
-        return [row for row in rows for _ in range(self._group_size)]
+        permutations = range(first // size, (first + prompts - 1) // size + 1)
+        order = torch.cat([self._permutation(number) for number in permutations])[first % size :][:prompts]
+        return [row for place in order.tolist() for row in [self._dataset[place]] * self._group_size]
 
-    def _row(self, number: int) -> int:
-        permutation, place = divmod(number, len(self._dataset))
+    def _permutation(self, number: int) -> Tensor:
         # Far from the seeds of the rollouts' own prompts, which would come again.
-        generator = torch.Generator().manual_seed((1 << 32) + self._seed + permutation)
-        return int(torch.randperm(len(self._dataset), generator=generator)[place])
+        generator = torch.Generator().manual_seed((1 << 32) + self._seed + number)
+        return torch.randperm(len(self._dataset), generator=generator)
 
 
 @contextmanager
@@ -107,12 +107,6 @@ def _keeping(metrics: dict[str, list[float]]) -> Iterator[None]:
             del metrics[name]
 
 
-def _complement(groups: Tensor, count: int) -> Tensor:
-    kept = torch.ones(count, dtype=torch.bool)
-    kept[groups] = False
-    return kept.nonzero().flatten()
-
-
 def replace_rows(batch: RolloutBatch, places: Tensor, fresh: RolloutBatch, rows: Tensor) -> RolloutBatch:
     """``batch`` with sequences of ``fresh`` in some places; the number of its tokens is counted anew over all ranks.
 
@@ -123,9 +117,8 @@ def replace_rows(batch: RolloutBatch, places: Tensor, fresh: RolloutBatch, rows:
         rows: [n], which of them.
     """
     merged: dict[str, Any] = {}
-    batch, fresh = (
-        (_with_tool_mask(part) for part in (batch, fresh)) if "tool_mask" in {*batch, *fresh} else (batch, fresh)
-    )
+    if "tool_mask" in {*batch, *fresh}:
+        batch, fresh = _with_tool_mask(batch), _with_tool_mask(fresh)
     for name, old in cast(dict[str, Tensor], batch).items():
         new = cast(dict[str, Tensor], fresh)[name]
         if not old.dim():
@@ -146,7 +139,7 @@ def _with_tool_mask(batch: RolloutBatch) -> RolloutBatch:
 
 def _widened(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """The tensor of a key of the batch with so many columns and more dimensions, padded where the key has its padding."""
-    missing = [wanted - size for wanted, size in zip(shape, tensor.shape[1:], strict=True)]
+    missing = [width - size for width, size in zip(shape, tensor.shape[1:], strict=True)]
     # From the last dimension backwards.
-    widths = [width for size in reversed(missing) for width in ((size, 0) if name.startswith("prompt") else (0, size))]
-    return pad(tensor, widths, value=NOT_IN_SUPPORT if name == "support_ids" else 0)
+    sides = [side for size in reversed(missing) for side in ((size, 0) if name.startswith("prompt") else (0, size))]
+    return pad(tensor, sides, value=NOT_IN_SUPPORT if name == "support_ids" else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,20 +22,9 @@ BATCH_SIZE = 512
 """Completions generated at once."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Completions of held-out problems and their rewards.
-
-    Args:
-        accuracy: share of completions whose reward is at least 1.
-        samples: a row a completion, with ``prompt``, ``answer``, ``completion`` and ``reward``, 0.0 where there was none.
-    """
-
-    accuracy: float
-    samples: list[dict[str, Any]]
-
-
-def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, samples: int, seed: int) -> Evaluation:
+def evaluate(
+    trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, samples: int, seed: int
+) -> list[dict[str, Any]]:
     """Sample ``samples`` completions of every problem at the training temperature and score them.
 
     The sampling settings are neutral, also where the rollouts are sampled with top-p, top-k or min-p, so that
@@ -45,6 +33,10 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
 
     The same seed draws the same random numbers; the trainer's own are left as they were. Ranks
     share the problems, and every rank gets the whole result.
+
+    Returns:
+        A row a completion, those of a problem together, with ``prompt``, ``answer``, ``completion`` and ``reward``, 0.0
+        where there was none.
     """
     accelerator = trainer.accelerator
     tokenizer: Any = trainer.processing_class
@@ -84,5 +76,4 @@ def evaluate(trainer: DRPOTrainer, problems: Sequence[Problem], reward: Reward, 
         raise RewardError(
             f"reward {name}: returned None for all {len(rows)} held-out completions; expected some numbers"
         )
-    rows = [{**row, "reward": row["reward"] or 0.0} for row in rows]
-    return Evaluation(accuracy=sum(row["reward"] >= 1 for row in rows) / len(rows), samples=rows)
+    return [{**row, "reward": row["reward"] or 0.0} for row in rows]

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 
 from drpo.metrics.untrained import REASONS
-from drpo.trainer.batch import RolloutBatch, loss_mask
+from drpo.trainer.batch import RolloutBatch, has_advantage, loss_mask
 from drpo.trainer.config import DRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ class IdleRollouts:
             number: of the rollout, from 1 on.
         """
         counted = loss_mask(batch).bool().any(dim=1)
-        trained = counted & (batch["advantages"] != 0) if self._needs_advantage else counted
+        trained = has_advantage(batch) if self._needs_advantage else counted
         signs: Any = gather(torch.stack([counted.any(), trained.any()])[None])
         is_counted, is_trained = signs.any(dim=0).tolist()
-        rewards: Any = gather(batch["rewards"])
         if is_trained:
             self._is_in_a_row = False
             return
+        rewards: Any = gather(batch["rewards"])
         reason = "equal_rewards" if is_counted else "all_masked"
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if PartialState().is_main_process and not self._is_in_a_row:

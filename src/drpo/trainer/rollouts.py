@@ -213,9 +213,7 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: Ro
     check_rewards(per_function, trainer.reward_func_names)
     rewards = sum_rewards(per_function, trainer.reward_weights)
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    lengths = None
-    if trainer.args.advantage == "length-weighted":
-        lengths = trainer.accelerator.gather(loss_mask(batch).sum(dim=1))
+    lengths = trainer.accelerator.gather(loss_mask(batch).sum(dim=1))
     try:
         advantages = group_advantage(rewards, group_size, trainer.args.advantage, lengths)
     except ValueError as error:
@@ -224,8 +222,8 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: Ro
     for _ in range(min(len(logged), len(advantages))):
         logged.pop()
     logged.extend(advantages.tolist())
-    own = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    return rewards.chunk(own[1])[own[0]], advantages.chunk(own[1])[own[0]]
+    rank, size = trainer.accelerator.process_index, len(lengths) // trainer.accelerator.num_processes
+    return rewards[rank * size :][:size], advantages[rank * size :][:size]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
 from drpo.tokens import TokenBatch
 from drpo.trainer.auditing import RolloutAudits
-from drpo.trainer.batch import RolloutBatch, loss_mask
+from drpo.trainer.batch import RolloutBatch, has_advantage, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.dynamic_sampling import DynamicSampling
@@ -270,7 +270,6 @@ class DRPOTrainer(CheckpointedTrainer):
 
     def _has_gradient(self, batch: RolloutBatch) -> Tensor:
         """The sequences that have a gradient, [B], bool; all of them before a run's first update, whose audit compares all that was sampled."""
-        counted = loss_mask(batch).bool().any(dim=1)
         if (
             not self.args.drop_zero_advantage
             or self.objective.acts_without_advantage
@@ -278,8 +277,8 @@ class DRPOTrainer(CheckpointedTrainer):
             or self.aux_loss_enabled
             or self.state.global_step == 0
         ):
-            return torch.ones_like(counted)
-        return counted & (batch["advantages"] != 0)
+            return torch.ones_like(batch["advantages"], dtype=torch.bool)
+        return has_advantage(batch)
 
     def _loss(self, model: Any, batch: RolloutBatch, mode: Mode) -> Tensor:
         """The share of a micro-batch in the loss of the update; what its tokens say of the policy is measured on the way."""
