@@ -109,17 +109,17 @@ def divergence(runs: Sequence[RunData]) -> go.Figure:
     """|π − μ| over rollouts, and δ of the runs that have one."""
     metrics = {f"divergence/{statistic}": label for statistic, label in STATISTICS.items()}
     figure = over_rollouts(runs, metrics, "|π − μ|", log=True)
-    of_delta: dict[float, list[RunData]] = {}
+    runs_by_delta: dict[float, list[RunData]] = {}
     for run in runs:
         if run.metrics and (delta := run.objective.edge or 1) < 1:
-            of_delta.setdefault(delta, []).append(run)
-    for order, (delta, alike) in enumerate(of_delta.items() if figure.data else ()):
-        rollouts = [run.metrics[place]["rollout"] for run in alike for place in (0, -1)]
-        names = ", ".join(run.name for run in alike)
+            runs_by_delta.setdefault(delta, []).append(run)
+    for order, (delta, sharing) in enumerate(runs_by_delta.items() if figure.data else ()):
+        rollouts = [run.metrics[place]["rollout"] for run in sharing for place in (0, -1)]
+        names = ", ".join(run.name for run in sharing)
         figure.add_scatter(
             x=[min(rollouts), max(rollouts)],
             y=[delta, delta],
-            name=escape(f"{names}: δ = {delta:g}" if len(of_delta) > 1 else f"δ = {delta:g}"),
+            name=escape(f"{names}: δ = {delta:g}" if len(runs_by_delta) > 1 else f"δ = {delta:g}"),
             mode="lines+markers",
             marker={"size": 4},
             line={"color": "#555", "dash": DASHES[(order + 1) % len(DASHES)], "width": 1},
