@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationMixin
 
 from drpo.data.problems import Problem, tokenize_prompt
 from drpo.errors import UserError
-from drpo.evaluation.engines import TransformersEngine, VLLMEngine, _SeededChoice
+from drpo.evaluation.engines import TransformersEngine, VLLMEngine
 from drpo.evaluation.evaluate import load, sample_and_score
 from drpo.evaluation.folder import EvaluationFolder
 from drpo.evaluation.settings import Settings
@@ -112,13 +112,13 @@ class TestStatistics:
 
 
 class TestSampling:
-    def test_is_from_the_model_s_distribution(self):
-        logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -4.0]])
-        expected = (logits / 0.7).softmax(dim=1)[0]
-        chosen = _SeededChoice(range(20_000), 0.7, torch.device("cpu"))(torch.empty(0), logits.expand(20_000, 5))
-        frequency = torch.bincount(chosen.argmax(dim=1), minlength=5) / 20_000
-        # Five standard deviations of a binomial share.
-        assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-6).all()
+    def test_at_a_temperature_near_zero_is_the_likeliest_completion(self):
+        model, tokenizer = load_model()
+        inputs = tokenizer(["17+25-8+34-5=", "1+2="], return_tensors="pt", padding=True)
+        greedy = model.generate(**inputs, do_sample=False, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
+        prompts = tokenizer(["17+25-8+34-5=", "1+2="])["input_ids"]
+        cold = TransformersEngine(model.config.name_or_path, 20, 1e-4, "fp32").sample(prompts, [1, 2])
+        assert [completion.text for completion in cold] == tokenizer.batch_decode(greedy, skip_special_tokens=True)
 
     def test_of_one_completion_does_not_depend_on_the_others(self):
         engine = TransformersEngine(load_model()[0].config.name_or_path, 20, 1.0, "fp32")

@@ -14,13 +14,14 @@ from transformers import GenerationConfig
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.rewards import exact_answer
-from drpo.rollout.recorder import NOT_IN_SUPPORT, record_log_probs
+from drpo.rollout.decoding import record_log_probs
+from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.rollout.sampling import NEUTRAL, sampling_mismatches
 from drpo.trainer.batch import RolloutBatch
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.scoring import PaddedScorer, support_log_probs
 from drpo.trainer.token_log import TokenLog
-from support.rollouts import config, load_model, made_up_rollout, make_trainer
+from support.rollouts import completion_lengths, config, load_model, made_up_rollout, make_trainer, transformers_scores
 
 FILTERS = [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 4, "temperature": 0.7}]
 
@@ -36,11 +37,9 @@ def test_the_recorder_keeps_what_could_be_drawn_and_its_mass(sampling: dict[str,
     inputs = tokenizer(["1+2=", "10+34-6+29-38="], return_tensors="pt", padding=True)
     torch.manual_seed(0)
     with record_log_probs(model, support=True) as recorder:
-        found = model.generate(
-            **inputs, **{"top_k": 0, **sampling}, do_sample=True, max_new_tokens=8,
-            output_scores=True, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-    scores, logits = torch.stack(found.scores, dim=1), torch.stack(found.logits, dim=1)
+        sequences = model.generate(**inputs, **{"top_k": 0, **sampling}, do_sample=True, max_new_tokens=8)
+    scores, logits = transformers_scores(model, inputs, sequences, **{"top_k": 0, **sampling})
+    reached = torch.arange(scores.shape[1]) < torch.tensor(completion_lengths(inputs, sequences))[:, None]
     steps = scores.shape[1]
     recorded = recorder.support(steps + 2)
     assert recorded is not None
@@ -48,10 +47,11 @@ def test_the_recorder_keeps_what_could_be_drawn_and_its_mass(sampling: dict[str,
     allowed = torch.zeros_like(scores, dtype=torch.bool)
     for row, step, place in (ids[:, :steps] != NOT_IN_SUPPORT).nonzero().tolist():
         allowed[row, step, ids[row, step, place]] = True
-    assert torch.equal(allowed, scores.isfinite())
+    assert torch.equal(allowed[reached], scores.isfinite()[reached])
     assert (allowed.sum(dim=2) > 1).any()
     probs = (logits / sampling.get("temperature", 1.0)).softmax(dim=2)
-    torch.testing.assert_close(kept[:, :steps], torch.where(allowed, probs, 0.0).sum(dim=2), rtol=1e-4, atol=1e-5)
+    mass = torch.where(allowed, probs, 0.0).sum(dim=2)
+    torch.testing.assert_close(kept[:, :steps][reached], mass[reached], rtol=1e-4, atol=1e-5)
     assert (ids[:, steps:] == NOT_IN_SUPPORT).all()
     assert (kept[:, steps:] == 1).all()
 

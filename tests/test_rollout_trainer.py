@@ -11,25 +11,31 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
 
 from drpo import DRPOTrainer
-from drpo.rollout.recorder import record_log_probs
-from support.rollouts import load_model, made_up_reward, made_up_rollout, make_trainer, weights
+from drpo.rollout.decoding import record_log_probs
+from support.rollouts import (
+    completion_lengths,
+    load_model,
+    made_up_reward,
+    made_up_rollout,
+    make_trainer,
+    transformers_scores,
+    weights,
+)
 
 
 class TestBehaviorLogProbs:
     def test_are_those_of_the_distribution_sampled_from(self) -> None:
         model, tokenizer = load_model()
         inputs = tokenizer(["1+2=", "10+34-6+29-38="], return_tensors="pt", padding=True)
-        sampling = {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 8}
-        torch.manual_seed(0)
-        reference = model.generate(**inputs, **sampling, output_scores=True, return_dict_in_generate=True)
-        torch.manual_seed(0)
+        filters = {"temperature": 0.7, "top_k": 5}
         with record_log_probs(model) as recorder:
-            sequences = model.generate(**inputs, **sampling)
-        assert torch.equal(sequences, reference.sequences)
-        scores = torch.stack(reference.scores, dim=1).log_softmax(dim=-1)
+            sequences = model.generate(**inputs, **filters, do_sample=True, max_new_tokens=8)
+        scores, _ = transformers_scores(model, inputs, sequences, **filters)
         drawn = sequences[:, inputs["input_ids"].shape[1] :]
-        expected = scores.gather(2, drawn.unsqueeze(2)).squeeze(2)
-        for row, (length, recorded) in enumerate(zip((8, 3), recorder.log_probs([8, 3]), strict=True)):
+        expected = scores.log_softmax(dim=2).gather(2, drawn.unsqueeze(2)).squeeze(2)
+        lengths = completion_lengths(inputs, sequences)
+        assert min(lengths) < max(lengths)
+        for row, (length, recorded) in enumerate(zip(lengths, recorder.log_probs(lengths), strict=True)):
             assert recorded == pytest.approx(expected[row, :length].tolist(), abs=1e-5)
 
     @pytest.mark.parametrize("kind", ["full attention", "sliding window", "recurrent"])
@@ -50,18 +56,14 @@ class TestBehaviorLogProbs:
         model = AutoModelForCausalLM.from_config(config).double().eval()
         prompts = ["1+2=", "10+34-6+29-38=", "1+2=", "7=", "10+34-6+29-38="]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        sampling = {"do_sample": True, "max_new_tokens": 6}
         widths: list[int] = []
-        torch.manual_seed(0)
-        plain = model.generate(**inputs, **sampling, output_scores=True, return_dict_in_generate=True)
-        model.register_forward_pre_hook(
+        hook = model.register_forward_pre_hook(
             lambda _, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
-        torch.manual_seed(0)
         with record_log_probs(model) as recorder:
-            sequences = model.generate(**inputs, **sampling)
-        assert torch.equal(sequences, plain.sequences)
-        scores = torch.stack(plain.scores, dim=1).double().log_softmax(dim=-1)
+            sequences = model.generate(**inputs, do_sample=True, max_new_tokens=6)
+        hook.remove()
+        scores = transformers_scores(model, inputs, sequences)[0].double().log_softmax(dim=2)
         drawn = sequences[:, inputs["input_ids"].shape[1] :].unsqueeze(2)
         recorded = torch.tensor(recorder.log_probs([drawn.shape[1]] * 5))
         torch.testing.assert_close(recorded.double(), scores.gather(2, drawn).squeeze(2), rtol=0, atol=1e-6)
@@ -73,16 +75,15 @@ class TestBehaviorLogProbs:
         inputs = tokenizer(["1+2=", "10+34-6+29-38="], return_tensors="pt", padding=True)
         torch.manual_seed(0)
         with record_log_probs(model, top_k=3) as recorder:
-            generated = model.generate(
-                **inputs, do_sample=True, max_new_tokens=8, output_scores=True, return_dict_in_generate=True
-            )
-        expected = torch.stack(generated.scores, dim=1).log_softmax(dim=-1).topk(3, dim=2)
-        steps = len(generated.scores)
+            sequences = model.generate(**inputs, do_sample=True, max_new_tokens=8)
+        expected = transformers_scores(model, inputs, sequences)[0].log_softmax(dim=2).topk(3, dim=2)
+        steps = expected.values.shape[1]
         likeliest = recorder.likeliest(steps + 2)
         assert likeliest is not None
         ids, log_probs = likeliest
-        assert torch.equal(ids[:, :steps], expected.indices)
-        torch.testing.assert_close(log_probs[:, :steps], expected.values)
+        for row, length in enumerate(completion_lengths(inputs, sequences)):
+            assert torch.equal(ids[row, :length], expected.indices[row, :length])
+            torch.testing.assert_close(log_probs[row, :length], expected.values[row, :length])
         assert ids.shape == log_probs.shape == (2, steps + 2, 3)
         assert (log_probs[:, steps:] == 0).all()
 

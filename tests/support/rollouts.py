@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from drpo import DRPOConfig, DRPOTrainer
@@ -35,6 +36,27 @@ MODEL = str(BUILTIN_MODELS["arithmetic"])
 def load_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype), tokenizer
+
+
+def transformers_scores(model: Any, inputs: Any, sequences: Tensor, **sampling: Any) -> tuple[Tensor, Tensor]:
+    """Filtered scores and logits at each position of the completions, [B, T, V], by Transformers' own generation of one token."""
+    width = inputs["input_ids"].shape[1]
+    scores, logits = [], []
+    for length in range(width, sequences.shape[1]):
+        mask = pad(inputs["attention_mask"], (0, length - width), value=1)
+        step = model.generate(
+            input_ids=sequences[:, :length], attention_mask=mask, do_sample=True, max_new_tokens=1,
+            output_scores=True, output_logits=True, return_dict_in_generate=True, **sampling,
+        )  # fmt: skip
+        scores += step.scores
+        logits += step.logits
+    return torch.stack(scores, dim=1), torch.stack(logits, dim=1)
+
+
+def completion_lengths(inputs: Any, sequences: Tensor) -> list[int]:
+    """Tokens of each completion up to its end token, which the built-in model has as 1."""
+    ends = (sequences[:, inputs["input_ids"].shape[1] :] == 1).cumsum(dim=1)
+    return ((ends == 0).sum(dim=1) + 1).clamp(max=ends.shape[1]).tolist()
 
 
 def config(output: Path, **settings: Any) -> DRPOConfig:

@@ -10,11 +10,10 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
+from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.sampling import neutral_sampling
 
 
@@ -45,20 +44,6 @@ class Engine(Protocol):
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
         """Draw a completion of each prompt, which is token ids, from the seed beside it."""
         ...
-
-
-class _SeededChoice(LogitsProcessor):
-    """Sampling as an argmax: log p − log E with E ~ Exp(1), from a generator for each row."""
-
-    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
-        self._temperature = temperature
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() / self._temperature - noise.log()
 
 
 class TransformersEngine:
@@ -95,15 +80,15 @@ class TransformersEngine:
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
         inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._model.device)
         ends = _end_tokens(self._model, self.tokenizer)
-        with neutral_sampling(self._model.generation_config):
+        with neutral_sampling(self._model.generation_config), record_log_probs(self._model, seeds=seeds):
             generated = self._model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                do_sample=False,
+                do_sample=True,
+                temperature=self._temperature,
                 max_new_tokens=self._max_tokens,
                 eos_token_id=ends,
                 pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=LogitsProcessorList([_SeededChoice(seeds, self._temperature, self._model.device)]),
             )
         return [self._completion(row.tolist(), ends) for row in generated[:, inputs["input_ids"].shape[1] :]]
 

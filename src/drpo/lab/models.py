@@ -19,7 +19,7 @@ from drpo.files import write_json
 from drpo.lab.tasks import FILLERS, Task, TaughtTask
 from drpo.pretrained import load_pretrained
 from drpo.rewards import exact_answer
-from drpo.rollout.recorder import record_log_probs
+from drpo.rollout.decoding import record_log_probs
 
 Taught = Literal["dense", "moe"]
 Architecture = Literal[Taught, "smollm2"]

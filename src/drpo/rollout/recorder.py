@@ -1,28 +1,19 @@
-"""Behaviour log-probs from Transformers generation, recorded as the tokens are drawn."""
+"""What is recorded of each token that is drawn: its log-prob, and if asked for the likeliest tokens or those that could be drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
-
-from drpo.rollout.prefill import share_prompts
 
 NOT_IN_SUPPORT = -1
 """In place of a token id."""
 
 
 class LogProbRecorder:
-    """Sees the final scores of each step as the last logits processor, and the token drawn from them as a stopping criterion.
+    """Sees each step's scores with the tokens drawn from them.
 
     Only one step's scores [B, V] are held at a time, and one fp32 log-prob a token is kept: of
     the distribution that was sampled from, after temperature and every filter.
@@ -39,61 +30,38 @@ class LogProbRecorder:
         self._supports: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._unfiltered: Tensor | None = None
-        self._scores: Tensor | None = None
         self._steps: list[Tensor] = []
         self._likeliest: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """See a step's scores, as a logits processor does."""
-        self._scores = scores
-        return scores
+    def see_logits(self, logits: Tensor, temperature: float) -> None:
+        """See a step's logits [R, V] before they are filtered."""
+        if self._keep_support:
+            self._unfiltered = (logits / temperature).logsumexp(dim=1)
 
-    def _see_unfiltered(self, temperature: float, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._unfiltered = (scores.float() / temperature).logsumexp(dim=1)
-        return scores
+    def see_tokens(self, tokens: Tensor, scores: Tensor, log_total: Tensor, rows: Tensor, batch: int) -> None:
+        """See what a step draws.
 
-    def _see_draw(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
-        assert self._scores is not None
-        drawn = self._scores.gather(1, input_ids[:, -1:])
-        total = self._scores.logsumexp(dim=1, keepdim=True)
-        self._steps.append((drawn - total).squeeze(1).float())
+        Args:
+            tokens: [R], drawn.
+            scores: [R, V] that they were drawn from.
+            log_total: [R], the log of the sum of exp(scores).
+            rows: [R], which rows of the batch they are.
+            batch: how many rows it has.
+        """
+        drawn = scores.gather(1, tokens[:, None]).squeeze(1)
+        self._steps.append(of_all_rows((drawn - log_total).float(), rows, batch))
         if self._top_k:
-            scores, ids = self._scores.topk(min(self._top_k, self._scores.shape[1]), dim=1)
+            likeliest, ids = scores.topk(min(self._top_k, scores.shape[1]), dim=1)
             # A token that cannot be drawn has log-prob −inf; e^−10,000 is 0 as well.
-            self._likeliest.append((ids, (scores - total).float().clamp(min=-1e4)))
+            log_probs = (likeliest - log_total[:, None]).float().clamp(min=-1e4)
+            self._likeliest.append((of_all_rows(ids, rows, batch), of_all_rows(log_probs, rows, batch)))
         if self._keep_support:
             assert self._unfiltered is not None
-            size = int(self._scores.isfinite().sum(dim=1).amax())
-            scores, ids = self._scores.topk(size, dim=1)
-            self._supports.append(ids.masked_fill(~scores.isfinite(), NOT_IN_SUPPORT))
-            self._kept.append((total.squeeze(1).float() - self._unfiltered).exp())
-        self._scores = None
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def sample(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Transformers' own sampling loop with this recorder in it (a ``custom_generate`` method)."""
-        # Transformers sets synced_gpus for its own decoding methods only.
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        is_synced = ranks > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-        if not is_synced:
-            share_prompts(model, input_ids, generation_config, model_kwargs)
-        first = [partial(self._see_unfiltered, generation_config.temperature or 1.0)] if self._keep_support else []
-        return model._sample(
-            input_ids,
-            LogitsProcessorList([*first, *logits_processor, self]),
-            StoppingCriteriaList([*stopping_criteria, self._see_draw]),
-            generation_config,
-            synced_gpus=is_synced,
-            **model_kwargs,
-        )
+            size = int(scores.isfinite().sum(dim=1).amax())
+            likeliest, ids = scores.topk(size, dim=1)
+            ids = ids.masked_fill(~likeliest.isfinite(), NOT_IN_SUPPORT)
+            self._supports.append(of_all_rows(ids, rows, batch, missing=NOT_IN_SUPPORT))
+            self._kept.append(of_all_rows((log_total - self._unfiltered).exp().float(), rows, batch, missing=1))
 
     def log_probs(self, lengths: Sequence[int]) -> list[list[float]] | None:
         """The log-probs of the first ``lengths[i]`` tokens drawn in each row i; None if none was seen drawn."""
@@ -124,12 +92,8 @@ class LogProbRecorder:
         )
 
 
-@contextmanager
-def record_log_probs(model: Any, top_k: int = 0, support: bool = False) -> Iterator[LogProbRecorder]:
-    """Within this context ``model.generate`` samples through a recorder."""
-    recorder = LogProbRecorder(top_k, support)
-    model.generate = partial(model.generate, custom_generate=recorder.sample)
-    try:
-        yield recorder
-    finally:
-        del model.generate
+def of_all_rows(values: Tensor, rows: Tensor, batch: int, missing: float = 0) -> Tensor:
+    """The values [R, ...] of ``rows`` [R] among all rows of the batch, [batch, ...]; ``missing`` in the others."""
+    if len(rows) == batch:
+        return values
+    return values.new_full((batch, *values.shape[1:]), missing).index_copy_(0, rows, values)

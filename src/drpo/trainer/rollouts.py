@@ -19,7 +19,8 @@ from drpo.errors import RewardError
 from drpo.objectives import TopKObjective
 from drpo.rewards import LARGEST_REWARD
 from drpo.rollout.behavior_policy import BehaviorPolicy
-from drpo.rollout.recorder import LogProbRecorder, record_log_probs
+from drpo.rollout.decoding import record_log_probs
+from drpo.rollout.recorder import LogProbRecorder
 from drpo.trainer.batch import RolloutBatch, loss_mask
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
-from drpo.rollout.recorder import record_log_probs
+from drpo.rollout.decoding import record_log_probs
 
 GATHERED = 0.05
 """Seconds for which requests are gathered, to be sampled as one batch."""
