@@ -117,7 +117,7 @@ def run(command: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
                 "mean_tokens": f"{ended.float().mean().item():.1f}",
                 "what": name,
                 "median_seconds": f"{statistics.median(spent):.2f}",
-                "times_faster": f"{measure.ratio(spent, times['drpo']):.2f}",
+                "times_of_drpo": f"{measure.ratio(spent, times['drpo']):.2f}",
                 "rounds": rounds,
             }
             for name, spent in times.items()
@@ -136,7 +136,7 @@ def run(command: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
             "mean_tokens": "1",
             "what": name,
             "median_seconds": f"{statistics.median(spent):.4f}",
-            "times_faster": f"{measure.ratio(spent, times['drpo']):.2f}",
+            "times_of_drpo": f"{measure.ratio(spent, times['drpo']):.2f}",
             "rounds": rounds,
         }
         for name, spent in times.items()

@@ -195,6 +195,20 @@ class TestPerformance:
             assert times.pop("TRL") == "1.00"
             assert f"| {lengths} | {float(share):.0%} | {' | '.join(times.values())} |" in self.PAGE
 
+    def test_generation_is_as_measured(self) -> None:
+        times = {(row["lengths"], row["what"]): row for row in rows("generation.csv")}
+        for lengths in ("flat", "sampled", "one long"):
+            ours, shared, theirs = (times[lengths, what] for what in ("drpo", "prompts shared", "Transformers"))
+            cells = (
+                lengths,
+                ours["mean_tokens"],
+                ours["median_seconds"],
+                shared["times_of_drpo"],
+                theirs["times_of_drpo"],
+            )
+            assert f"| {' | '.join(cells)} |" in self.PAGE
+        assert f"`logsumexp` {times['one draw', 'Transformers']['times_of_drpo']} times as long" in self.PAGE
+
     def test_the_time_to_accuracy_is_as_measured(self) -> None:
         reached = {(row["seed"], row["trainer"]): row["seconds_to_target"] for row in rows("time_to_accuracy.csv")}
         for seed in {seed for seed, _ in reached}:

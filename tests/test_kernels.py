@@ -351,3 +351,14 @@ def test_the_triton_kernel_agrees_with_pytorch(dtype: torch.dtype, vocabulary: i
         for value, expected in zip(by(differentiate_rows, in_place), by(_differentiate_blocks, in_place), strict=True):
             coarse = in_place and value.dim() == 2
             torch.testing.assert_close(value, expected, rtol=torch.finfo(dtype).eps if coarse else 2e-5, atol=2e-5)
+
+
+def test_what_lies_between_the_rows_of_a_chunk_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU's bf16 products may multiply it by 0, which makes NaN of a NaN that memory was left with.
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype: empty(*size, dtype=dtype).fill_(torch.nan))
+    chunk = drpo.kernels.lm_head._apart(3, 99, torch.bfloat16)
+    whole = chunk.as_strided((3, chunk.stride(0)), chunk.stride())
+    assert chunk.isnan().all()
+    assert chunk.stride(0) > 99
+    assert (whole[:, 99:] == 0).all()

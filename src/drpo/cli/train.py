@@ -70,6 +70,8 @@ def train(
         begun = folder.check_resumable()
         # Without a recipe file, --set speaks of the run's own.
         chosen = load_recipe(recipe or folder.recipe, overrides or [])
+        if chosen.train_precision == "auto":
+            chosen = chosen.model_copy(update={"train_precision": begun.train_precision})
         now, then = decisive_fields(chosen), decisive_fields(begun)
         if field := next((name for name in then if now[name] != then[name]), None):
             raise UserError(

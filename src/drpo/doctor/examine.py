@@ -15,7 +15,7 @@ from drpo.doctor.recipe import check_anchor, check_objective, check_problems, ch
 from drpo.doctor.rollout import SET_ASIDE, check_rollout
 from drpo.errors import UserError
 from drpo.recipes import find_recipe
-from drpo.run.build import load_problems, make_config, quiet_libraries
+from drpo.run.build import load_problems, make_config, quiet_libraries, settle_precision
 from drpo.run.recipe import Recipe, load_recipe
 from drpo.trainer.config import DRPOConfig
 
@@ -68,6 +68,11 @@ class _Examination:
 
     def examine(self, recipe: Recipe, scratch: str, rollout: bool) -> None:
         """Check a recipe, first what needs no weights."""
+        if recipe.train_precision == "auto":
+            settled = self.attempt(lambda: settle_precision(recipe)) if rollout else _in_fp32(recipe)
+            if settled is None:
+                return
+            recipe = settled
         self.check(lambda: check_objective(recipe))
         self.check(lambda: check_updates(recipe))
         train = self.attempt(lambda: load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout))
@@ -96,6 +101,10 @@ class _Examination:
             self.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
         else:
             self.check(lambda: check_rollout(recipe, reward, train, scratch))
+
+
+def _in_fp32(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"train_precision": "fp32"})
 
 
 def _make_config(recipe: Recipe, scratch: str) -> DRPOConfig:

@@ -71,7 +71,10 @@ def workspace(thread: int, rows: int, columns: int, dtype: torch.dtype) -> Tenso
 
 def _apart(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     # Rows a power of two apart meet in the same few places of a CPU's caches, which products take longer for.
-    return torch.empty(rows, columns + CACHE_LINE // dtype.itemsize, dtype=dtype)[:, :columns]
+    wider = torch.empty(rows, columns + CACHE_LINE // dtype.itemsize, dtype=dtype)
+    # oneDNN's bf16 products on AMX read past the end of a row and multiply what is there by 0: it must be no NaN.
+    wider[:, columns:] = 0
+    return wider[:, :columns]
 
 
 class Gradients:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PrinterCallback
 
@@ -24,6 +26,7 @@ from drpo.data.problems import (
 )
 from drpo.data.split import Split
 from drpo.errors import UserError
+from drpo.precision import BF16_PAYS, time_in_bf16
 from drpo.pretrained import load_pretrained
 from drpo.rewards import Reward
 from drpo.run.checks import describe_overlap, end_tokens, refuse_without_end
@@ -84,6 +87,31 @@ def load_problems(recipe: Recipe, split: Split, size: int) -> list[Problem]:
     return problems if split == "train" else problems[:size]
 
 
+def settle_precision(recipe: Recipe) -> Recipe:
+    """The recipe with the precision that ``train_precision: auto`` comes to on this machine, the same on all ranks.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if recipe.train_precision != "auto":
+        return recipe
+    state = PartialState()
+    settled = ["fp32"]
+    if state.is_main_process:
+        share = time_in_bf16(_load_model(recipe)[0].to(state.device))
+        settled = ["bf16" if share <= BF16_PAYS else "fp32"]
+        logger.warning(
+            "A pass of the model takes %.2f times as long in bf16 as in fp32: training in %s.", share, *settled
+        )
+    broadcast_object_list(settled)
+    return recipe.model_copy(update={"train_precision": settled[0]})
+
+
+def _load_model(recipe: Recipe) -> tuple[Any, Any]:
+    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
+    return load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
+
+
 def make_trainer(
     recipe: Recipe,
     reward: Reward,
@@ -95,8 +123,7 @@ def make_trainer(
 ) -> DRPOTrainer:
     """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
     config = make_config(recipe, scratch, processes)
-    source = str(BUILTIN_MODELS.get(recipe.model, recipe.model))
-    model, tokenizer = load_pretrained(source, torch.float32, field="model", expected=", ".join(BUILTIN_MODELS))
+    model, tokenizer = _load_model(recipe)
     apply_task(recipe.task, tokenizer, model.config, model.generation_config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     refuse_without_end(recipe.model, tokenizer, end_tokens(tokenizer, model.generation_config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
@@ -78,8 +78,8 @@ class Recipe(Strict):
     """A weight by π_old/μ, for an objective anchored on the old policy, or a mask, for any."""
     audit_threshold: Annotated[float, Field(gt=0)] | None = None
     """The mean |log π − log μ| before the first update, in nats, above which training stops."""
-    train_precision: TrainPrecision = "fp32"
-    """The precision of the training forward and backward pass; weights stay in fp32."""
+    train_precision: TrainPrecision | Literal["auto"] = "fp32"
+    """The precision of the training forward and backward pass; weights stay in fp32. `auto` is bf16 where a pass of the model is measured to be faster in it by a tenth, else fp32; the run's folder says which."""
     rollout_precision: RolloutPrecision | None = None
     """The precision that samples; the training precision by default."""
     rollout_lag: Annotated[int, Field(ge=0, le=1000)] | None = None

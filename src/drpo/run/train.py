@@ -15,7 +15,7 @@ from drpo.data.problems import Problem
 from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl, writing
 from drpo.rewards import Reward
-from drpo.run.build import load_problems, make_trainer, quiet_libraries
+from drpo.run.build import load_problems, make_trainer, quiet_libraries, settle_precision
 from drpo.run.folder import RunFolder, decisive_fields
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
@@ -54,6 +54,7 @@ def train(
     # Accelerate puts several processes on the CPU only if told to.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     updates = recipe.rollouts * recipe.updates_per_rollout
+    recipe = settle_precision(recipe)
     with Progress(updates, recipe.updates_per_rollout, show=state.is_main_process) as progress:
         summary = _train(recipe, folder, resume, overwrite, rollout_func, state, progress)
     # A process that exits while gloo's threads still serve another one aborts now and then.

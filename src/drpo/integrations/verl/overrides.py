@@ -68,6 +68,8 @@ def overrides(
             f"updates_per_rollout: verl splits a rollout by prompts, of which there are {prompts}; expected a divisor of "
             f"{prompts}, got {updates}"
         )
+    if recipe.train_precision == "auto":
+        raise UserError("train_precision: auto is measured with TRL's trainer alone; expected fp32 or bf16 for verl")
     if recipe.train_precision == "fp8":
         raise UserError("train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16")
     for name, why in _REFUSED.items():
