@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState
 
 from drpo.errors import TrainingStoppedError
 from drpo.trainer.collapse import StopOnCollapse
-from support.rollouts import config, make_trainer, weights
+from support.rollouts import alternating_reward, config, make_trainer, weights
 
 
 def poisoned(trainer: Any, *updates: int, value: float = torch.nan) -> Any:
@@ -67,7 +67,7 @@ def test_a_gradient_that_is_not_finite_once_is_skipped_and_counted(
 def test_an_update_in_parts_is_skipped_with_all_of_them(
     tmp_path: Path, problems: Dataset, settings: dict[str, Any]
 ) -> None:
-    trainer = poisoned(make_trainer(tmp_path, problems, **settings), 2)
+    trainer = poisoned(make_trainer(tmp_path, problems, reward_funcs=alternating_reward, **settings), 2)
     trainer.train()
     assert all(weight.isfinite().all() for weight in weights(trainer).values())
     batch = load_file(tmp_path / "skipped_updates" / "update-000002-rank-0.safetensors")

@@ -27,6 +27,7 @@ from drpo.trainer.measurements import Mode
 from drpo.trainer.refused import REFUSED
 from drpo.trainer.scoring import FusedScorer
 from support.rollouts import (
+    alternating_reward,
     config,
     flat,
     gradient_of_one_update,
@@ -394,7 +395,8 @@ class TestTraining:
     def test_with_learned_prompts_updates_them_alone(self, tmp_path: Path, problems: Dataset, kind: str) -> None:
         peft = pytest.importorskip("peft")
         adapters = getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM")
-        trainer = make_trainer(tmp_path, problems, peft_config=adapters, learning_rate=1e-2, max_steps=4)
+        settings = {"learning_rate": 1e-2, "max_steps": 4, "reward_funcs": alternating_reward}
+        trainer = make_trainer(tmp_path, problems, peft_config=adapters, **settings)
         before = weights(trainer)
         trainer.train()
         moved = {name for name, after in weights(trainer).items() if not torch.equal(before[name], after)}
