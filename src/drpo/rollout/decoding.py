@@ -55,7 +55,7 @@ _ROW_BY_ROW = (
 def draw_tokens(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens at which the distribution functions of softmax(scores) pass ``uniforms``, and the log of each row's sum of exp(scores).
 
-    A block of the vocabulary is looked for first and a token in it then, with cumulated sums in float64: a token
+    A block of the vocabulary is looked for first and a token in it then, with sums cumulated in float64: a token
     has its probability to 1e-6 of it however small that is, which one cumulated sum in fp32 would round to
     multiples of 6e-8. ``torch.multinomial`` draws a random number a token of the vocabulary for each row instead
     of one, and takes six times as long on a CPU (``benchmarks/generation.py``).
@@ -63,20 +63,20 @@ def draw_tokens(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         scores: [B, V], floating, −inf for what cannot be drawn. A row that has no probabilities (NaN) yields any
             token and NaN.
-        uniforms: [B], float64, in [0, 1).
+        uniforms: [B], in [0, 1), float64 or, where a device has none, float32, in which sums are cumulated too.
 
     Returns:
-        Token ids [B], and the logarithms [B] in float64.
+        Token ids [B], and the logarithms [B] in the dtype of ``uniforms``.
     """
     largest = scores.amax(dim=1, keepdim=True)
     mass = (scores - largest).exp_()
     blocks = pad(mass, (0, -mass.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    of_blocks = blocks.sum(dim=2).double()
+    of_blocks = blocks.sum(dim=2).to(uniforms.dtype)
     block, rest = _passed(of_blocks, uniforms)
-    of_tokens = blocks.take_along_dim(block[:, None, None], dim=1).squeeze(1).double()
+    of_tokens = blocks.take_along_dim(block[:, None, None], dim=1).squeeze(1).to(uniforms.dtype)
     token, _ = _passed(of_tokens, rest)
     token = (block * BLOCK + token).clamp(max=scores.shape[1] - 1)
-    return token, of_blocks.sum(dim=1).log() + largest.squeeze(1).double()
+    return token, of_blocks.sum(dim=1).log() + largest.squeeze(1).to(uniforms.dtype)
 
 
 def _passed(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,8 @@ class Decoding:
 
     def _uniforms(self, input_ids: Tensor, steps: int) -> Tensor:
         """A random number for each row and position, [B, steps]."""
-        like = {"dtype": torch.float64, "device": input_ids.device}
+        dtype = torch.float32 if input_ids.device.type == "mps" else torch.float64
+        like = {"dtype": dtype, "device": input_ids.device}
         if self._seeds is None:
             return torch.rand(len(input_ids), steps, **like)
         generators = [torch.Generator(input_ids.device).manual_seed(seed) for seed in self._seeds]
