@@ -60,7 +60,8 @@ def time_in_bf16(model: Any) -> float:
         return time.perf_counter() - began
 
     # The first of each prepares what the others find there.
-    seconds(True), seconds(False)
+    for is_bf16 in (True, False):
+        seconds(is_bf16)
     return statistics.median(seconds(True) / seconds(False) for _ in range(3))
 
 
