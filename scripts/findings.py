@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from drpo.files import iterate_jsonl
-from drpo.lab.grid import CORE, LEARNING_RATES
+from drpo.lab.grid import CORE, DELTAS, LEARNING_RATES
 from drpo.lab.statistics import area_under, estimate, has_collapsed, probability_of_improvement
+from drpo.metrics.histograms import WEIGHT_EDGES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "lab_runs.jsonl"
@@ -26,6 +28,10 @@ IMAGES = ROOT / "docs" / "images"
 
 COMPARED = LEARNING_RATES[1:4]
 UPDATES = 16
+DELTA_RATE = LEARNING_RATES[2]
+ZERO_BIN = int(torch.searchsorted(WEIGHT_EDGES, 0.0))
+EDGE = float(WEIGHT_EDGES[ZERO_BIN])
+"""The upper end of the bin of weights that has 0 in it."""
 WITHOUT_REGION = ("pg", "spo", "drpo(12.5)")
 """Arms whose gradient weight never reaches zero at these settings."""
 
@@ -73,12 +79,33 @@ def improvement_table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def delta_table(cells: Cells) -> str:
+    """Mean accuracy, collapsed runs and the share of trained tokens with hardly a gradient, by δ, of drpo and dppo_tv."""
+    kinds = ("drpo", "dppo_tv")
+    lines = [_header("δ", [text for kind in kinds for text in (kind, f"{kind}: weight < {EDGE:.2f}")])]
+    for delta in DELTAS:
+        columns = []
+        for kind in kinds:
+            rows = cells[f"{kind}({delta:g})", DELTA_RATE, UPDATES]
+            mean = estimate(areas(cells, f"{kind}({delta:g})", DELTA_RATE))
+            collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
+            columns.append(f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}")
+            counts = torch.tensor([row["weight_histogram"] for row in rows]).sum(dim=0)
+            columns.append(f"{counts[: ZERO_BIN + 1].sum() / counts.sum():.1%}")
+        lines.append(f"| {delta:g} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def _header(first: str, others: Sequence[str]) -> str:
     names = [first, *others]
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
-TABLES: dict[str, Callable[[Cells], str]] = {"training": training_table, "improvement": improvement_table}
+TABLES: dict[str, Callable[[Cells], str]] = {
+    "training": training_table,
+    "improvement": improvement_table,
+    "delta": delta_table,
+}
 
 
 def with_tables(page: str, cells: Cells) -> str:
@@ -119,7 +146,31 @@ def curves(cells: Cells) -> Figure:
     return figure
 
 
-PICTURES: dict[str, Callable[[Cells], Figure]] = {"lab.png": curves}
+def deltas(cells: Cells) -> Figure:
+    """Mean accuracy over δ of drpo and dppo_tv, between those of the surrogate and of ppo."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for arm, color in (("pg", "C3"), ("ppo", "C0")):
+        mean = estimate(areas(cells, arm, DELTA_RATE))
+        panel.axhspan(mean.low, mean.high, color=color, alpha=0.1, linewidth=0)
+        panel.axhline(mean.value, color=color, linestyle="--", linewidth=1, label=arm)
+    for kind, color in (("drpo", "C4"), ("dppo_tv", "C2")):
+        means = [estimate(areas(cells, f"{kind}({delta:g})", DELTA_RATE)) for delta in DELTAS]
+        values, low, high = zip(*means, strict=True)
+        panel.plot(DELTAS, values, "o-", color=color, label=kind)
+        panel.fill_between(DELTAS, low, high, color=color, alpha=0.15, linewidth=0)
+    panel.set_xscale("log")
+    panel.set_xticks(DELTAS, [f"{delta:g}" for delta in DELTAS])
+    panel.minorticks_off()
+    panel.set_xlabel("δ")
+    panel.set_ylabel("mean held-out accuracy over a run")
+    panel.set_ylim(0, 1)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, loc="lower left", ncols=2)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Cells], Figure]] = {"lab.png": curves, "lab_delta.png": deltas}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import test_fuzz
 import test_objectives
 from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig
 from drpo.cli.catalogue import describe_fields
-from drpo.lab.grid import CORE
+from drpo.lab.grid import CORE, DELTAS
 from drpo.lab.statistics import has_collapsed, probability_of_improvement
 from drpo.run.recipe import Recipe
 from drpo.run.specs import TaskSpec
@@ -325,6 +325,21 @@ class TestFindings:
         collapsed = {arm: [has_collapsed(row["accuracy"]) for row in cells[arm, 1.4e-4, 16]] for arm in CORE}
         assert all(any(collapsed[arm]) for arm in findings.WITHOUT_REGION)
         assert not any(any(collapsed[arm]) for arm in ("ppo", "dppo_tv(0.15)", "drpo(0.2)"))
+        swept = {
+            (kind, delta): [has_collapsed(row["accuracy"]) for row in cells[f"{kind}({delta:g})", 1.4e-4, 16]]
+            for kind, delta in itertools.product(("drpo", "dppo_tv"), DELTAS)
+        }
+        assert {len(runs) for runs in swept.values()} == {5}
+        assert not any(any(swept["drpo", delta]) for delta in (0.1, 0.15, 0.2, 0.4, 1.0))
+        assert sum(swept["drpo", 0.05]) == 1
+        by_seed = [
+            {row["seed"]: row["accuracy"] for row in cells[f"dppo_tv({delta:g})", 1.4e-4, 16]}
+            for delta in (1.0, 2.5, 12.5)
+        ]
+        assert by_seed[0] == by_seed[1] == by_seed[2]
+        plateau = [findings.areas(cells, f"drpo({delta:g})", 1.4e-4) for delta in (0.15, 0.2, 0.4)]
+        ppo = findings.areas(cells, "ppo", 1.4e-4)
+        assert all((better := probability_of_improvement(ppo, ours)).low <= 0.5 <= better.high for ours in plateau)
         tight = findings.areas(cells, "drpo(0.05)", 1e-4)
         assert max(tight) < min(min(findings.areas(cells, arm, 1e-4)) for arm in regions if arm != "drpo(0.05)")
 
