@@ -86,6 +86,8 @@ def run(command: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     ]
     texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in questions]
     inputs = tokenizer([text for text in texts for _ in range(COMPLETIONS)], return_tensors="pt", padding=True)
+    # It looks at each row by itself.
+    decoding._ROW_BY_ROW = (*decoding._ROW_BY_ROW, EndAfter)
     rows = []
     for lengths in LENGTHS:
         ids = inputs["input_ids"].clone()
@@ -104,7 +106,6 @@ def run(command: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         def theirs(shares: bool, masked: Any = masked, settings: Any = settings) -> Tensor:
             return model.generate(**masked, **settings, custom_generate=partial(transformers_loop, shares=shares))
 
-        decoding._ROW_BY_ROW = (*decoding._ROW_BY_ROW, EndAfter)
         torch.manual_seed(0)
         work = {"drpo": ours, "prompts shared": partial(theirs, True), "Transformers": partial(theirs, False)}
         times = measure.seconds(work, rounds)

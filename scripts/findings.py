@@ -53,16 +53,17 @@ def areas(cells: Cells, arm: str, rate: float, updates: int = UPDATES) -> list[f
     return [area_under(row["accuracy"]) for row in cells[arm, rate, updates]]
 
 
+def describe_cell(cells: Cells, arm: str, rate: float) -> str:
+    """Mean accuracy over the run with its interval, and how many of the runs collapsed."""
+    rows, mean = cells[arm, rate, UPDATES], estimate(areas(cells, arm, rate))
+    collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
+    return f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}"
+
+
 def training_table(cells: Cells) -> str:
     """Mean accuracy over the run and collapsed runs, by arm and learning rate."""
     lines = [_header("arm", [f"{rate:g}" for rate in COMPARED])]
-    for arm in CORE:
-        columns = []
-        for rate in COMPARED:
-            rows, mean = cells[arm, rate, UPDATES], estimate(areas(cells, arm, rate))
-            collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
-            columns.append(f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}")
-        lines.append(f"| {arm} | {' | '.join(columns)} |")
+    lines += [f"| {arm} | {' | '.join(describe_cell(cells, arm, rate) for rate in COMPARED)} |" for arm in CORE]
     return "\n".join(lines)
 
 
@@ -86,11 +87,10 @@ def delta_table(cells: Cells) -> str:
     for delta in DELTAS:
         columns = []
         for kind in kinds:
-            rows = cells[f"{kind}({delta:g})", DELTA_RATE, UPDATES]
-            mean = estimate(areas(cells, f"{kind}({delta:g})", DELTA_RATE))
-            collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
-            columns.append(f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}")
-            counts = torch.tensor([row["weight_histogram"] for row in rows]).sum(dim=0)
+            arm = f"{kind}({delta:g})"
+            histograms = [row["weight_histogram"] for row in cells[arm, DELTA_RATE, UPDATES]]
+            counts = torch.tensor(histograms).sum(dim=0)
+            columns.append(describe_cell(cells, arm, DELTA_RATE))
             columns.append(f"{counts[: ZERO_BIN + 1].sum() / counts.sum():.1%}")
         lines.append(f"| {delta:g} | {' | '.join(columns)} |")
     return "\n".join(lines)

@@ -69,10 +69,9 @@ class _Examination:
     def examine(self, recipe: Recipe, scratch: str, rollout: bool) -> None:
         """Check a recipe, first what needs no weights."""
         if recipe.train_precision == "auto":
-            settled = self.attempt(lambda: settle_precision(recipe)) if rollout else _in_fp32(recipe)
-            if settled is None:
-                return
-            recipe = settled
+            in_fp32 = recipe.model_copy(update={"train_precision": "fp32"})
+            # A model that cannot be loaded is a finding; the other checks go on.
+            recipe = (self.attempt(lambda: settle_precision(recipe)) if rollout else None) or in_fp32
         self.check(lambda: check_objective(recipe))
         self.check(lambda: check_updates(recipe))
         train = self.attempt(lambda: load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout))
@@ -101,10 +100,6 @@ class _Examination:
             self.findings.append(Finding("warning", "rollout: not made", "the stops above, then drpo doctor once more"))
         else:
             self.check(lambda: check_rollout(recipe, reward, train, scratch))
-
-
-def _in_fp32(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"train_precision": "fp32"})
 
 
 def _make_config(recipe: Recipe, scratch: str) -> DRPOConfig:

@@ -58,7 +58,7 @@ def draw_tokens(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     A block of the vocabulary is looked for first and a token in it then, with sums cumulated in float64: a token
     has its probability to 1e-6 of it however small that is, which one cumulated sum in fp32 would round to
     multiples of 6e-8. ``torch.multinomial`` draws a random number a token of the vocabulary for each row instead
-    of one, and takes six times as long on a CPU (``benchmarks/generation.py``).
+    of one (``python -m benchmarks generation`` measures what that costs).
 
     Args:
         scores: [B, V], floating, −inf for what cannot be drawn. A row that has no probabilities (NaN) yields any
