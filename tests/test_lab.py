@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo import TokenBatch, make_objective
 from drpo.data.arithmetic import MODEL_PATH
+from drpo.data.problems import Problem
+from drpo.errors import UserError
 from drpo.lab import models
 from drpo.lab.exact import moments, policies
-from drpo.lab.grid import ARMS, CORE, PRESETS, grid, runs_of
+from drpo.lab.grid import ARMS, CORE, PRESETS, TUNING_RATES, Run, best_rate, grid, only, plan_of, tuned
 from drpo.lab.models import make_base_model
 from drpo.lab.page import write_lab_page
 from drpo.lab.runner import Lab
@@ -91,6 +94,13 @@ class TestBaseModel:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
         assert model.lm_head.out_features == len(tokenizer) > 1000
 
+    def test_finds_the_problems_that_it_solves_now_and_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        problems = [Problem("1+1=", "2"), Problem("2+2=", "4"), Problem("3+3=", "6")]
+        rewards = [0.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+        monkeypatch.setattr(models, "_sample", lambda *_: (None, rewards))
+        monkeypatch.setattr(models, "record_log_probs", lambda _: nullcontext())
+        assert models.solvable(None, None, ARITHMETIC, problems, samples=2) == [problems[1]]
+
 
 class TestStatistics:
     @pytest.mark.parametrize(
@@ -160,7 +170,7 @@ class TestExact:
 class TestGrid:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_every_run_of_a_preset_is_a_recipe(self, preset: str, tmp_path: Path) -> None:
-        runs = runs_of(preset)
+        runs = plan_of(preset)({})
         assert len(set(runs)) == len(runs)
         for run in {(run.setting, run.arm, run.updates): run for run in runs}.values():
             run.recipe(tmp_path)
@@ -168,11 +178,31 @@ class TestGrid:
     def test_arms_of_a_preset_get_the_same_learning_rates(self) -> None:
         for preset in PRESETS:
             rates: dict[tuple[str, str], set[float]] = {}
-            for run in runs_of(preset):
+            for run in plan_of(preset)({}):
                 rates.setdefault((run.setting, run.arm), set()).add(run.learning_rate)
             for setting in {setting for setting, _ in rates}:
                 core = {frozenset(rates[setting, arm]) for arm in CORE if (setting, arm) in rates}
                 assert len(core) <= 1, (preset, setting)
+
+    def test_a_comparison_goes_on_at_the_rate_that_suited_each_arm_with_seeds_that_did_not_choose_it(self) -> None:
+        tuning = tuned("bf16", {})
+        assert {run.seed for run in tuning} == {0}
+        # pg does best at the lowest rate, drpo(0.2) at the highest, and a run that failed counts as the worst.
+        areas = dict.fromkeys(tuning, 0.3)
+        areas[Run("bf16", "pg", TUNING_RATES[0])] = 0.4
+        areas[Run("bf16", "drpo(0.2)", TUNING_RATES[2])] = 0.4
+        del areas[Run("bf16", "ppo", TUNING_RATES[1])]
+        chosen = [run for run in tuned("bf16", areas) if run not in tuning]
+        rates = {arm: {run.learning_rate for run in chosen if run.arm == arm} for arm in ("pg", "drpo(0.2)", "ppo")}
+        assert rates == {"pg": {TUNING_RATES[0]}, "drpo(0.2)": {TUNING_RATES[2]}, "ppo": set()}
+        assert {run.seed for run in chosen if run.arm == "pg"} == {1, 2, 3, 4, 5}
+        assert {run.seed for run in chosen if run.arm == "cispo"} == {1, 2, 3}
+        assert best_rate("bf16", "ppo", areas) is None
+
+    def test_a_plan_can_be_cut_down_to_a_setting(self) -> None:
+        assert {run.setting for run in only(["bf16", "sanity"], plan_of("settings"))({})} == {"bf16", "sanity"}
+        with pytest.raises(UserError, match="unknown setting 'bf61'; did you mean 'bf16'"):
+            only(["bf61"], plan_of("settings"))
 
     def test_a_seed_of_all_comes_before_the_next(self) -> None:
         runs = grid(("fp32",), CORE, (1e-4, 2e-4), seeds=range(2))
@@ -191,14 +221,14 @@ class TestRuns:
         runs = grid(("fp32",), ("pg", "drpo(0.2)"), (1e-4,), (4,), seeds=range(1), rollouts=2)
         killer = threading.Thread(target=_kill_a_child, args=(time.time() + 120,), daemon=True)
         killer.start()
-        lab.run(runs, jobs=1)
+        lab.run(lambda _: runs, jobs=1)
         rows = lab.rows()
         assert [row["status"] for row in rows] == ["finished", "finished"]
         assert {row["arm"] for row in rows} == {"pg", "drpo(0.2)"}
         assert all(len(row["reward"]) == 2 and len(row["accuracy"]) == 3 for row in rows)
         assert not any(str(lab.path) in row["recipe"] for row in rows)
         assert lab.missing(runs) == []
-        lab.run(runs, jobs=1)
+        lab.run(lambda _: runs, jobs=1)
         assert lab.rows() == rows
         page = lab.path / "lab.html"
         write_lab_page(lab, page)

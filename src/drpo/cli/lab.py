@@ -18,6 +18,9 @@ Preset = Annotated[str, typer.Option(help="Which runs; drpo lab presets lists th
 def run(
     preset: Preset = "smoke",
     output: Folder = Path("lab"),
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Only the runs of this setting; may be repeated.", show_default=False)
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at a time, a thread each; all cores by default.", min=1, show_default=False)
     ] = None,
@@ -30,16 +33,16 @@ def run(
 
       drpo lab run --preset smoke
 
-      drpo lab run --preset map --output lab --jobs 2
+      drpo lab run --preset settings --setting bf16 --output lab --jobs 2
     """
-    from drpo.lab.grid import runs_of
+    from drpo.lab.grid import only, plan_of
     from drpo.lab.page import write_lab_page
     from drpo.lab.runner import Lab
 
     folder = Lab(output)
-    runs = runs_of(preset)
+    plan = plan_of(preset) if setting is None else only(setting, plan_of(preset))
     try:
-        folder.run(runs, jobs or os.cpu_count() or 1)
+        folder.run(plan, jobs or os.cpu_count() or 1)
     except KeyboardInterrupt as error:
         typer.echo("interrupted; to go on: the same command", err=True)
         raise typer.Exit(130) from error
@@ -95,7 +98,10 @@ def exact(
 
 @lab.command()
 def presets(output: Folder = Path("lab")) -> None:
-    """List the presets: how many runs each has, and how many of them are missing."""
+    """List the presets: how many runs each has, and how many of them are missing.
+
+    The preset settings, and with it paper, has more of them once the learning rate of an arm is chosen.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -104,8 +110,9 @@ def presets(output: Folder = Path("lab")) -> None:
 
     folder = Lab(output)
     table = Table("preset", "runs", "missing", "settings", "arms")
-    for name, make in PRESETS.items():
-        runs = make()
+    areas = folder.areas()
+    for name, plan in PRESETS.items():
+        runs = plan(areas)
         settings, arms = {run.setting for run in runs}, {run.arm for run in runs}
         table.add_row(name, str(len(runs)), str(len(folder.missing(runs))), ", ".join(sorted(settings)), str(len(arms)))
     Console().print(table)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.lab.models import Architecture
+from drpo.lab.models import Architecture, ProblemSet
 from drpo.lab.tasks import TASKS
 from drpo.registry import unknown_name
 from drpo.run.recipe import Recipe
@@ -27,6 +27,8 @@ class Setting:
         train_precision: as in a recipe.
         rollout_precision: as in a recipe; None samples as training computes.
         prompts: of a rollout, each with 8 completions.
+        train: which of the base model's problems are trained on.
+        heldout: on which of them accuracy is measured.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Setting:
     train_precision: str = "fp32"
     rollout_precision: str | None = None
     prompts: int = 32
+    train: ProblemSet = "train"
+    heldout: ProblemSet = "heldout"
 
     @property
     def base(self) -> str:
@@ -58,6 +62,13 @@ SETTINGS = {
             rollout_precision="fp8",
         ),
         Setting("moe-fp8", "paper setting 4: the same with FP8 rollout and training", "moe", train_precision="fp8"),
+        Setting(
+            "sanity",
+            "paper setting 6: problems that the base model solves now and then, measured on themselves",
+            train_precision="bf16",
+            train="solvable",
+            heldout="solvable",
+        ),
         Setting("sorting", "fp32 on longer solutions", task="sorting"),
         Setting("smollm2", "a real model of 135 million parameters in FP32", "smollm2", task="addition", prompts=16),
     )
@@ -143,7 +154,7 @@ class Run:
         base = folder / "models" / setting.base
         fields: dict[str, Any] = {
             "model": str(base / "model"),
-            "task": {"train": str(base / "train.jsonl"), "heldout": str(base / "heldout.jsonl")},
+            "task": {"train": str(base / f"{setting.train}.jsonl"), "heldout": str(base / f"{setting.heldout}.jsonl")},
             "reward": "exact_answer",
             "objective": {"name": arm.objective, **arm.hyperparameters},
             "rollouts": self.rollouts,
@@ -185,44 +196,97 @@ def grid(
     ]
 
 
-PAPER_SETTINGS = ("bf16", "moe-bf16", "moe-fp8-rollout", "moe-fp8", "sorting", "fp32")
-OTHER_ARMS = [name for name in ARMS if name not in CORE]
+PAPER_SETTINGS = ("bf16", "moe-bf16", "moe-fp8-rollout", "moe-fp8", "sanity", "sorting", "fp32")
+TUNING_RATES = (5e-5, 1e-4, 2e-4)
+COMPARED = tuple(name for name in CORE if name != "drpo(0.05)")
+BESIDE = ("drpo(0.05)", "mask_drpo", "cispo", "gspo")
+"""Arms that the comparison gives fewer seeds."""
+ABLATIONS = (
+    *("mask_drpo", "cispo", "gspo", "drpo_unweighted", "drpo_kl", "drpo_tv", "drpo_k3"),
+    *("dppo_tv(0.15), anchor old", "drpo(0.2), anchor old"),
+)
+
+Areas = Mapping[Run, float]
+"""The mean accuracy over each run that there is; 0 of one that failed."""
+Plan = Callable[[Areas], Sequence[Run]]
 
 
-def _paper() -> list[Run]:
-    return list(dict.fromkeys(itertools.chain(*(PRESETS[name]() for name in QUESTIONS))))
+def tuned(setting: str, areas: Areas) -> list[Run]:
+    """A comparison of arms, each at the learning rate that suits it.
+
+    Seed 0 of every arm runs at each of the same learning rates. Once it has, other seeds, which had no part in the
+    choice, run at the best of them: five of the arms compared, three of those beside.
+
+    Args:
+        setting: of :data:`SETTINGS`.
+        areas: of what has run so far.
+    """
+    runs = grid((setting,), (*COMPARED, *BESIDE), TUNING_RATES, seeds=range(1))
+    for arm in (*COMPARED, *BESIDE):
+        rate = best_rate(setting, arm, areas)
+        if rate is not None:
+            runs += grid((setting,), (arm,), (rate,), seeds=range(1, 6 if arm in COMPARED else 4))
+    return sorted(runs, key=lambda run: run.seed)
 
 
-PRESETS: dict[str, Callable[[], list[Run]]] = {
-    "smoke": lambda: grid(("fp32", "bf16"), ("pg", "ppo", "drpo(0.2)"), (2e-4,), seeds=range(2), rollouts=24),
-    "demo": lambda: grid(("fp32",), ("pg", "drpo(0.2)"), (2e-4,), seeds=range(1), rollouts=30),
-    "core": lambda: grid(("fp32",), CORE, LEARNING_RATES[1:4], seeds=range(5)),
-    "map": lambda: grid(("fp32",), CORE, LEARNING_RATES, UPDATES),
-    "map-low-precision": lambda: grid(("moe-fp8-rollout",), CORE, LEARNING_RATES, UPDATES),
-    "settings": lambda: grid(PAPER_SETTINGS, CORE, LEARNING_RATES[1:4], seeds=range(5)),
-    "real": lambda: grid(
+def best_rate(setting: str, arm: str, areas: Areas) -> float | None:
+    """The learning rate at which seed 0 of an arm had the highest mean accuracy; None until it has run at each."""
+    candidates = grid((setting,), (arm,), TUNING_RATES, seeds=range(1))
+    if not all(run in areas for run in candidates):
+        return None
+    return max(candidates, key=areas.__getitem__).learning_rate
+
+
+def _every_setting(areas: Areas) -> list[Run]:
+    return [run for setting in PAPER_SETTINGS for run in tuned(setting, areas)]
+
+
+def _paper(areas: Areas) -> list[Run]:
+    return list(dict.fromkeys(itertools.chain(*(PRESETS[name](areas) for name in QUESTIONS))))
+
+
+PRESETS: dict[str, Plan] = {
+    "smoke": lambda _: grid(("fp32", "bf16"), ("pg", "ppo", "drpo(0.2)"), (2e-4,), seeds=range(2), rollouts=24),
+    "demo": lambda _: grid(("fp32",), ("pg", "drpo(0.2)"), (2e-4,), seeds=range(1), rollouts=30),
+    "core": lambda _: grid(("fp32",), CORE, LEARNING_RATES[1:4], seeds=range(5)),
+    "settings": _every_setting,
+    "map": lambda _: grid(("bf16",), CORE, LEARNING_RATES, UPDATES),
+    "map-low-precision": lambda _: grid(("moe-fp8-rollout",), CORE, LEARNING_RATES, UPDATES),
+    "real": lambda _: grid(
         ("smollm2",), ("pg", "ppo", "dppo_tv(0.15)", "drpo(0.2)", "drpo(12.5)"), REAL_RATES, updates=(8,), rollouts=24
     ),
-    "arms": lambda: grid(("fp32",), OTHER_ARMS, LEARNING_RATES[1:4]),
-    "delta": lambda: grid(
+    "arms": lambda _: grid(("fp32",), ABLATIONS, LEARNING_RATES[1:4]),
+    "delta": lambda _: grid(
         ("fp32",), [f"{kind}({delta:g})" for kind in ("dppo_tv", "drpo") for delta in DELTAS], (1.4e-4,), seeds=range(5)
     ),
-    "staleness": lambda: [
-        *grid(("fp32",), CORE, (1e-4,), (1, 2, 4, 8, 16, 32)),
-        *grid(("fp32",), CORE, (1e-4,), (4,), lags=(1, 4, 16)),
+    "staleness": lambda _: [
+        *grid(("bf16",), CORE, (1e-4,), (1, 2, 4, 8, 16, 32)),
+        *grid(("bf16",), CORE, (1e-4,), (4,), lags=(1, 4, 16)),
     ],
     "paper": _paper,
 }
-QUESTIONS = ("core", "map", "settings", "delta", "arms", "staleness", "map-low-precision")
+QUESTIONS = ("core", "settings", "map", "delta", "arms", "staleness", "real", "map-low-precision")
 """The presets that ``paper`` is made of, in the order in which they run."""
 
 
-def runs_of(preset: str) -> Sequence[Run]:
-    """The runs of a preset.
+def plan_of(preset: str) -> Plan:
+    """The runs of a preset, given the results so far.
 
     Raises:
         UserError: no preset of that name.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset: {unknown_name('preset', preset, PRESETS)}")
-    return PRESETS[preset]()
+    return PRESETS[preset]
+
+
+def only(settings: Sequence[str], plan: Plan) -> Plan:
+    """A plan without the runs of other settings.
+
+    Raises:
+        UserError: no setting of a name.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            raise UserError(f"--setting: {unknown_name('setting', name, SETTINGS)}")
+    return lambda areas: [run for run in plan(areas) if run.setting in settings]

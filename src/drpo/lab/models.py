@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from drpo.data.arithmetic import MODEL_PATH
+from drpo.data.problems import Problem
 from drpo.data.split import split_of
 from drpo.files import write_json
 from drpo.lab.tasks import FILLERS, Task, TaughtTask
@@ -23,6 +25,8 @@ from drpo.rollout.decoding import record_log_probs
 
 Taught = Literal["dense", "moe"]
 Architecture = Literal[Taught, "smollm2"]
+ProblemSet = Literal["train", "heldout", "solvable"]
+"""Problems of a base model; ``solvable`` are those of ``train`` that it solves in some of its samples, not in all."""
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LINE_FEED = "Ċ"
@@ -98,16 +102,31 @@ def _write(folder: Path, model: Any, tokenizer: Any, task: Task, made: dict[str,
 def measure(model: Any, tokenizer: Any, task: Task, problems: int = 500) -> dict[str, float]:
     """Accuracy on held-out problems, sampled once each at temperature 1, and the share of sampled tokens with μ ≤ 0.01."""
     heldout = task.problems("heldout", problems, seed=1)
-    inputs = tokenizer([problem.prompt for problem in heldout], return_tensors="pt", padding=True)
-    with torch.random.fork_rng(), record_log_probs(model) as recorder:
+    with record_log_probs(model) as recorder:
+        completions, rewards = _sample(model, tokenizer, task, heldout)
+        lengths = (completions != tokenizer.pad_token_id).sum(dim=1).tolist()
+        log_probs = torch.tensor([log_prob for row in recorder.log_probs(lengths) or [] for log_prob in row])
+    return {"accuracy": sum(rewards) / problems, "rare_tokens": (log_probs <= math.log(0.01)).float().mean().item()}
+
+
+def solvable(model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem], samples: int = 8) -> list[Problem]:
+    """The problems that a model solves in some of its samples at temperature 1, and not in all."""
+    repeated = [problem for problem in problems for _ in range(samples)]
+    with record_log_probs(model):
+        _, rewards = _sample(model, tokenizer, task, repeated)
+    solved = torch.tensor(rewards).view(-1, samples).mean(dim=1).tolist()
+    return [problem for problem, share in zip(problems, solved, strict=True) if 0 < share < 1]
+
+
+def _sample(model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem]) -> tuple[Tensor, list[float]]:
+    """The ids [B, T] of a completion of each problem, the same each time, and their rewards."""
+    inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         ids = model.generate(**inputs, max_new_tokens=task.longest, do_sample=True, top_k=0)
     completions = ids[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rewards = exact_answer(texts, [problem.answer for problem in heldout])
-    lengths = (completions != tokenizer.pad_token_id).sum(dim=1).tolist()
-    log_probs = torch.tensor([log_prob for row in recorder.log_probs(lengths) or [] for log_prob in row])
-    return {"accuracy": sum(rewards) / problems, "rare_tokens": (log_probs <= math.log(0.01)).float().mean().item()}
+    return completions, exact_answer(texts, [problem.answer for problem in problems])
 
 
 def _mixture_of_experts(dense: Any) -> Any:
