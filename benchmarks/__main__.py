@@ -22,6 +22,7 @@ NAMES = (
     "checkpoint",
     "low_precision",
     "engine_gap",
+    "router_gap",
     "off_policy",
     "mistakes",
 )

@@ -31,7 +31,11 @@ PACKAGES = ("torch", "torchao", "transformers", "trl")
 
 def gaps(seed: int, **settings: Any) -> dict[str, float]:
     """Statistics of |π − μ| and |log π − log μ| over one rollout."""
-    _, rows = first_rollout(seed, audit_threshold=100.0, **settings)
+    return gaps_of(first_rollout(seed, audit_threshold=100.0, **settings)[1])
+
+
+def gaps_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The same of a rollout's rows."""
     logp, behavior_logp = (
         torch.tensor([value for row in rows for value in row[name]], dtype=torch.float64)
         for name in ("logp", "behavior_logp")
@@ -64,12 +68,16 @@ def run(command: str) -> list[dict[str, Any]]:
 
 def _row(engine: str, rollout: str, train: str, **settings: Any) -> dict[str, Any]:
     of_seeds = [gaps(seed, **settings) for seed in range(SEEDS)]
-    values = {name: [found[name] for found in of_seeds] for name in of_seeds[0]}
-    row: dict[str, Any] = {"engine": engine, "rollout": rollout, "train": train, "seeds": SEEDS}
-    row["tokens"] = sum(values.pop("tokens"))
-    for name, found in values.items():
-        row[name] = f"{statistics.fmean(found):.3g}"
-        row[f"{name}_range"] = f"{min(found):.3g} to {max(found):.3g}"
+    return {"engine": engine, "rollout": rollout, "train": train, "seeds": SEEDS, **summary(of_seeds)}
+
+
+def summary(of_seeds: list[dict[str, float]]) -> dict[str, Any]:
+    """The tokens of all seeds, and mean and range over seeds of everything else."""
+    columns = {name: [values[name] for values in of_seeds] for name in of_seeds[0]}
+    row: dict[str, Any] = {"tokens": sum(columns.pop("tokens"))}
+    for name, values in columns.items():
+        row[name] = f"{statistics.fmean(values):.3g}"
+        row[f"{name}_range"] = f"{min(values):.3g} to {max(values):.3g}"
     return row
 
 

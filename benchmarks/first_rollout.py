@@ -1,9 +1,10 @@
-"""The first rollout of the built-in model on its task, as a trainer sees it before any update."""
+"""The first rollout of a model, the built-in one on its task by default, as a trainer sees it before any update."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo import DRPOConfig, DRPOTrainer
-from drpo.data.problems import BUILTIN_MODELS, builtin_problems
+from drpo.data.problems import BUILTIN_MODELS, Problem, builtin_problems
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
 from drpo.trainer.token_log import TokenLog
@@ -25,6 +26,8 @@ def first_rollout(
     kind: type[DRPOTrainer] = DRPOTrainer,
     rollout_func: Any = None,
     of_model: dict[str, Any] | None = None,
+    model: str = MODEL,
+    problems: Sequence[Problem] = (),
     **settings: Any,
 ) -> tuple[DRPOTrainer, list[dict[str, Any]]]:
     """A trainer and the rows of its first rollout: PROMPTS prompts, GROUP completions each; the audit may have stopped it there.
@@ -34,12 +37,14 @@ def first_rollout(
         kind: of trainer.
         rollout_func: what samples; Transformers by default.
         of_model: settings that its configuration is loaded with.
+        model: a folder.
+        problems: PROMPTS of them; the built-in task's by default.
         settings: of the trainer.
     """
-    problems = builtin_problems("train", PROMPTS, seed)
+    problems = problems or builtin_problems("train", PROMPTS, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = kind(
-            model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, **(of_model or {})),
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **(of_model or {})),
             reward_funcs=exact_answer,
             args=DRPOConfig(
                 folder,
@@ -59,7 +64,7 @@ def first_rollout(
                 },
             ),
             train_dataset=Dataset.from_list([vars(problem) for problem in problems]),
-            processing_class=AutoTokenizer.from_pretrained(MODEL, padding_side="left"),
+            processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
             rollout_func=rollout_func,
         )
         trainer.token_log = TokenLog(trainer.processing_class)

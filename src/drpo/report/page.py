@@ -65,6 +65,15 @@ _FIGURES: tuple[tuple[str, str, Draw], ...] = (
         _mean_distances({f"{part}/divergence/mean": label for part, label in _ORIGINS.items()}),
     ),
     (
+        "Experts that differ",
+        "Before the updates on each rollout: the share of sampled tokens that the policy would send to another expert than the sampler did in one layer at least, and the mean share of a token's experts.",
+        partial(
+            over_rollouts,
+            metrics={"routing/other_tokens": "tokens", "routing/other_experts": "experts"},
+            y_title="share that differs",
+        ),
+    ),
+    (
         "Distance by the sign of the advantage",
         "|π − μ| at the last update of each rollout.",
         _mean_distances({f"divergence/mean_{group}": label for group, label in figures.SIGN_GROUPS.items()}),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from drpo.errors import TrainingStoppedError
+from drpo.rollout.routing import find_routers
 from drpo.rollout.sampling import sampling_mismatches
 from drpo.tokens import TokenBatch
 
@@ -137,6 +138,7 @@ class AuditedPolicy:
         rollout_precision: of the sampler, where it is this library's.
         sampling: the sampler's settings by Transformers' names; None where they are not known.
         replays_support: whether the trainer scores over the tokens that filters left.
+        replays_experts: whether it sends tokens to the experts that the sampler chose.
         is_exact: whether the sampler is this library's, in Transformers: in fp32 nothing but rounding is between the two.
     """
 
@@ -146,6 +148,7 @@ class AuditedPolicy:
     rollout_precision: str
     sampling: Mapping[str, Any] | None
     replays_support: bool
+    replays_experts: bool
     is_exact: bool
 
     def audit(self, difference: Difference, threshold: float | None) -> Audit:
@@ -174,6 +177,10 @@ class AuditedPolicy:
         else:
             seen.append(
                 f"precision: the trainer's forward pass runs in {self.precision}; keep log-probs and LM head in fp32"
+            )
+        if find_routers(self.model) and not self.replays_experts:
+            unknown.append(
+                "routers: the trainer may choose other experts than the sampler did; router_replay=True takes the sampler's"
             )
         unknown.append("weights: the sampler may have older ones than the trainer")
         return seen + unknown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from drpo.rollout.recorder import LogProbRecorder, of_all_rows
+from drpo.rollout.routing import ChosenExperts, recording_experts
 
 BLOCK = 256
 """Tokens of the vocabulary whose probability is summed before one of them is looked for."""
@@ -101,10 +102,16 @@ class Decoding:
         recorder: sees every token that is drawn.
         seeds: of each row's random numbers; None takes PyTorch's own generator. Which token a row gets depends on
             its distribution and its own numbers alone.
+        chosen_experts: of the model's routers, for the recorder.
     """
 
-    def __init__(self, recorder: LogProbRecorder, seeds: Sequence[int] | None = None) -> None:
-        self._recorder, self._seeds = recorder, seeds
+    def __init__(
+        self,
+        recorder: LogProbRecorder,
+        seeds: Sequence[int] | None = None,
+        chosen_experts: ChosenExperts | None = None,
+    ) -> None:
+        self._recorder, self._seeds, self._chosen_experts = recorder, seeds, chosen_experts
 
     @torch.no_grad()
     def __call__(
@@ -122,8 +129,11 @@ class Decoding:
         is_synced = ranks > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
         is_selectable = not is_synced and _keeps_rows_apart(model_kwargs)
         may_leave = is_selectable and all(type(one) in _ROW_BY_ROW for one in (*logits_processor, *stopping_criteria))
+        group = None
         if is_selectable and generation_config.prefill_chunk_size is None:
-            share_prompts(model, input_ids, generation_config, model_kwargs)
+            group = share_prompts(model, input_ids, generation_config, model_kwargs)
+        if group is not None and self._chosen_experts is not None:
+            self._recorder.see_prompt_experts(self._chosen_experts.take(int(group.max()) + 1)[group])
         uniforms = self._uniforms(input_ids, generation_config.max_length - input_ids.shape[1])
         padding = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
         batch, device = len(input_ids), input_ids.device
@@ -136,6 +146,8 @@ class Decoding:
             else model
         )
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        if self._chosen_experts is not None:
+            self._recorder.see_prompt_experts(self._chosen_experts.take(batch))
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             # Other ranks may still decode, which they do together where the model is spread over them.
@@ -164,6 +176,8 @@ class Decoding:
             del outputs
             with model._optimize_model_for_decode():
                 outputs = forward(**inputs, return_dict=True)
+            if self._chosen_experts is not None:
+                self._recorder.see_experts(self._chosen_experts.take(len(rows))[:, -1:], rows, batch)
 
     def _uniforms(self, input_ids: Tensor, steps: int) -> Tensor:
         """A random number for each row and position, [B, steps]."""
@@ -177,7 +191,7 @@ class Decoding:
 
 def share_prompts(
     model: Any, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> None:
+) -> Tensor | None:
     """Fill the cache of a generation with all tokens of its prompts but the last, those of equal prompts once.
 
     Args:
@@ -185,17 +199,21 @@ def share_prompts(
         input_ids: [B, L], the prompts, padded on the left.
         generation_config: of the generation.
         model_kwargs: of its forward passes; the cache in it is filled.
+
+    Returns:
+        Which of the distinct prompts each row has, [B]; None where all are distinct, and nothing is done.
     """
     last = input_ids.shape[1] - 1
     if last < 1:
-        return
+        return None
     named = {"input_ids": input_ids, **{name: model_kwargs[name] for name in _OF_TOKENS if name in model_kwargs}}
     prompts, group = torch.stack(list(named.values()), dim=1).unique(dim=0, return_inverse=True)
     if len(prompts) == len(input_ids):
-        return
+        return None
     prefix = dict(zip(named, prompts[:, :, :last].unbind(dim=1), strict=True))
     model._prefill(prefix.pop("input_ids"), generation_config, {**model_kwargs, **prefix})
     model_kwargs["past_key_values"].batch_select_indices(group)
+    return group
 
 
 def _keeps_rows_apart(model_kwargs: dict[str, Any]) -> bool:
@@ -211,7 +229,7 @@ def _keeps_rows_apart(model_kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def record_log_probs(
-    model: Any, top_k: int = 0, support: bool = False, seeds: Sequence[int] | None = None
+    model: Any, top_k: int = 0, support: bool = False, experts: bool = False, seeds: Sequence[int] | None = None
 ) -> Iterator[LogProbRecorder]:
     """Within this context ``model.generate`` samples by :class:`Decoding` and records.
 
@@ -219,11 +237,13 @@ def record_log_probs(
         model: of Transformers.
         top_k: as in :class:`LogProbRecorder`.
         support: likewise.
+        experts: record those that the model's routers choose.
         seeds: as in :class:`Decoding`.
     """
     recorder = LogProbRecorder(top_k, support)
-    model.generate = partial(model.generate, custom_generate=Decoding(recorder, seeds))
-    try:
-        yield recorder
-    finally:
-        del model.generate
+    with recording_experts(model) if experts else nullcontext() as chosen_experts:
+        model.generate = partial(model.generate, custom_generate=Decoding(recorder, seeds, chosen_experts))
+        try:
+            yield recorder
+        finally:
+            del model.generate

@@ -32,6 +32,8 @@ class LogProbRecorder:
         self._unfiltered: Tensor | None = None
         self._steps: list[Tensor] = []
         self._likeliest: list[tuple[Tensor, Tensor]] = []
+        self._prompt_experts: list[Tensor] = []
+        self._experts: list[Tensor] = []
 
     def see_logits(self, logits: Tensor, temperature: float) -> None:
         """See a step's logits [R, V] before they are filtered."""
@@ -63,6 +65,14 @@ class LogProbRecorder:
             self._supports.append(of_all_rows(ids, rows, batch, missing=NOT_IN_SUPPORT))
             self._kept.append(of_all_rows((log_total - self._unfiltered).exp().float(), rows, batch, missing=1))
 
+    def see_prompt_experts(self, experts: Tensor) -> None:
+        """See the experts that further columns of the prompts went to, [B, T, layers, K]."""
+        self._prompt_experts.append(experts)
+
+    def see_experts(self, experts: Tensor, rows: Tensor, batch: int) -> None:
+        """See the experts that the last tokens went to, [R, 1, layers, K]; arguments as of :meth:`see_tokens`."""
+        self._experts.append(of_all_rows(experts, rows, batch))
+
     def log_probs(self, lengths: Sequence[int]) -> list[list[float]] | None:
         """The log-probs of the first ``lengths[i]`` tokens drawn in each row i; None if none was seen drawn."""
         if not self._steps:
@@ -90,6 +100,14 @@ class LogProbRecorder:
             pad(ids[:, :length], (0, 0, 0, missing), value=NOT_IN_SUPPORT),
             pad(kept[:, :length], (0, missing), value=1.0),
         )
+
+    def experts(self, prompt: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """The experts of the last ``prompt`` tokens of prompts and of the first ``length`` of completions, [B, T, layers, K] each, zeros past the last that were chosen; None if none were seen."""
+        if not self._prompt_experts:
+            return None
+        prompts = torch.cat(self._prompt_experts, dim=1)[:, -prompt:]
+        completions = torch.cat([*self._experts, prompts[:, :0]], dim=1)[:, :length]
+        return prompts, pad(completions, (0, 0, 0, 0, 0, length - completions.shape[1]))
 
 
 def of_all_rows(values: Tensor, rows: Tensor, batch: int, missing: float = 0) -> Tensor:

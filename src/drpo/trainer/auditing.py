@@ -144,6 +144,7 @@ def audited_policy(trainer: DRPOTrainer) -> AuditedPolicy:
         rollout_precision=trainer.args.rollout_precision or trainer.precision,
         sampling=sampling,
         replays_support=trainer.args.replay_support,
+        replays_experts=trainer.args.router_replay,
         is_exact=sampling is not None and not trainer.use_vllm,
     )
 

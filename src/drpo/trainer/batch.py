@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class RolloutBatch(TypedDict, total=False):
     top_k_ids: Tensor  # [B, C, K], int64: the sampler's likeliest tokens, for a top-k objective
     top_k_per_token_logps: Tensor  # [B, C, K], fp32: their log μ
     support_ids: Tensor  # [B, C, K], int64: tokens that could be drawn, then NOT_IN_SUPPORT, for replay_support
+    prompt_experts: Tensor  # [B, P, layers, K], uint8 or int16: those that the sampler's routers chose, of a mixture
+    completion_experts: Tensor  # [B, C, layers, K], the same; 0 for the last token, which was not sampled after
 
 
 def loss_mask(batch: RolloutBatch) -> Tensor:
@@ -68,7 +70,7 @@ def select(batch: RolloutBatch, rows: Tensor) -> RolloutBatch:
     for name, tensor in cast(dict[str, Tensor], batch).items():
         if tensor.dim() and len(tensor) == size:
             tensor = tensor[rows]
-            if name in ("prompt_ids", "prompt_mask"):
+            if name.startswith("prompt_"):
                 tensor = tensor[:, -prompt:]
             elif tensor.dim() >= 2 and tensor.shape[1] == width:
                 tensor = tensor[:, :completion]
@@ -76,7 +78,21 @@ def select(batch: RolloutBatch, rows: Tensor) -> RolloutBatch:
     return cast(RolloutBatch, chosen)
 
 
-def left_aligned(batch: RolloutBatch, longest: int) -> tuple[Tensor, Tensor]:
+class LeftAligned(NamedTuple):
+    """Sequences without the padding before and between prompt and completion.
+
+    Attributes:
+        ids: [B, L], from 2 tokens on.
+        counted: [B, L], bool: the tokens that count; each row's keep their order.
+        experts: [B, L, layers, K], of the sampler, where they were recorded.
+    """
+
+    ids: Tensor
+    counted: Tensor
+    experts: Tensor | None
+
+
+def left_aligned(batch: RolloutBatch, longest: int) -> LeftAligned:
     """Token ids without the padding before and between prompt and completion, and the places of the tokens that count.
 
     Causal attention never looks right, where the padding is now: no attention mask is needed. A model's input is all
@@ -87,9 +103,6 @@ def left_aligned(batch: RolloutBatch, longest: int) -> tuple[Tensor, Tensor]:
     Args:
         batch: with prompts padded on the left and completions on the right.
         longest: tokens of the longest sequence of the update, over its micro-batches and ranks.
-
-    Returns:
-        [B, L] ids and [B, L] bool, in which each row's tokens keep their order, from 2 tokens on.
     """
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool()
@@ -97,4 +110,8 @@ def left_aligned(batch: RolloutBatch, longest: int) -> tuple[Tensor, Tensor]:
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(2, int(mask.sum(dim=1).amax()))]
     length = order.shape[1]
     missing = (0, max(0, min(longest - length, -(length - 1) % INPUT_WIDTH)))
-    return pad(ids.gather(1, order), missing), pad(counted.gather(1, order), missing)
+    experts = None
+    if "prompt_experts" in batch:
+        experts = torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1)
+        experts = pad(experts.take_along_dim(order[..., None, None], dim=1), (0, 0, 0, 0, *missing))
+    return LeftAligned(pad(ids.gather(1, order), missing), pad(counted.gather(1, order), missing), experts)

@@ -77,6 +77,8 @@ class DRPOConfig(GRPOConfig):
         replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
             ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
             generation and an objective anchored on the sampler, and computes all logits.
+        router_replay: send each token to the experts that the sampler chose, weighted as the policy weighs them
+            (R3, arXiv 2510.11370), in a mixture of experts that Transformers samples from.
         max_skipped_updates: an update whose gradient is not finite is skipped, on all ranks; after so many in a row
             training stops (:class:`drpo.trainer.guard.UpdateGuard`).
         checkpoint_checksums: flush a checkpoint to disk and note its files' SHA-256, which are compared when a run goes on
@@ -111,6 +113,7 @@ class DRPOConfig(GRPOConfig):
     rollout_precision: RolloutPrecision | None = None
     rollout_lag: int = 0
     replay_support: bool = False
+    router_replay: bool = False
     split_distance: bool = False
     max_skipped_updates: int = 5
     checkpoint_checksums: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from drpo.metrics import TrustRegion, TrustRegionMetrics
@@ -30,6 +31,7 @@ class Measurements:
         self.differences = Differences()
         self._trust_region = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
         self._split = Split() if splits_distance else None
+        self._other_experts: list[Tensor] = []
 
     def add(self, mode: Mode, batch: RolloutBatch, scored: Scored, audits: bool) -> None:
         """Add the tokens of a micro-batch, with ``audits`` to the differences too."""
@@ -39,10 +41,23 @@ class Measurements:
             self._split.update(batch, scored.sampled)
         if audits:
             self.differences.add(scored.sampled)
+        if audits and scored.other_experts is not None:
+            share = scored.other_experts
+            sums = [(share > 0).any(dim=1).sum(), share.mean(dim=1).sum(), share.new_tensor(len(share))]
+            self._other_experts.append(torch.stack([value.float() for value in sums]))
 
     def take(self, mode: Mode, gather: Callable[[Tensor], Tensor]) -> tuple[TrustRegion, dict[str, float]]:
         """What was measured since the last call, over all ranks, which call it together; and its metrics by name."""
         measured = self._trust_region[mode].compute(gather)
         self._trust_region[mode].reset()
         origins = self._split.take(gather) if self._split is not None and mode == "train" else {}
-        return measured, {**measured.scalars, **origins}
+        routing = self._take_routing(gather) if mode == "train" else {}
+        return measured, {**measured.scalars, **origins, **routing}
+
+    def _take_routing(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Before updates: the share of tokens that the policy would send to other experts than the sampler did in one layer at least, and the mean share of their experts."""
+        if not self._other_experts:
+            return {}
+        tokens, experts, count = gather(torch.stack(self._other_experts)).view(-1, 3).sum(dim=0).tolist()
+        self._other_experts.clear()
+        return {"routing/other_tokens": tokens / count, "routing/other_experts": experts / count} if count else {}

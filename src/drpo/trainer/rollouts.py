@@ -21,6 +21,7 @@ from drpo.rewards import LARGEST_REWARD
 from drpo.rollout.behavior_policy import BehaviorPolicy
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.recorder import LogProbRecorder
+from drpo.rollout.routing import find_routers
 from drpo.trainer.batch import RolloutBatch, loss_mask
 
 if TYPE_CHECKING:
@@ -70,15 +71,16 @@ class RolloutSampler:
         behavior: what samples a rollout to be trained on; anything else is sampled from the policy as it is.
         top_k: of the likeliest tokens to record at each position.
         records_support: whether the tokens that could be drawn are recorded.
+        records_experts: whether the experts that the model's routers choose are.
 
     Attributes:
         kept_mass: the mean probability that the filters of the last rollout left on this rank; None without support.
     """
 
-    def __init__(self, behavior: BehaviorPolicy, top_k: int, records_support: bool) -> None:
+    def __init__(self, behavior: BehaviorPolicy, top_k: int, records_support: bool, records_experts: bool) -> None:
         self.behavior = behavior
         self.kept_mass: Tensor | None = None
-        self._top_k, self._records_support = top_k, records_support
+        self._recorded: dict[str, Any] = {"top_k": top_k, "support": records_support, "experts": records_experts}
         self._rollout: Rollout | None = None
 
     @contextmanager
@@ -99,7 +101,7 @@ class RolloutSampler:
         with ExitStack() as stack:
             is_trained_on = rollout is not None and rollout.is_trained_on
             model = stack.enter_context(self.behavior.sampling(policy)) if is_trained_on else policy
-            recorded = {} if rollout is None else {"top_k": self._top_k, "support": self._records_support}
+            recorded = {} if rollout is None else self._recorded
             recorder = stack.enter_context(record_log_probs(model, **recorded))
             yield recorder
         if rollout is not None:
@@ -115,6 +117,10 @@ class RolloutSampler:
         if rollout.recorder is not None and (support := rollout.recorder.support(columns)):
             batch["support_ids"], kept_mass = support
             self.kept_mass = kept_mass[loss_mask(batch).bool()].mean()
+        if rollout.recorder is not None:
+            experts = rollout.recorder.experts(batch["prompt_ids"].shape[1], columns)
+            if experts is not None:
+                batch["prompt_experts"], batch["completion_experts"] = experts
         if rollout.is_trained_on:
             batch["age"] = torch.full_like(batch["advantages"], self.behavior.age, dtype=torch.long)
 
@@ -167,8 +173,21 @@ def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:
             ("tools, whose turns are generated apart from one another", bool(trainer.tools)),
             ("cast_lm_head_to_fp32, which is TRL's fused head's", args.cast_lm_head_to_fp32),
         )
+    has_routers = bool(find_routers(trainer.bare_model))
+    samples_elsewhere = (
+        ("vLLM, of which TRL keeps no experts", trainer.use_vllm),
+        ("a rollout_func, which returns no experts", trainer.rollout_func is not None),
+        ("tools, whose turns are generated apart from one another", bool(trainer.tools)),
+    )
+    if args.router_replay:
+        _refuse_with(
+            "router_replay=True needs the experts that the sampler's routers choose; it does not work with",
+            (f"a {type(trainer.bare_model).__name__}, which has no routers that are known", not has_routers),
+            *samples_elsewhere,
+        )
+    records_experts = has_routers and not any(applies for _, applies in samples_elsewhere)
     behavior = BehaviorPolicy(trainer.bare_model, lag, precision, trainer.accelerator.autocast)
-    return RolloutSampler(behavior, top_k, args.replay_support)
+    return RolloutSampler(behavior, top_k, args.replay_support, records_experts)
 
 
 def _refuse_with(message: str, *conflicts: tuple[str, bool]) -> None:

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from drpo.kernels import PackedTokens
 from drpo.objectives import Anchor, Objective, TopKObjective
 from drpo.rollout.recorder import NOT_IN_SUPPORT
+from drpo.rollout.routing import ExpertReplay, find_routers
 from drpo.tokens import TokenBatch, TopK
 from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask
 from drpo.trainer.config import DRPOConfig
@@ -38,6 +39,8 @@ class Scored(NamedTuple):
         gradient_weight: the objective's of each token, as ``sampled`` has them.
         entropy: of π at each, in nats.
         aux_loss: the load-balancing loss of a mixture of experts, if it was asked for.
+        other_experts: [tokens that count, layers], which share of the experts that sampled each the policy would not
+            choose, where they were recorded.
     """
 
     loss: Tensor
@@ -45,6 +48,7 @@ class Scored(NamedTuple):
     gradient_weight: Tensor
     entropy: Tensor
     aux_loss: Tensor | None = None
+    other_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ class FusedScorer:
         anchor: what its ratio is taken against.
         with_aux_loss: ask a mixture of experts for its load-balancing loss.
         shares_prompts: let a prompt go through the model once, however many completions of it are in a micro-batch.
+        experts: compares them with the sampler's, or takes those, in a mixture of experts.
     """
 
     objective: Objective
     anchor: Anchor
     with_aux_loss: bool = False
     shares_prompts: bool = False
+    experts: ExpertReplay | None = None
 
     @property
     def layout(self) -> Callable[[RolloutBatch], Layout]:
@@ -95,24 +101,31 @@ class FusedScorer:
             top_k_ids=values_of_tokens("top_k_ids"),
             top_k_behavior_logp=values_of_tokens("top_k_per_token_logps"),
         )
-        inputs, predicts = self._inputs(batch, longest)
+        inputs, predicts, experts = self._inputs(batch, longest)
+        if self.experts is not None:
+            self.experts.expect(None if experts is None else experts.flatten(0, -3))
         (loss, logp, entropy, weight), aux_loss = model(**inputs, scored=ScoredTokens(predicts, self.objective, tokens))
         in_one_row = replace(tokens, sequence_ids=None)
-        return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0), aux_loss)
+        other_experts = None
+        if self.experts is not None and (differing := self.experts.differing) is not None:
+            other_experts = differing.view(*inputs["input_ids"].shape, -1)[predicts]
+        return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0), aux_loss, other_experts)
 
-    def _inputs(self, batch: RolloutBatch, longest: int) -> tuple[dict[str, Any], Tensor | tuple[Tensor, Tensor]]:
-        """The model's inputs, and where in them the next token is one that counts."""
+    def _inputs(
+        self, batch: RolloutBatch, longest: int
+    ) -> tuple[dict[str, Any], Tensor | tuple[Tensor, Tensor], Tensor | None]:
+        """The model's inputs, where in them the next token is one that counts, and the sampler's experts of each."""
         if self.shares_prompts:
             shared = share_tokens(batch, longest)
             places = shared.predicts[loss_mask(batch).bool()]
-            return shared.inputs, (torch.zeros_like(places), places)
-        ids, places = left_aligned(batch, longest)
+            return shared.inputs, (torch.zeros_like(places), places), shared.experts
+        ids, places, experts = left_aligned(batch, longest)
         if not self.with_aux_loss:
-            return {"input_ids": ids[:, :-1]}, places[:, 1:]
+            return {"input_ids": ids[:, :-1]}, places[:, 1:], None if experts is None else experts[:, :-1]
         # It is over all tokens, also the last of the longest sequence, which predicts none.
         has_token = torch.arange(ids.shape[1], device=ids.device) < lengths(batch).unsqueeze(1)
         inputs = {"input_ids": ids, "attention_mask": has_token.long(), "output_router_logits": True}
-        return inputs, pad(places[:, 1:], (0, 1))
+        return inputs, pad(places[:, 1:], (0, 1)), experts
 
 
 class LogProbs(NamedTuple):
@@ -142,6 +155,7 @@ class PaddedScorer:
             :func:`top_k_log_probs`, :func:`support_log_probs`.
         takes_positions: whether the model's forward takes ``position_ids``.
         with_aux_loss: ask a mixture of experts for its load-balancing loss.
+        experts: as :class:`FusedScorer`'s.
     """
 
     objective: Objective
@@ -149,6 +163,7 @@ class PaddedScorer:
     log_probs: Callable[[Any, RolloutBatch, dict[str, Any]], LogProbs]
     takes_positions: bool
     with_aux_loss: bool = False
+    experts: ExpertReplay | None = None
 
     @property
     def layout(self) -> Callable[[RolloutBatch], Layout]:
@@ -167,7 +182,16 @@ class PaddedScorer:
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if self.with_aux_loss:
             inputs["output_router_logits"] = True
+        if self.experts is not None:
+            experts = None
+            if "prompt_experts" in batch:
+                experts = torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1).flatten(0, 1)
+            self.experts.expect(experts)
         scores = self.log_probs(model, batch, inputs)
+        other_experts = None
+        if self.experts is not None and (differing := self.experts.differing) is not None:
+            predicts = differing.view(*attention_mask.shape, -1)[:, -1 - batch["completion_ids"].shape[1] : -1]
+            other_experts = predicts[loss_mask(batch).bool()]
         topk = None
         if scores.top_k_logp is not None:
             is_sampled = batch["top_k_ids"] == batch["completion_ids"].unsqueeze(2)
@@ -182,7 +206,8 @@ class PaddedScorer:
             topk=topk,
         )
         loss = (scale * self.objective.loss(tokens)).sum()
-        return Scored(loss, tokens, self.objective.gradient_weight(tokens), scores.entropy, scores.aux_loss)
+        weight = self.objective.gradient_weight(tokens)
+        return Scored(loss, tokens, weight, scores.entropy, scores.aux_loss, other_experts)
 
 
 Scorer = FusedScorer | PaddedScorer
@@ -212,10 +237,14 @@ def make_scorer(
     reason = next((text for applies, text in reasons if applies), None) or why_not_fused(bare)
     # Other ranks may have no weights yet to find out with.
     [reason] = broadcast_object_list([reason])
+    shares_prompts = False
     if reason is None:
         add_policy_loss(bare, temperature)
         shares_prompts = args.share_prompts and _shares_prompts(policy, bare, with_aux_loss)
-        return FusedScorer(objective, anchor, with_aux_loss, shares_prompts)
+    # After the probes above, which nothing was recorded for.
+    experts = ExpertReplay(bare, args.router_replay) if find_routers(bare) else None
+    if reason is None:
+        return FusedScorer(objective, anchor, with_aux_loss, shares_prompts, experts)
     if args.fused_loss and PartialState().is_main_process:
         logger.warning("No fused loss for this model: %s. TRL's chunked LM head takes its place.", reason)
     log_probs = chunked_log_probs
@@ -224,7 +253,7 @@ def make_scorer(
     elif args.replay_support:
         log_probs = partial(support_log_probs, temperature=temperature)
     takes_positions = "position_ids" in inspect.signature(bare.forward).parameters
-    return PaddedScorer(objective, anchor, log_probs, takes_positions, with_aux_loss)
+    return PaddedScorer(objective, anchor, log_probs, takes_positions, with_aux_loss, experts)
 
 
 def _shares_prompts(policy: Any, bare: Any, with_aux_loss: bool) -> bool:

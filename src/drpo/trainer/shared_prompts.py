@@ -67,6 +67,7 @@ class SharedTokens:
         rows: for attention.
         outputs: [T], where among the rows' queries, flattened one after another, a token's result is.
         predicts: [N, C], which of the T predicts each token of a completion; the last one's place where there is none.
+        experts: [T, layers, K], of the sampler, where they were recorded.
     """
 
     ids: Tensor
@@ -74,6 +75,7 @@ class SharedTokens:
     rows: tuple[Rows, ...]
     outputs: Tensor
     predicts: Tensor
+    experts: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -111,8 +113,12 @@ def share_tokens(batch: RolloutBatch, longest: int) -> SharedTokens:
     leader = torch.full_like(group[: int(group.max()) + 1], len(group)).scatter_reduce(0, group, sequences, "amin")
 
     is_input = torch.arange(batch["completion_ids"].shape[1], device=device) < completion.unsqueeze(1)
-    prompt_ids = batch["prompt_ids"][leader][batch["prompt_mask"][leader].bool()]
+    is_prompt = batch["prompt_mask"][leader].bool()
+    prompt_ids = batch["prompt_ids"][leader][is_prompt]
     ids = torch.cat([prompt_ids, batch["completion_ids"][is_input]])
+    experts = None
+    if "prompt_experts" in batch:
+        experts = torch.cat([batch["prompt_experts"][leader][is_prompt], batch["completion_experts"][is_input]])
     prompt_begins = _before(prompt[leader])[group]
     completion_begins = len(prompt_ids) + _before(completion)
 
@@ -141,7 +147,7 @@ def share_tokens(batch: RolloutBatch, longest: int) -> SharedTokens:
         queries += own.numel()
     before = prompt.unsqueeze(1) - 1 + torch.arange(batch["completion_ids"].shape[1], device=device)
     predicts = places(sequences.unsqueeze(1), before.minimum((prompt + completion - 1).unsqueeze(1)))
-    return SharedTokens(ids.unsqueeze(0), positions.unsqueeze(0), tuple(together), outputs, predicts)
+    return SharedTokens(ids.unsqueeze(0), positions.unsqueeze(0), tuple(together), outputs, predicts, experts)
 
 
 def _padded(width: int, longest: int) -> int:
@@ -272,7 +278,7 @@ def _probe(model: Any) -> tuple[float, set[int | None]]:
         "completion_mask": (torch.arange(5, device=device) < completions).long(),
     }
     longest = 9
-    tokens, (alone, places) = share_tokens(batch, longest), left_aligned(batch, longest)
+    tokens, (alone, places, _) = share_tokens(batch, longest), left_aligned(batch, longest)
     own_name, training = model.config._attn_implementation, model.training
     model.eval()
     expected = model.base_model(input_ids=alone[:, :-1], use_cache=False).last_hidden_state[places[:, 1:]]
