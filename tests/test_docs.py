@@ -244,6 +244,16 @@ class TestOffPolicy:
             gaps = [f"{float(row[name]):.2g}".replace("e-0", "e-") for name in ("mean", "p99")]
             assert f"| {row['engine']} | {row['rollout']} | {row['train']} | {' | '.join(gaps)} |" in self.PAGE
 
+    def test_the_gaps_that_routers_make_are_as_measured(self) -> None:
+        means: dict[tuple[str, str], dict[str, float]] = {}
+        for row in rows("router_gap.csv"):
+            mean, p99, elsewhere = (float(row[name]) for name in ("mean", "p99", "other_tokens"))
+            numbers = f"{mean:.2g} | {p99:.2g} | {elsewhere:.1%}"
+            assert f"| {row['model']} | {row['rollout']} | {row['train']} | {numbers} |" in self.PAGE
+            means.setdefault((row["rollout"], row["train"]), {})[row["model"]] = mean
+        for of_models in means.values():
+            assert of_models["mixture with replay"] < min(of_models["mixture"], of_models["dense"])
+
     def test_an_engine_without_new_weights_is_as_far_off_as_measured(self) -> None:
         of_rollout = {
             row["rollout"]: float(row["engine/divergence/mean"])

@@ -219,6 +219,22 @@ def test_a_wrong_configuration_is_found_with_its_fix(overrides: list[str], verdi
 
 
 A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+REPLAY, RECORD = f"{A}.megatron.router_replay.mode", f"{R}.enable_rollout_routing_replay"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "verdict", "what"),
+    [
+        ([f"{REPLAY}=R3"], "stop", "replays the sampler's experts, which it does not return"),
+        ([f"{REPLAY}=R2"], "stop", "which bypass_mode leaves out"),
+        ([f"{RECORD}=true"], "warning", "nothing replays them"),
+        ([f"{REPLAY}=R3", f"{RECORD}=true"], "ok", "verl's own checks pass"),
+    ],
+)
+def test_experts_are_recorded_where_they_are_replayed(overrides: list[str], verdict: str, what: str) -> None:
+    findings = found("qwen3-30b-a3b-base", *overrides)
+    assert any(what in finding.what and finding.verdict == verdict for finding in findings), findings
+    assert verdict == "stop" or all(finding.verdict != "stop" for finding in findings)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ def examine_config(config: Any) -> list[Finding]:
     """What can be said of a composed configuration of verl's PPO trainer without Ray."""
     if wrong := list(check_values(config)):
         return wrong
-    checks = (_check_loss, _check_settings, _check_anchor, _check_update, _check_micro_batches, _check_paths)
+    checks = (
+        *(_check_loss, _check_settings, _check_anchor, _check_routers, _check_update, _check_micro_batches),
+        _check_paths,
+    )
     findings = [finding for check in checks for finding in check(config)]
     if all(finding.verdict != "stop" for finding in findings):
         findings += _check_as_verl_does(config)
@@ -199,6 +202,29 @@ def _check_anchor(config: Any) -> Iterator[Finding]:
             f"{ROLLOUT}.calculate_log_probs=True",
         )
     yield Finding("ok", f"anchor: {ANCHORS['sampler' if bypass else 'old']}")
+
+
+def _check_routers(config: Any) -> Iterator[Finding]:
+    """Whether what records the experts of a mixture, and what replays them, belong together."""
+    mode_key = f"{ACTOR}.{_get(config, f'{ACTOR}.strategy')}.router_replay.mode"
+    recording_key = f"{ROLLOUT}.enable_rollout_routing_replay"
+    mode, is_recorded = _get(config, mode_key) or "disabled", _get(config, recording_key)
+    if mode == "R3" and not is_recorded:
+        yield Finding(
+            "stop", f"{mode_key}=R3 replays the sampler's experts, which it does not return", f"{recording_key}=True"
+        )
+    elif mode == "R2" and _get(config, f"{CORRECTION}.bypass_mode"):
+        yield Finding(
+            "stop",
+            f"{mode_key}=R2 replays the experts of the pass that recomputes old log-probs, which bypass_mode leaves out",
+            f"{mode_key}=R3 and {recording_key}=True",
+        )
+    elif is_recorded and mode != "R3":
+        yield Finding(
+            "stop" if mode == "R2" else "warning",
+            f"{recording_key}=True returns the sampler's experts, and nothing replays them",
+            f"{mode_key}=R3, with Megatron or VeOmni",
+        )
 
 
 def _check_update(config: Any) -> Iterator[Finding]:
