@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
-from drpo.precision import make_rollout_model, quantized, train_in_fp8
+from drpo.precision import find_experts, make_rollout_model, quantized, train_in_fp8
 from drpo.trainer.token_log import TokenLog
+from support.mixtures import make_mixture
 from support.rollouts import config, load_model, make_trainer
 
 # What one fp32 model differs from itself by, in batches of other shapes.
@@ -256,3 +257,46 @@ def test_a_resumed_run_is_not_audited_on_samples_of_older_weights(
     assert not any(name.startswith("audit/") for row in logged for name in row)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_experts_multiply_in_fp8_as_linear_layers_do() -> None:
+    mixture = make_mixture()
+    experts = find_experts(mixture)[0]
+    layers = nn.ModuleList([nn.Linear(32, 32, bias=False), nn.Linear(16, 32, bias=False)])
+    gate_up, down = layers
+    with torch.no_grad():
+        gate_up.weight.copy_(experts.gate_up_proj[3])
+        down.weight.copy_(experts.down_proj[3])
+    states, chosen = torch.randn(5, 32), torch.full((5, 1), 3)
+    exact = experts(states, chosen, torch.ones(5, 1))
+    train_in_fp8(mixture)
+    train_in_fp8(layers)
+    outputs = experts(states, chosen, torch.ones(5, 1))
+    expected = layers[1](experts._apply_gate(layers[0](states)))
+    torch.testing.assert_close(outputs, expected)
+    assert (outputs - exact).norm() > 0.01 * exact.norm()
+    outputs.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(experts.gate_up_proj.grad[3], layers[0].weight.grad)
+    torch.testing.assert_close(experts.down_proj.grad[3], layers[1].weight.grad)
+    assert not experts.down_proj.grad[2].any()
+
+
+def test_a_copy_of_a_mixture_in_fp8_multiplies_with_its_own_experts() -> None:
+    mixture = make_mixture()
+    train_in_fp8(mixture)
+    copied = copy.deepcopy(mixture)
+    for ours, theirs in zip(find_experts(mixture), find_experts(copied), strict=True):
+        assert theirs.forward.__self__ is theirs is not ours
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision", "message"),
+    [
+        ("GptOss", "fp8", "fp8 does not know the layout of GptOssExperts"),
+        ("Qwen3Moe", "int8", "rollout_precision='int8' quantizes linear layers, which a mixture's experts are not"),
+    ],
+)
+def test_experts_that_a_precision_would_leave_out_are_refused(architecture: str, precision: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_rollout_model(make_mixture(architecture), precision)

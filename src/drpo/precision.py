@@ -6,11 +6,13 @@ import copy
 import dataclasses
 import statistics
 import time
+import types
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 TrainPrecision = Literal["fp32", "bf16", "fp8"]
 RolloutPrecision = Literal["fp32", "bf16", "fp8", "int8"]
@@ -66,21 +68,72 @@ def time_in_bf16(model: Any) -> float:
 
 
 def train_in_fp8(model: nn.Module) -> None:
-    """Let the model's linear layers, all but the LM head, multiply in FP8 (e4m3), forward and backward.
+    """Let the model's linear layers, all but the LM head, and its experts multiply in FP8 (e4m3), forward and backward.
 
     Scales are dynamic, one a row of activations and one a row of weights: what a token's activations
     become does not depend on the batch it is in. Weights stay as they are, so that the optimizer
     and checkpoints do not change. Where the hardware has no FP8 it is emulated.
+
+    Raises:
+        ValueError: experts of a mixture whose weights are in no layout that is known here.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     recipe: Any = Float8LinearConfig.from_recipe_name("rowwise")
     config = dataclasses.replace(recipe, emulate=not has_fp8())
     convert_to_float8_training(model, config=config, module_filter_fn=_is_converted)
+    if experts := find_experts(model):
+        # What a token's gradient is summed over is as many tokens as an expert gets.
+        _multiply_experts_in_fp8(experts, dataclasses.replace(config, pad_inner_dim=True))
+
+
+def find_experts(model: nn.Module) -> list[Any]:
+    """The modules that hold the weights of a mixture's experts as one tensor, which is no linear layer."""
+    return [
+        module
+        for module in model.modules()
+        if getattr(vars(module).get("_parameters", {}).get("down_proj"), "ndim", 0) == 3
+    ]
+
+
+def _multiply_experts_in_fp8(experts: Sequence[Any], config: Any) -> None:
+    from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
+
+    for module in experts:
+        if not module.has_gate or module.has_bias or module.is_transposed:
+            raise ValueError(
+                f"fp8 does not know the layout of {type(module).__name__}; expected experts with gate_up_proj and down_proj, "
+                "without biases, such as Qwen3-MoE's"
+            )
+    products = Float8Linear.from_float(nn.Linear(16, 16, bias=False), config).linear_mm_config
+
+    def linear(states: Tensor, weight: Tensor) -> Tensor:
+        return matmul_with_hp_or_float8_args.apply(states, weight.t(), products, config)
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As Transformers' eager experts, which are a loop over those that have tokens."""
+        outputs = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
+            states = self._apply_gate(linear(hidden_states[tokens], self.gate_up_proj[expert]))
+            states = linear(states, self.down_proj[expert]) * top_k_weights[tokens, places, None]
+            outputs.index_add_(0, tokens, states.to(outputs.dtype))
+        return outputs
+
+    for module in experts:
+        module.forward = types.MethodType(forward, module)
 
 
 def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
-    """A model with weights of its own to load the policy's into, which :func:`quantized` makes ready to sample."""
+    """A model with weights of its own to load the policy's into, which :func:`quantized` makes ready to sample.
+
+    Raises:
+        ValueError: a mixture of experts whose experts this precision leaves out.
+    """
+    if precision == "int8" and find_experts(model):
+        raise ValueError(
+            "rollout_precision='int8' quantizes linear layers, which a mixture's experts are not; take fp8 or bf16"
+        )
     made = copy.deepcopy(model).requires_grad_(False).eval()
     # A forward that was put on the instance, as TRL does, is the original's.
     vars(made).pop("forward", None)
