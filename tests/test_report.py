@@ -424,6 +424,14 @@ def test_a_run_in_any_state_has_a_report_with_figures_of_what_it_measured(tmp_pa
     assert len(page.figures) == figures
 
 
+def test_a_run_of_verl_says_what_its_rows_are_of(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    note = "verl logs the updates of a rollout together"
+    assert note not in render([read_run(folder)])
+    write_json(folder.info, {**json.loads(folder.info.read_text()), "engine": {"verl": "0.9.1", "ray": "2.60.0"}})
+    assert note in render([read_run(folder)])
+
+
 @pytest.mark.parametrize("missing", ["run.json", "recipe.yaml"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path, missing):
     folder = make_run(tmp_path / "run")

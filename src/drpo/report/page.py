@@ -139,8 +139,13 @@ def _objective(run: RunData) -> str:
 
 
 def _notes(run: RunData) -> str:
-    """What the audit found, and whether there was anything to train on."""
+    """What the audit found, whether there was anything to train on, and what a row of the log is where that differs."""
     notes = []
+    if "verl" in run.info.get("engine", {}):
+        notes.append(
+            "verl logs the updates of a rollout together: what is captioned as of the last update is the mean over all of "
+            "them, and a maximum their largest."
+        )
     if audit := run.summary.get("audit"):
         notes.append(
             f"Before the first update, |log π − log μ| was {audit['mean']:.2g} on average and {audit['maximum']:.2g} at most."
