@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from drpo.data.arithmetic import MODEL_PATH
 from drpo.doctor import Finding
 from drpo.doctor.verl import examine_file
 from drpo.errors import UserError
@@ -205,6 +206,14 @@ WRONG = [
     pytest.param(["actor_rollout_ref.model.path=/no/model"], "warning", "model.path=/no/model: no such file", "every node", id="model"),
     pytest.param(
         ["reward.custom_reward_function.path=no_reward.py"], "warning", "path=no_reward.py: no such file", "every node", id="reward"
+    ),
+    pytest.param(
+        ["+actor_rollout_ref.actor.megatron.tensor_model_parallel_size=2"],
+        "stop", "actor.megatron: is not read with actor_rollout_ref.actor.strategy=fsdp2", "fsdp_config", id="megatron-in-fsdp",
+    ),
+    pytest.param(
+        [f"actor_rollout_ref.model.path={MODEL_PATH}"],
+        "stop", "its tokenizer has no chat template", "custom_chat_template='{{ messages[0].content }}'", id="chat-template",
     ),
     pytest.param(["actor_rollout_ref.actor.loss_agg_mode=mean"], "stop", "Invalid loss_agg_mode: mean", "", id="verl-s-own"),
 ]  # fmt: skip

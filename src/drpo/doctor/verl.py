@@ -52,7 +52,7 @@ def examine_config(config: Any) -> list[Finding]:
         return wrong
     checks = (
         *(_check_loss, _check_settings, _check_anchor, _check_routers, _check_update, _check_micro_batches),
-        _check_paths,
+        *(_check_paths, _check_chat_template),
     )
     findings = [finding for check in checks for finding in check(config)]
     if all(finding.verdict != "stop" for finding in findings):
@@ -168,6 +168,13 @@ def _check_settings(config: Any) -> Iterator[Finding]:
     for setting in _SETTINGS:
         if (value := _get(config, setting.key)) not in setting.right:
             yield Finding(setting.verdict, f"{setting.key}={value}: {setting.why}", f"{setting.key}={setting.right[0]}")
+    strategy = str(_get(config, f"{ACTOR}.strategy"))
+    if strategy.startswith("fsdp") and _get(config, f"{ACTOR}.megatron"):
+        yield Finding(
+            "stop",
+            f"{ACTOR}.megatron: is not read with {ACTOR}.strategy={strategy}",
+            f"{ACTOR}.fsdp_config, or --config-name of a recipe with Megatron",
+        )
     temperature = _get(config, f"{ROLLOUT}.temperature")
     if temperature != 1 and _get(config, f"{ROLLOUT}.logprobs_mode") == "raw_logprobs":
         yield Finding(
@@ -300,6 +307,25 @@ def _check_paths(config: Any) -> Iterator[Finding]:
         is_name = "reward" not in key and not path.startswith((".", "~", "/"))
         if path and "://" not in path and not is_name and not Path(path).expanduser().exists():
             yield Finding("warning", f"{key}={path}: no such file on this machine", "a path that every node has")
+
+
+def _check_chat_template(config: Any) -> Iterator[Finding]:
+    """Whether prompts can be written, where the model is on this machine."""
+    from transformers import AutoTokenizer
+
+    from drpo.integrations.verl.overrides import PLAIN_TEMPLATE
+
+    path, template = (_get(config, f"actor_rollout_ref.model.{name}") for name in ("path", "custom_chat_template"))
+    folder = Path(str(path or "")).expanduser()
+    if template or not (folder / "tokenizer_config.json").is_file():
+        return
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        yield Finding(
+            "stop",
+            f"actor_rollout_ref.model.path={path}: its tokenizer has no chat template, by which verl writes every prompt",
+            f"actor_rollout_ref.model.custom_chat_template={PLAIN_TEMPLATE} for prompts as they stand",
+        )
 
 
 def _check_as_verl_does(config: Any) -> Iterator[Finding]:
