@@ -13,6 +13,7 @@ from benchmarks import tables
 NAMES = (
     "fused_loss",
     "training_phase",
+    "training_lengths",
     "generation",
     "time_to_accuracy",
     "real_model",

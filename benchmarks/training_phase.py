@@ -14,6 +14,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,9 +207,11 @@ def run(command: str) -> list[dict[str, Any]]:
     return compare(cases(), 3, command)
 
 
-def compare(settings: list[Setting], rounds: int, command: str) -> list[dict[str, Any]]:
+def compare(
+    settings: list[Setting], rounds: int, command: str, kinds: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """A row for each setting and trainer; on a GPU, where device time is dear, of TRL's and ours as it comes."""
-    kinds = list(KINDS)[:2] if torch.cuda.is_available() else list(KINDS)
+    kinds = kinds or (list(KINDS)[:2] if torch.cuda.is_available() else list(KINDS))
     provenance = tables.provenance(command, PACKAGES)
     rows = []
     for setting in track(settings, description="training phase"):

@@ -17,7 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from drpo.files import iterate_jsonl
-from drpo.lab.grid import CORE, DELTAS, LEARNING_RATES
+from drpo.lab.grid import BESIDE, COMPARED, CORE, DELTAS, LEARNING_RATES, SETTINGS, TUNING_RATES, Run, best_rate, tuned
+from drpo.lab.runner import run_of
 from drpo.lab.statistics import area_under, estimate, has_collapsed, probability_of_improvement
 from drpo.metrics.histograms import WEIGHT_EDGES
 
@@ -26,8 +27,9 @@ RESULTS = ROOT / "docs" / "results" / "lab_runs.jsonl"
 PAGE = ROOT / "docs" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
 
-COMPARED = LEARNING_RATES[1:4]
+RATES = LEARNING_RATES[1:4]
 UPDATES = 16
+SEEDS = 5
 DELTA_RATE = LEARNING_RATES[2]
 ZERO_BIN = int(torch.searchsorted(WEIGHT_EDGES, 0.0))
 EDGE = float(WEIGHT_EDGES[ZERO_BIN])
@@ -39,12 +41,17 @@ Row = dict[str, Any]
 Cells = dict[tuple[str, float, int], list[Row]]
 
 
+def read_runs(path: Path = RESULTS) -> dict[Run, Row]:
+    """The finished runs with their results."""
+    return {run_of(row): row for row in iterate_jsonl(path) if row["status"] == "finished"}
+
+
 def read_cells(path: Path = RESULTS) -> Cells:
-    """The finished runs of the setting ``fp32`` without lag, by arm, learning rate and updates a rollout."""
+    """The finished runs of the setting ``fp32`` without lag and of seeds 0 to 4, by arm, learning rate and updates a rollout."""
     cells: Cells = defaultdict(list)
-    for row in iterate_jsonl(path):
-        if (row["setting"], row["lag"], row["status"]) == ("fp32", 0, "finished"):
-            cells[row["arm"], row["learning_rate"], row["updates"]].append(row)
+    for run, row in read_runs(path).items():
+        if (run.setting, run.lag) == ("fp32", 0) and run.seed < SEEDS:
+            cells[run.arm, run.learning_rate, run.updates].append(row)
     return cells
 
 
@@ -55,25 +62,23 @@ def areas(cells: Cells, arm: str, rate: float, updates: int = UPDATES) -> list[f
 
 def describe_cell(cells: Cells, arm: str, rate: float) -> str:
     """Mean accuracy over the run with its interval, and how many of the runs collapsed."""
-    rows, mean = cells[arm, rate, UPDATES], estimate(areas(cells, arm, rate))
-    collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
-    return f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}"
+    return _describe(cells[arm, rate, UPDATES])
 
 
 def training_table(cells: Cells) -> str:
     """Mean accuracy over the run and collapsed runs, by arm and learning rate."""
-    lines = [_header("arm", [f"{rate:g}" for rate in COMPARED])]
-    lines += [f"| {arm} | {' | '.join(describe_cell(cells, arm, rate) for rate in COMPARED)} |" for arm in CORE]
+    lines = [_header("arm", [f"{rate:g}" for rate in RATES])]
+    lines += [f"| {arm} | {' | '.join(describe_cell(cells, arm, rate) for rate in RATES)} |" for arm in CORE]
     return "\n".join(lines)
 
 
 def improvement_table(cells: Cells) -> str:
     """The probability that a run of an arm has a higher mean accuracy than one of pg, and of ppo."""
-    lines = [_header("arm", [f"{rate:g}, over {arm}" for arm in ("pg", "ppo") for rate in COMPARED])]
+    lines = [_header("arm", [f"{rate:g}, over {arm}" for arm in ("pg", "ppo") for rate in RATES])]
     for arm in CORE[1:]:
         columns = []
         for baseline in ("pg", "ppo"):
-            for rate in COMPARED:
+            for rate in RATES:
                 better = probability_of_improvement(areas(cells, baseline, rate), areas(cells, arm, rate))
                 columns.append("" if arm == baseline else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]")
         lines.append(f"| {arm} | {' | '.join(columns)} |")
@@ -96,6 +101,46 @@ def delta_table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def settings_tables(runs: dict[Run, Row]) -> str:
+    """Of each setting whose comparison is complete: every arm's tuning, and its other seeds at the rate that was chosen."""
+    means = {run: area_under(row["accuracy"]) for run, row in runs.items()}
+    parts = []
+    for name, setting in SETTINGS.items():
+        if not set(tuned(name, means)) <= runs.keys():
+            continue
+        columns = [f"{rate:g}, seed 0" for rate in TUNING_RATES] + ["rate chosen", "other seeds", "over ppo"]
+        lines = [f"{setting.description[0].upper()}{setting.description[1:]} (`{name}`):", "", _header("arm", columns)]
+        chosen = {arm: _other_seeds(name, arm, means, runs) for arm in (*COMPARED, *BESIDE)}
+        for arm, (rate, rows) in chosen.items():
+            tuning = [runs[Run(name, arm, rate)] for rate in TUNING_RATES]
+            ours, ppo = ([area_under(row["accuracy"]) for row in of_arm] for of_arm in (rows, chosen["ppo"][1]))
+            better = probability_of_improvement(ppo, ours)
+            cells = [f"{area_under(row['accuracy']):.2f}{_mark(row)}" for row in tuning]
+            cells += [f"{rate:g}", _describe(rows)]
+            cells += ["" if arm == "ppo" else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _other_seeds(setting: str, arm: str, means: dict[Run, float], runs: dict[Run, Row]) -> tuple[float, list[Row]]:
+    """The learning rate that seed 0 chose for an arm, and the runs of other seeds at it."""
+    rate = best_rate(setting, arm, means)
+    assert rate is not None
+    return rate, [runs[run] for run in tuned(setting, means) if run.arm == arm and run.seed]
+
+
+def _mark(row: Row) -> str:
+    return " †" if has_collapsed(row["accuracy"]) else ""
+
+
+def _describe(rows: Sequence[Row]) -> str:
+    """Mean accuracy over the run with its interval, and how many of the runs collapsed."""
+    mean = estimate([area_under(row["accuracy"]) for row in rows])
+    collapsed = sum(has_collapsed(row["accuracy"]) for row in rows)
+    return f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] {collapsed}/{len(rows)}"
+
+
 def _header(first: str, others: Sequence[str]) -> str:
     names = [first, *others]
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
@@ -108,28 +153,30 @@ TABLES: dict[str, Callable[[Cells], str]] = {
 }
 
 
-def with_tables(page: str, cells: Cells) -> str:
+def with_tables(page: str, path: Path = RESULTS) -> str:
     """The page with each table between its markers made anew.
 
     Raises:
         ValueError: a marker is missing.
     """
-    for name, make in TABLES.items():
+    cells = read_cells(path)
+    tables = {name: make(cells) for name, make in TABLES.items()} | {"settings": settings_tables(read_runs(path))}
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         start, stop = page.index(begin) + len(begin), page.index(end)
-        page = page[:start] + make(cells) + page[stop:]
+        page = page[:start] + table + page[stop:]
     return page
 
 
 def curves(cells: Cells) -> Figure:
     """Held-out accuracy over rollouts at each learning rate: arms with a trust region, and those without."""
     figure = Figure(figsize=(11, 3.3), layout="constrained")
-    panels = figure.subplots(1, len(COMPARED), sharey=True)
+    panels = figure.subplots(1, len(RATES), sharey=True)
     colors = {
         **dict(zip((arm for arm in CORE if arm not in WITHOUT_REGION), ("C2", "C0", "C9", "C4"), strict=True)),
         **dict(zip(WITHOUT_REGION, ("C3", "C1", "C8"), strict=True)),
     }
-    for panel, rate in zip(panels, COMPARED, strict=True):
+    for panel, rate in zip(panels, RATES, strict=True):
         for arm in CORE:
             rows = cells[arm, rate, UPDATES]
             at, points = rows[0]["at_rollout"], zip(*(row["accuracy"] for row in rows), strict=True)
@@ -175,7 +222,7 @@ PICTURES: dict[str, Callable[[Cells], Figure]] = {"lab.png": curves, "lab_delta.
 
 def main() -> None:
     cells = read_cells()
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), cells), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for name, picture in PICTURES.items():
         picture(cells).savefig(IMAGES / name, dpi=150)
     print(PAGE, *(IMAGES / name for name in PICTURES), sep="\n")

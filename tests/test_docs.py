@@ -317,7 +317,7 @@ class TestFindings:
         assert min(rare.values()) > 0.36
 
     def test_its_tables_are_made_from_the_results(self) -> None:
-        assert findings.with_tables(self.PAGE, findings.read_cells()) == self.PAGE
+        assert findings.with_tables(self.PAGE) == self.PAGE
 
     def test_what_the_runs_show_is_in_the_results(self) -> None:
         cells = findings.read_cells()

@@ -6,7 +6,7 @@ the rounding did. Training on the sampler's choices is router replay (R3, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,11 +53,13 @@ class ChosenExperts:
     """The experts that a model's routers choose.
 
     Args:
-        layers: how many routers there are.
+        routers: of the model.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._passes: list[list[Tensor]] = [[] for _ in range(layers)]
+    def __init__(self, routers: Sequence[Any]) -> None:
+        self._passes: list[list[Tensor]] = [[] for _ in routers]
+        is_few = all(getattr(router, "num_experts", 1 << 15) <= 256 for router in routers)
+        self._dtype = torch.uint8 if is_few else torch.int16
 
     def see(self, layer: int, experts: Tensor) -> Tensor:
         """See the choice of a layer's router, [N, K], which stays as it is."""
@@ -65,19 +67,18 @@ class ChosenExperts:
         return experts
 
     def take(self, rows: int) -> Tensor:
-        """What was chosen since the last call for so many rows, [rows, T, layers, K], in the narrowest dtype that holds it."""
+        """What was chosen since the last call for so many rows, [rows, T, layers, K], uint8 or int16."""
         layers = [torch.cat([one.view(rows, -1, one.shape[-1]) for one in passes], dim=1) for passes in self._passes]
         for passes in self._passes:
             passes.clear()
-        experts = torch.stack(layers, dim=2)
-        return experts.to(torch.uint8 if int(experts.max()) < 256 else torch.int16)
+        return torch.stack(layers, dim=2).to(self._dtype)
 
 
 @contextmanager
 def recording_experts(model: nn.Module) -> Iterator[ChosenExperts]:
     """Within this context the model's routers are seen choosing, by their own scores even where others are replayed."""
     routers = find_routers(model)
-    chosen = ChosenExperts(len(routers))
+    chosen = ChosenExperts(routers)
     own = [vars(router).get("forward") for router in routers]
     for layer, router in enumerate(routers):
         _route_with(router, lambda experts, layer=layer: chosen.see(layer, experts))
