@@ -43,6 +43,17 @@ def test_a_measurement_is_that_worked_by_hand(name: str, expected: float) -> Non
     assert by_hand()[name] == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_strength_is_by_the_objective_s_own_ratio() -> None:
+    # π/π_old is 1.5, beyond PPO's clip, and 1; π/μ is 1.5 and 10. Σ|A|·r·|w − 1| / Σ|A|·r = 1.5 / 2.5
+    logp, old_logp, behavior_logp = (
+        torch.tensor([probs], dtype=torch.float64).log() for probs in ([0.75, 0.5], [0.5, 0.5], [0.5, 0.05])
+    )
+    batch = TokenBatch(logp, behavior_logp, torch.ones(1), torch.ones(1, 2), old_logp=old_logp, anchor="old")
+    weight = make_objective("ppo").gradient_weight(batch)
+    assert weight.tolist() == [[0, 1]]
+    assert measured(batch, weight)["regulariser/strength"] == pytest.approx(0.6)
+
+
 def test_a_group_without_tokens_has_no_distance() -> None:
     assert "divergence/mean_mu_to_0.9" not in by_hand()
     assert "divergence/p99_mu_to_0.9" not in by_hand()

@@ -20,7 +20,7 @@ from trl import GRPOConfig
 
 import test_fuzz
 import test_objectives
-from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig
+from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig, objectives
 from drpo.cli.catalogue import describe_fields
 from drpo.lab.grid import CORE, DELTAS
 from drpo.lab.statistics import has_collapsed, probability_of_improvement
@@ -72,6 +72,14 @@ class TestContributing:
     def test_shows_a_row_of_the_table_s_shape(self, blocks: list[str]) -> None:
         header = next(line for line in PAPERS.splitlines() if line.startswith("| objective |"))
         assert blocks[2].count("|") == header.count("|")
+
+
+def test_every_list_of_objectives_has_all_of_them() -> None:
+    family = SEEN[SEEN.index("The family, by kind:") :]
+    table = family[: family.index("```")]
+    assert set(re.findall(r"`(\w+)`", table)) == set(OBJECTIVES)
+    assert f"and {len(OBJECTIVES) - 1} others" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {kind.__name__ for kind in OBJECTIVES.values()} <= set(objectives.__all__)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -323,6 +331,9 @@ class TestFindings:
         cells = findings.read_cells()
         safe = [row["accuracy"][-1] for (_, rate, _), rows in cells.items() for row in rows if rate == 5e-5]
         assert 0.94 <= min(safe) <= max(safe) <= 0.985
+        slow = {arm: findings.estimate(findings.areas(cells, arm, 1e-4)).value for arm in CORE}
+        assert max(slow.values()) - min(slow.values()) < 0.07
+        assert not any(has_collapsed(row["accuracy"]) for arm in CORE for row in cells[arm, 1e-4, findings.UPDATES])
         regions = [arm for arm in CORE if arm not in findings.WITHOUT_REGION]
         assert min(min(findings.areas(cells, arm, 2e-4)) for arm in regions) >= 0.25
         assert max(max(findings.areas(cells, arm, 2e-4)) for arm in findings.WITHOUT_REGION) <= 0.205

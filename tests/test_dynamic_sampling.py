@@ -132,6 +132,12 @@ def test_a_resumed_run_samples_the_same_further_prompts(tmp_path: Path, problems
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
+def test_a_rank_may_have_part_of_a_group_where_nothing_is_replaced(tmp_path: Path, problems: Dataset) -> None:
+    trainer = dynamic(tmp_path, problems, rounds=0)
+    part: RolloutBatch = {"completion_mask": torch.ones(GROUP // 2, 3), "advantages": torch.zeros(GROUP // 2)}
+    assert trainer._dynamic_sampling.fill(part, lambda _: part, {}) is part
+
+
 def test_further_prompts_come_once_before_any_comes_again(tmp_path: Path, problems: Dataset) -> None:
     sampling = dynamic(tmp_path, problems, 1)._dynamic_sampling
     drawn = [row["prompt"] for _ in range(4) for row in sampling._draw(32)[::GROUP]]

@@ -264,9 +264,14 @@ def _kl_cov(t: Tokens, share: float, beta: float) -> Expected:
     descending = -np.sort(-cov[t.mask])
     wanted = min(len(descending), max(1, int(share * len(descending))))
     least = descending[wanted - 1] if wanted else np.inf
+    if wanted and (descending == descending[0]).sum() > wanted:
+        least = np.inf
     penalised = cov >= least
     close = (np.abs(cov - least) < error) & t.mask
     at_kink = close & (close.sum() > 1)
+    if wanted:
+        largest = (descending[0] - cov < error) & t.mask
+        at_kink |= largest & (largest.sum() > wanted)
     sign = np.sign(t.log_r)
     pull = np.where(penalised, beta * sign, 0)
     return _penalised(t, [np.where(penalised, beta * np.abs(t.log_r), 0), -t.r * t.a], [t.a * t.r, -pull], at_kink)

@@ -83,6 +83,13 @@ def test_an_optimizer_remembers_nothing_of_a_skipped_update(tmp_path: Path, prob
     assert all(state["exp_avg"].isfinite().all() for state in states)
 
 
+def test_where_a_scaled_loss_skips_updates_by_itself_no_batch_is_kept(tmp_path: Path, problems: Dataset) -> None:
+    trainer = make_trainer(tmp_path, problems, max_steps=2)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainer.train()
+    assert not trainer._guard._parts
+
+
 def test_training_stops_after_so_many_in_a_row_and_names_the_first_cause(tmp_path: Path, problems: Dataset) -> None:
     settings = {"max_steps": 6, "max_skipped_updates": 2}
     trainer = poisoned(make_trainer(tmp_path, problems, **settings), 2, 4, 5)

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import drpo.kernels.lm_head
 from builders import EVERY, objective_of
-from drpo import make_objective
-from drpo.kernels import fused_policy_loss
+from drpo import CORRECTIONS, OBJECTIVES, make_correction, make_objective
+from drpo.kernels import PackedTokens, fused_policy_loss
 from drpo.kernels.logits import LogitTransform
 from drpo.kernels.reference import reference_policy_loss
 from drpo.kernels.softmax import _differentiate_blocks
+from drpo.objectives import anchored
 from support.fused import DEVICE, LEAVES, called, case, differentiated, relative_error
 
 
@@ -248,6 +249,24 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
     there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in change.items()}
     with pytest.raises(ValueError, match=message):
         called(fused_policy_loss, {**case(0), "objective": make_objective("drpo"), **there})
+
+
+@pytest.mark.parametrize("correction", [None, *CORRECTIONS])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_of_no_tokens_nothing_comes(name: str, correction: str | None) -> None:
+    """As in an update whose sequences have no advantage, and on a rank that only makes up the number."""
+    try:
+        objective = anchored(make_objective(name), None, correction and make_correction(correction))
+    except ValueError:
+        pytest.skip("the objective takes no such correction")
+    none, ids = torch.empty(0), torch.empty(0, dtype=torch.long)
+    top_k = {"top_k_ids": ids.view(0, 3), "top_k_behavior_logp": none.view(0, 3)} if hasattr(objective, "top_k") else {}
+    tokens = PackedTokens(ids, none, none, none, anchor=objective.anchor, sequence_ids=ids, **top_k)
+    hidden, head = torch.zeros(0, 4, requires_grad=True), torch.zeros(7, 4, requires_grad=True)
+    scored = fused_policy_loss(hidden, head, tokens, objective)
+    scored.loss.backward()
+    assert scored.loss.item() == 0
+    assert not head.grad.any()
 
 
 def test_an_objective_is_an_objective() -> None:

@@ -23,7 +23,7 @@ from drpo.lab import models
 from drpo.lab.exact import moments, policies
 from drpo.lab.grid import ARMS, CORE, PRESETS, TUNING_RATES, Run, best_rate, grid, only, plan_of, tuned
 from drpo.lab.models import make_base_model
-from drpo.lab.page import write_lab_page
+from drpo.lab.page import _at_chosen_rate, write_lab_page
 from drpo.lab.runner import Lab
 from drpo.lab.statistics import estimate, has_collapsed, interquartile_mean, probability_of_improvement
 from drpo.lab.tasks import FILLERS, TASKS, Task, TaughtTask
@@ -165,6 +165,17 @@ class TestExact:
     def test_the_vocabulary_has_the_paper_s_share_of_rare_tokens(self) -> None:
         shares = [policies("bf16", seed)[1].exp() for seed in range(20)]
         assert np.mean([mu[mu <= 0.01].sum() for mu in shares]) == pytest.approx(0.078, abs=0.01)
+
+
+class TestPage:
+    def test_reports_an_arm_at_the_rate_of_its_first_seed_by_the_others(self) -> None:
+        by_rate = {
+            rate: [{"seed": seed, "accuracy": [0.0, accuracy]} for seed, accuracy in enumerate(accuracies)]
+            for rate, accuracies in ((1e-4, [0.5, 0.9, 0.9]), (2e-4, [0.6, 0.1]), (3e-4, [0.4]))
+        }
+        rate, rows = _at_chosen_rate(by_rate)
+        assert (rate, [row["accuracy"][1] for row in rows]) == (2e-4, [0.1])
+        assert _at_chosen_rate({3e-4: by_rate[3e-4]}) == (3e-4, by_rate[3e-4])
 
 
 class TestGrid:

@@ -161,6 +161,8 @@ def test_kl_cov_penalises_the_share_of_the_tokens_with_the_largest_covariance() 
     # Half of four: the first too, which has not moved and has no slope.
     summary = KLCov(share=0.5).summary(four_covariances())
     assert summary.tolist() == pytest.approx([0, -3, 6])
+    # Of equal advantages every covariance is 0, and nothing tells the few tokens from the others.
+    assert not KLCov()._penalised(dataclasses.replace(four_covariances(), advantage=torch.full((1, 4), 0.5))).any()
 
 
 def test_clip_cov_drops_at_most_a_share_of_the_tokens_whose_covariance_is_in_between() -> None:

@@ -89,9 +89,10 @@ class TestReplay:
         replay = ExpertReplay(model, takes_recorded=True)
         replay.expect(own.flatten(0, 1))
         torch.testing.assert_close(model(input_ids=self.IDS, use_cache=False).logits, logits, rtol=0, atol=1e-5)
-        assert replay.differing is not None
-        assert replay.differing.shape == (20, 3)
-        assert not replay.differing.any()
+        differing = replay.differing_at(self.IDS.shape, torch.ones(2, 10, dtype=torch.bool))
+        assert differing is not None
+        assert differing.shape == (20, 3)
+        assert not differing.any()
 
     def test_weighs_the_recorded_experts_as_the_policy_does(self) -> None:
         model = make_mixture()
@@ -119,8 +120,9 @@ class TestReplay:
             replay = ExpertReplay(model, takes_recorded=takes_recorded)
             replay.expect(recorded)
             model(input_ids=self.IDS, use_cache=False)
-            assert replay.differing is not None
-            assert replay.differing[:3, 0].tolist() == [0.5, 1.0, 0.0]
+            differing = replay.differing_at(self.IDS.shape, (torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2])))
+            assert differing is not None
+            assert differing[:, 0].tolist() == [0.5, 1.0, 0.0]
 
     def test_of_another_number_of_tokens_is_refused(self) -> None:
         model = make_mixture()

@@ -23,6 +23,7 @@ from drpo import OBJECTIVES, DRPOTrainer
 from drpo.rewards import exact_answer
 from drpo.rollout.audit import AuditError
 from drpo.trainer.batch import RolloutBatch
+from drpo.trainer.checkpointed import CheckpointedTrainer
 from drpo.trainer.measurements import Mode
 from drpo.trainer.refused import REFUSED
 from drpo.trainer.scoring import FusedScorer
@@ -500,6 +501,15 @@ def mixture_of_experts() -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, **layers, **experts, **tokens))
 
 
+OVERRIDDEN = {
+    "__init__", "_calculate_rewards", "_compute_loss", "_finalize_training", "_generate_and_score_completions",
+    "_generate_single_turn", "_get_grad_norm", "_get_output_dir", "_get_per_token_logps_and_entropies", "_get_train_sampler",
+    "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_log_metric", "_maybe_log_save_evaluate",
+    "_prepare_inputs", "_push_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint", "_save_optimizer_and_scheduler",
+    "_save_rng_state", "_save_scaler", "_send_telemetry", "log", "train",
+}  # fmt: skip
+"""Methods of TRL's and Transformers' trainers that this library's has in their place."""
+
 SEEDS = ({"seed": 1, "data_seed": 3}, {"seed": 2, "data_seed": 3}, {"seed": 1, "data_seed": 4})
 
 
@@ -513,7 +523,6 @@ class TestTRL:
                 "_generate_single_turn",
                 ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
             ),
-            ("_tokenize_prompts", ["prompts"]),
             ("_calculate_rewards", ["inputs", "prompts", "completions", "completion_ids_list"]),
             ("_generate_and_score_completions", ["inputs"]),
             ("_prepare_inputs", ["generation_batch"]),
@@ -525,6 +534,17 @@ class TestTRL:
     )
     def test_methods_keep_their_parameters(self, method: str, parameters: list[str]) -> None:
         assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters)[1:] == parameters
+
+    def test_every_method_that_is_overridden_is_there(self) -> None:
+        kinds = (DRPOTrainer, CheckpointedTrainer)
+        own = {name: method for kind in kinds for name, method in vars(kind).items() if inspect.isfunction(method)}
+        assert {name for name in own if hasattr(GRPOTrainer, name)} == OVERRIDDEN
+        for name in OVERRIDDEN - {"__init__"}:
+            ours, theirs = (
+                inspect.signature(method).parameters.values() for method in (own[name], getattr(GRPOTrainer, name))
+            )
+            named = [parameter.name for parameter in ours if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+            assert [parameter.name for parameter in theirs][: len(named)] == named, name
 
     def test_head_takes_labels_and_returns_log_probs(self, tmp_path: Path, problems: Dataset) -> None:
         source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)

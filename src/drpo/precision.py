@@ -32,7 +32,7 @@ def require_torchao(precision: str | None) -> None:
 def require_fp32_weights(model: nn.Module, precision: TrainPrecision) -> None:
     """Check that the model has the weights which training in this precision keeps.
 
-    Those that are trained are fp32 in all of them; frozen ones, as those beneath adapters, where nothing casts them.
+    Trained weights are fp32 in every precision; frozen ones, as those beneath adapters, in fp32 alone, where nothing casts them.
 
     Raises:
         ValueError: a weight in another precision.

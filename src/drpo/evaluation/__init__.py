@@ -1,1 +1,1 @@
-"""How good a model is: held-out accuracy while it trains, and sampled evaluations with intervals."""
+"""How good a model is: sampled evaluations with intervals, after training."""

@@ -15,6 +15,7 @@ from drpo.errors import UserError
 from drpo.pretrained import load_pretrained
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.sampling import neutral_sampling
+from drpo.run.checks import end_tokens
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TransformersEngine:
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
         inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._model.device)
-        ends = _end_tokens(self._model, self.tokenizer)
+        ends = end_tokens(self.tokenizer, self._model.generation_config)
         with neutral_sampling(self._model.generation_config), record_log_probs(self._model, seeds=seeds):
             generated = self._model.generate(
                 input_ids=inputs["input_ids"],
@@ -138,9 +139,3 @@ ENGINES: dict[str, type[TransformersEngine] | type[VLLMEngine]] = {
     "transformers": TransformersEngine,
     "vllm": VLLMEngine,
 }
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})

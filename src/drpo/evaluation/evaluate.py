@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -84,9 +83,7 @@ def sample_and_score(
                 rows += scored
                 advance(len(scored))
         result = {**fixed, **summarise(settings.samples, problems, rows)}
-        partial = folder.result.with_name(folder.result.name + ".partial")
-        write_json(partial, result)
-        os.replace(partial, folder.result)
+        write_json(folder.result, result)
     return result
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from drpo.errors import UserError
-from drpo.files import append_jsonl, locked, read_jsonl, write_json
+from drpo.files import locked, read_jsonl, replace_jsonl, write_json
 from drpo.run.folder import RunFolder
 
 
@@ -91,10 +90,7 @@ class EvaluationFolder:
 
     def rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep these samples alone."""
-        partial = self.samples.with_name(self.samples.name + ".partial")
-        partial.unlink(missing_ok=True)
-        append_jsonl(partial, *rows)
-        os.replace(partial, self.samples)
+        replace_jsonl(self.samples, rows)
 
 
 def read_result(path: Path) -> dict[str, Any]:

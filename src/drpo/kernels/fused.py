@@ -139,7 +139,7 @@ def _evaluate(
 ) -> tuple[FusedLoss, tuple[Tensor | None, ...]]:
     """The loss, and its gradients by hidden states, weight and bias, each in the dtype of its tensor but for fp16.
 
-    To that they are rounded when they have the scale of the loss, which is there to keep them within its range.
+    A gradient in fp16 stays in fp32 until the backward pass has applied the scale of the loss, which keeps it in range.
     """
     tokens, objective, transform = ctx.arguments
     states = hidden.to(ctx.dtype)

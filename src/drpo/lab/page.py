@@ -72,30 +72,30 @@ def _condition(setting: str, cells: dict[Run, list[Row]]) -> str:
         arm: {rate: [area_under(row["accuracy"]) for row in seeds] for rate, seeds in by_rate.items()}
         for arm, by_rate in by_arm.items()
     }
-    best = {arm: max(rates, key=lambda rate: estimate(rates[rate]).value) for arm, rates in areas.items()}
+    chosen = {arm: _at_chosen_rate(by_rate) for arm, by_rate in by_arm.items()}
+    areas_at_chosen = {arm: [area_under(row["accuracy"]) for row in seeds] for arm, (_, seeds) in chosen.items()}
     table_rows = []
     for arm, by_rate in by_arm.items():
+        rate, seeds = chosen[arm]
         accuracies = [row["accuracy"] for seeds in by_rate.values() for row in seeds]
-        final = [row["accuracy"][-1] for row in by_rate[best[arm]]]
+        final = [row["accuracy"][-1] for row in seeds]
         better = (
-            probability_of_improvement(areas[BASELINE][best[BASELINE]], areas[arm][best[arm]])
-            if BASELINE in areas
-            else ""
+            probability_of_improvement(areas_at_chosen[BASELINE], areas_at_chosen[arm]) if BASELINE in areas else ""
         )
         rates = ", ".join(f"{rate:g} ({len(seeds)})" for rate, seeds in sorted(by_rate.items()))
         collapsed = f"{sum(map(has_collapsed, accuracies))}/{len(accuracies)}"
-        area = str(estimate(areas[arm][best[arm]]))
-        table_rows.append([arm, f"{best[arm]:g}", area, str(estimate(final)), str(better), collapsed, rates])
+        area = str(estimate(areas_at_chosen[arm]))
+        table_rows.append([arm, f"{rate:g}", area, str(estimate(final)), str(better), collapsed, rates])
     columns = [
         "arm",
-        "best rate",
+        "rate chosen",
         "area under accuracy",
         "final accuracy",
         f"P(better than {BASELINE})",
         "collapsed",
         "rates (seeds)",
     ]
-    parts = [f"<h2>{title}: each arm at its best learning rate</h2>", table(columns, table_rows)]
+    parts = [f"<h2>{title}: each arm at the learning rate that its first seed chose</h2>", table(columns, table_rows)]
     if len(by_arm) > 1:
         parts += [
             section(
@@ -113,6 +113,16 @@ def _condition(setting: str, cells: dict[Run, list[Row]]) -> str:
             for rate in sorted({run.learning_rate for run in cells})
         ]
     return "".join(parts)
+
+
+def _at_chosen_rate(by_rate: dict[float, list[Row]]) -> tuple[float, list[Row]]:
+    """The learning rate at which an arm's first seed did best, and its other seeds there, which had no part in the choice; the first alone if there are no others."""
+    first = min(row["seed"] for seeds in by_rate.values() for row in seeds)
+    tried = {
+        rate: area_under(row["accuracy"]) for rate, seeds in by_rate.items() for row in seeds if row["seed"] == first
+    }
+    rate = max(tried, key=tried.__getitem__)
+    return rate, [row for row in by_rate[rate] if row["seed"] != first] or by_rate[rate]
 
 
 def cells_of(rows: Sequence[Row]) -> dict[Run, list[Row]]:

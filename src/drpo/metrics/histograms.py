@@ -32,10 +32,9 @@ WEIGHT_EDGES = 1 + _WEIGHT_UNIT * _both_sides(_STEPS)
 """Edges of the gradient-weight histogram, two bins a doubling of |w − 1| from 1e-4 on; w = 0 is the middle of a bin."""
 
 
-# The bin of each value, from 0 (below the first edge) to len(edges) (from the last on), as int32 in one dimension; on an edge
-# the one that is further from 0. Evenly
-# spaced within doublings, the bins are the leading bits of the numbers: a search among the edges, and even a logarithm,
-# takes longer than all other measurements together.
+# Bins go from 0 (below the first edge) to len(edges) (from the last on), as int32 in one dimension; a value on an edge is in
+# the bin that is further from 0. They are read from the leading bits of the numbers, since edges are evenly spaced within
+# doublings: a search among the edges, and even a logarithm, takes longer than all other measurements together.
 
 
 def divergence_bins(divergence: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class TrustRegionMetrics:
 
     @torch.no_grad()
     def update(self, batch: TokenBatch, weight: Tensor, entropy: Tensor | None = None) -> None:
-        """Add the tokens of a batch. What is measured is how far π is from the sampler's μ, whatever the batch's anchor.
+        """Add the tokens of a batch. Distances are of π from the sampler's μ, whatever the batch's anchor; effects by the objective's own ratio.
 
         Args:
             batch: the tokens, [B, T].
@@ -62,7 +62,7 @@ class TrustRegionMetrics:
         """
         # MPS has no fp64. Everything is summed in it, and but for k3 nothing else has to be.
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-        batch = batch.against("sampler")
+        by_objective, batch = batch, batch.against("sampler")
         counted = batch.mask
         excess, divergence, log_ratio = batch.excess, batch.shift.abs(), batch.log_ratio.to(dtype)
         # Where a token does not count its log-probs are 0, and so is each of these.
@@ -79,7 +79,7 @@ class TrustRegionMetrics:
         sums["tokens"] = counted.sum()
         bins = divergence_bins(divergence)
         sums["divergence_histogram"] = histogram(bins, len(DIVERGENCE_EDGES) + 1, counted, dtype)
-        sums |= _within("effects", effects.sums(batch, weight, dtype))
+        sums |= _within("effects", effects.sums(by_objective, weight, dtype))
         if self._by_group:
             sums |= _within("breakdown", breakdown.sums(batch, dtype))
         maxima = {

@@ -21,7 +21,8 @@ class KLCov(PenaltyObjective, UpdateObjective):
     """The surrogate with a penalty on |log r| of the few tokens that lower the entropy most (arXiv 2505.22617).
 
     Args:
-        share: of an update's tokens that are penalised, those with the largest covariance; at least one is.
+        share: of an update's tokens that are penalised, those with the largest covariance, at least one; none where more
+            than that many share the largest, as all do where advantages are equal.
         beta: how much the penalty counts.
     """
 
@@ -41,7 +42,10 @@ class KLCov(PenaltyObjective, UpdateObjective):
         means = moments(update)
         values = covariance(update, means)[update.mask]
         wanted = min(len(values), max(1, int(self.share * len(values))))
-        least = values.topk(wanted).values.amin() if wanted else values.new_tensor(torch.inf)
+        largest = values.topk(wanted).values
+        least = largest.amin() if wanted else values.new_tensor(torch.inf)
+        if wanted:
+            least = torch.where((values == largest.amax()).sum() > wanted, torch.inf, least)
         return torch.cat([means, least.double().view(1)])
 
     def _penalised(self, batch: TokenBatch) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drpo.objectives.divergences import binary_kl, categories, larger_binary_kl, moving_away
 from drpo.tokens import TokenBatch
@@ -80,7 +81,9 @@ SEQUENCE_MEAN = Scope(
     "sequence mean", "mean {}", "geometric mean of {}", lambda values, t: values.sum(dim=1, keepdim=True) / t.length
 )
 SEQUENCE_SUM = Scope("sequence sum", "Σ {}", "Π {}", lambda values, _: values.sum(dim=1, keepdim=True))
-SEQUENCE_MAX = Scope("sequence max", "max {}", "max {}", lambda values, _: values.amax(dim=1, keepdim=True))
+SEQUENCE_MAX = Scope(
+    "sequence max", "max {}", "max {}", lambda values, _: pad(values, (0, 1)).amax(dim=1, keepdim=True)
+)
 UPDATE = Scope("update", "{}", "{}", lambda values, _: values)
 PREFIX = Scope("prefix budget", "{}", "{}", lambda values, _: values)
 

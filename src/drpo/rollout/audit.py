@@ -100,7 +100,7 @@ def log_odds_mean(sums: Tensor) -> tuple[float, float]:
 
 
 class Differences:
-    """What :class:`Difference` is of, over the micro-batches of an update."""
+    """Collects the sums that a :class:`Difference` is computed from, over the micro-batches of an update."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []

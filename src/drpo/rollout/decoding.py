@@ -24,12 +24,12 @@ BLOCK = 256
 """Tokens of the vocabulary whose probability is summed before one of them is looked for."""
 
 LEAVE_AT = 1 / 8
-"""Share of the decoding rows that have ended from which on they are taken out: each time the cache of the others is copied once."""
+"""Ended rows are taken out once they are this share of the batch; each time the cache of the others is copied."""
 
 _OF_TOKENS = ("attention_mask", "position_ids")
 _OTHERS = ("past_key_values", "use_cache", "logits_to_keep")
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Whose keys and values of one row are another's to take, which is more than a state of a recurrence can say."""
+"""Layers of a cache whose rows can be selected by index."""
 
 _ROW_BY_ROW = (
     logits_process.TemperatureLogitsWarper,

@@ -21,7 +21,7 @@ def find_routers(model: nn.Module) -> list[Any]:
 
 
 class _Choosing(TorchFunctionMode):
-    """Within this mode ``torch.topk`` takes the places that ``choose`` makes of those that it would take."""
+    """Within this mode ``choose`` replaces the indices that ``torch.topk`` returns."""
 
     def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -112,15 +112,25 @@ class ExpertReplay:
         It holds until the next call: where activations are checkpointed, the backward pass computes them again.
 
         Args:
-            recorded: [N, layers, K], in the order of the model's input; None leaves all as it is.
+            recorded: [..., layers, K], in the order of the model's input of N tokens; None leaves all as it is.
         """
-        self._recorded = recorded
+        self._recorded = None if recorded is None else recorded.flatten(0, -3)
         self._differing = {}
 
-    @property
-    def differing(self) -> Tensor | None:
-        """The share of the sampler's experts that the policy would not choose, [N, layers]; None if nothing was expected."""
-        return torch.stack([share for _, share in sorted(self._differing.items())], dim=1) if self._differing else None
+    def differing_at(self, shape: Sequence[int], places: Any) -> Tensor | None:
+        """The share of the sampler's experts that the policy would not have chosen in the last pass; None if nothing was expected.
+
+        Args:
+            shape: of the model's input.
+            places: an index of tensors into it.
+
+        Returns:
+            [tokens, layers].
+        """
+        if not self._differing:
+            return None
+        by_layer = [share for _, share in sorted(self._differing.items())]
+        return torch.stack(by_layer, dim=1).view(*shape, -1)[places]
 
     def _choose(self, layer: int, experts: Tensor) -> Tensor:
         if self._recorded is None:

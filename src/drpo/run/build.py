@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,8 @@ logger = logging.getLogger(__name__)
 BUILTIN_TRAIN_PROBLEMS = 10_000
 """Distinct training problems of a built-in task, cycled through if the run needs more."""
 
-_SAME_IN_CONFIG = {
-    *("updates_per_rollout", "num_generations", "learning_rate", "max_completion_length", "temperature", "seed"),
-    *("aggregation", "horizon", "advantage", "anchor", "audit_threshold"),
-    *("train_precision", "rollout_precision", "rollout_lag"),
-}
+_TRANSLATED = {"objective", "correction", "reward_timeout"}
+_SAME_IN_CONFIG = Recipe.model_fields.keys() & {field.name for field in fields(DRPOConfig)} - _TRANSLATED
 """Fields of a recipe that DRPOConfig has by the same name; it has the defaults of those that are None."""
 
 
@@ -148,9 +146,9 @@ def make_trainer(
     except UserError:
         raise
     except Exception as error:  # each option fails in its own way, deep in a library
-        fields = [*(f"trainer.{name}" for name in recipe.trainer), *(["lora"] if recipe.lora else [])]
+        given = [*(f"trainer.{name}" for name in recipe.trainer), *(["lora"] if recipe.lora else [])]
         raise UserError(
-            f"cannot set up training with {', '.join(fields) or 'this model'}: {type(error).__name__}: {error} "
+            f"cannot set up training with {', '.join(given) or 'this model'}: {type(error).__name__}: {error} "
             "(DRPO_DEBUG=1 shows the traceback)"
         ) from error
     trainer.remove_callback(PrinterCallback)
@@ -190,6 +188,7 @@ def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:
         )
     settings: dict[str, Any] = {
         **recipe.model_dump(include=_SAME_IN_CONFIG, exclude_none=True),
+        # None is no limit here, and not the default.
         "reward_timeout": recipe.reward_timeout,
         "output_dir": output_dir,
         "objective": recipe.objective.name,

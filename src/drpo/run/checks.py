@@ -1,4 +1,4 @@
-"""What is known of a run before it begins: whether anything ends a completion, and whether held-out problems are that."""
+"""What is known of a run before it begins: whether anything ends a completion, and whether held-out problems are absent from the training data."""
 
 from __future__ import annotations
 

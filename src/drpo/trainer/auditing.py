@@ -26,7 +26,7 @@ CLEAR = 3
 """How many times the largest gap between engines the change has to be, so that the two are not taken for one another."""
 
 ENOUGH = 0.5
-"""The weight of tokens (:func:`~drpo.rollout.audit.log_odds_sums`) below which a mean says nothing: two tosses of a coin."""
+"""A mean over tokens with less total weight (:func:`~drpo.rollout.audit.log_odds_sums`) is too uncertain to audit; two tokens at π = 1/2 have as much."""
 
 
 class _Probe(NamedTuple):

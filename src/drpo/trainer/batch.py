@@ -36,6 +36,7 @@ class RolloutBatch(TypedDict, total=False):
     top_k_ids: Tensor  # [B, C, K], int64: the sampler's likeliest tokens, for a top-k objective
     top_k_per_token_logps: Tensor  # [B, C, K], fp32: their log μ
     support_ids: Tensor  # [B, C, K], int64: tokens that could be drawn, then NOT_IN_SUPPORT, for replay_support
+    kept_mass: Tensor  # [B, C], fp32: the probability that those had before the filters, for replay_support
     prompt_experts: Tensor  # [B, P, layers, K], uint8 or int16: those that the sampler's routers chose, of a mixture
     completion_experts: Tensor  # [B, C, layers, K], the same; 0 for the last token, which was not sampled after
 

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 """Names, sizes and SHA-256 of a checkpoint's files, the fingerprint of the run that it is of, and when that began."""
 
+FORMAT = 1
+"""Raised when what :class:`~drpo.trainer.checkpointed.CheckpointedTrainer` writes is no longer what its predecessor can read."""
+
 PREFIX = "checkpoint-"
 """Transformers' name of a checkpoint, before the number of updates made."""
 
@@ -51,7 +54,7 @@ def finish(checkpoint: Path, fingerprint: dict[str, Any], begun: float, checksum
     with ThreadPoolExecutor() as pool:
         descriptions = pool.map(_flush_and_describe if checksums else _describe, paths)
         files = {str(path.relative_to(written)): file for path, file in zip(paths, descriptions, strict=True)}
-    content = {"files": files, "fingerprint": fingerprint, "begun": begun}
+    content = {"format": FORMAT, "files": files, "fingerprint": fingerprint, "begun": begun}
     manifest = written / MANIFEST
     manifest.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
     if checksums:
@@ -74,7 +77,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        content = {name: manifest[name] for name in ("files", "fingerprint", "begun")}
+        content = {name: manifest[name] for name in ("format", "files", "fingerprint", "begun")}
         is_whole = manifest["sha256"] == _digest(content)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is missing, so nothing says that the checkpoint is whole") from error
@@ -82,6 +85,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not is_whole:
         raise CheckpointError(f"{path}: has not the bytes that were written")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: is of format {content['format']}; this version of drpo reads {FORMAT}")
     for name, written in content["files"].items():
         file = checkpoint / name
         try:
@@ -133,7 +138,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _begun(checkpoint: Path) -> float:
-    """When a checkpoint's run began; of one that does not say so, which is looked at first, that it is to come."""
+    """When a checkpoint's run began; infinity if its manifest cannot be read, so that it is examined first."""
     try:
         return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["begun"] + 0.0
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from drpo.errors import TrainingStoppedError
+from drpo.trainer.checkpoint import checkpoints_in, update_of
 
 
 class StopOnCollapse(TrainerCallback):
@@ -45,8 +46,7 @@ class StopOnCollapse(TrainerCallback):
 
 def _name_checkpoint(folder: Path, update: int) -> str:
     """The newest checkpoint that was written up to an update, for a message."""
-    updates = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
-    before = max((saved for saved in updates if saved <= update), default=None)
-    if before is None:
+    before = [checkpoint for checkpoint in checkpoints_in(folder) if update_of(checkpoint) <= update]
+    if not before:
         return f"no checkpoint is from before it fell, after update {update}"
-    return f"{folder / f'checkpoint-{before}'} is from before it fell, after update {update}"
+    return f"{before[-1]} is from before it fell, after update {update}"

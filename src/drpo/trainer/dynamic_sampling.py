@@ -22,8 +22,8 @@ Sample = Callable[[list[dict[str, Any]]], RolloutBatch]
 class DynamicSampling:
     """Fills a rollout with groups that have an advantage, as far as its budget goes.
 
-    In each round every rank samples as many prompts as the rank with the most groups to replace has. What has no advantage
-    either is dropped, and so is what a rank has left over. Groups that are still without one when the budget is spent stay,
+    In each round every rank samples as many prompts as the rank with the most groups to replace has. A rank
+    discards new groups that have no advantage either, and those that it does not need. Groups that are still without one when the budget is spent stay,
     and have no gradient.
 
     Args:
@@ -62,6 +62,8 @@ class DynamicSampling:
             sample: makes rollouts of further prompts.
             metrics: what ``sample`` adds to them is removed: of prompts chosen by their rewards it says nothing of the policy.
         """
+        if not self._rounds:
+            return batch
         replaced = rounds = 0
         idle = (~self._groups_with_advantage(batch)).nonzero().flatten()
         while rounds < self._rounds and (prompts := max(gather_object([len(idle)]))):
@@ -72,8 +74,7 @@ class DynamicSampling:
             batch = replace_rows(batch, self._rows(places), fresh, self._rows(useful))
             replaced += sum(gather_object([len(useful)]))
             rounds += 1
-        if self._rounds:
-            self.counts = {"rounds": rounds, "replaced": replaced}
+        self.counts = {"rounds": rounds, "replaced": replaced}
         return batch
 
     def _groups_with_advantage(self, batch: RolloutBatch) -> Tensor:

@@ -33,7 +33,9 @@ FREE_OPTIONS = (
     "vllm_gpu_memory_utilization", "vllm_server_", "vllm_group_port", "vllm_enable_sleep_mode",
     "audit_threshold", "stale_sampler", "max_skipped_updates", "split_distance", "checkpoint_checksums", "reward_timeout",
 )  # fmt: skip
-"""Beginnings of the names of options that may change when a run is resumed."""
+"""Options that may change when a run is resumed; a name that ends in an underscore is the beginning of several."""
+
+_FREE_BEGINNINGS = tuple(name for name in FREE_OPTIONS if name.endswith("_"))
 
 _FREE_IN_CONFIG = {
     "_name_or_path", "transformers_version", "use_cache", "output_router_logits",
@@ -47,7 +49,11 @@ _FREE_IN_ADAPTERS = {"auto_mapping", "base_model_name_or_path", "inference_mode"
 def fingerprint(trainer: CheckpointedTrainer) -> dict[str, Any]:
     """Names and values to compare on resume, in JSON."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    options = {name: value for name, value in trainer.args.to_dict().items() if not name.startswith(FREE_OPTIONS)}
+    options = {
+        name: value
+        for name, value in trainer.args.to_dict().items()
+        if name not in FREE_OPTIONS and not name.startswith(_FREE_BEGINNINGS)
+    }
     dataset: Any = trainer.train_dataset
     # A thousand rows at a time are read ten times as fast as one by one.
     rows = dataset.with_format(None).iter(batch_size=1000) if isinstance(dataset, Dataset) else dataset

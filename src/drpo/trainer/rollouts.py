@@ -74,7 +74,8 @@ class RolloutSampler:
         records_experts: whether the experts that the model's routers choose are.
 
     Attributes:
-        kept_mass: the mean probability that the filters of the last rollout left on this rank; None without support.
+        kept_mass: [2], of the last rollout that was trained on, on this rank: the probabilities that filters left, summed
+            over tokens, and how many tokens; None without support.
     """
 
     def __init__(self, behavior: BehaviorPolicy, top_k: int, records_support: bool, records_experts: bool) -> None:
@@ -115,8 +116,7 @@ class RolloutSampler:
         if rollout.recorder is not None and (likeliest := rollout.recorder.likeliest(columns)):
             batch["top_k_ids"], batch["top_k_per_token_logps"] = likeliest
         if rollout.recorder is not None and (support := rollout.recorder.support(columns)):
-            batch["support_ids"], kept_mass = support
-            self.kept_mass = kept_mass[loss_mask(batch).bool()].mean()
+            batch["support_ids"], batch["kept_mass"] = support
         if rollout.recorder is not None:
             experts = rollout.recorder.experts(batch["prompt_ids"].shape[1], columns)
             if experts is not None:
@@ -124,11 +124,18 @@ class RolloutSampler:
         if rollout.is_trained_on:
             batch["age"] = torch.full_like(batch["advantages"], self.behavior.age, dtype=torch.long)
 
+    def measure(self, batch: RolloutBatch) -> None:
+        """Note what filters left of the probability in a rollout that will be trained on."""
+        if "kept_mass" in batch:
+            kept = batch["kept_mass"][loss_mask(batch).bool()]
+            self.kept_mass = torch.stack([kept.sum(), kept.new_tensor(len(kept))])
+
     def metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The age of the samples, and what filters left of the probability over all ranks, where they apply."""
         measured = {"rollout/age": float(self.behavior.age)} if self.behavior.lag else {}
         if self.kept_mass is not None:
-            measured["rollout/kept_mass"] = gather(self.kept_mass).mean().item()
+            kept, tokens = gather(self.kept_mass).view(-1, 2).sum(dim=0).tolist()
+            measured["rollout/kept_mass"] = kept / max(1, tokens)
         return measured
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,7 +267,7 @@ def raising_together() -> Iterator[None]:
 
 
 def check_rewards(per_function: Tensor, names: Sequence[str]) -> None:
-    """Check that no score is too large to train on, [N, functions], one of a reward model's neither.
+    """Check that no score is too large to train on, [N, functions], scores of reward models included.
 
     Raises:
         RewardError: one is; the message names the function and the row.

@@ -103,12 +103,10 @@ class FusedScorer:
         )
         inputs, predicts, experts = self._inputs(batch, longest)
         if self.experts is not None:
-            self.experts.expect(None if experts is None else experts.flatten(0, -3))
+            self.experts.expect(experts)
         (loss, logp, entropy, weight), aux_loss = model(**inputs, scored=ScoredTokens(predicts, self.objective, tokens))
         in_one_row = replace(tokens, sequence_ids=None)
-        other_experts = None
-        if self.experts is not None and (differing := self.experts.differing) is not None:
-            other_experts = differing.view(*inputs["input_ids"].shape, -1)[predicts]
+        other_experts = self.experts and self.experts.differing_at(inputs["input_ids"].shape, predicts)
         return Scored(loss, in_one_row.batch(logp), weight.unsqueeze(0), entropy.unsqueeze(0), aux_loss, other_experts)
 
     def _inputs(
@@ -185,13 +183,11 @@ class PaddedScorer:
         if self.experts is not None:
             experts = None
             if "prompt_experts" in batch:
-                experts = torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1).flatten(0, 1)
+                experts = torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1)
             self.experts.expect(experts)
         scores = self.log_probs(model, batch, inputs)
-        other_experts = None
-        if self.experts is not None and (differing := self.experts.differing) is not None:
-            predicts = differing.view(*attention_mask.shape, -1)[:, -1 - batch["completion_ids"].shape[1] : -1]
-            other_experts = predicts[loss_mask(batch).bool()]
+        predicts = pad(loss_mask(batch).bool(), (batch["prompt_ids"].shape[1] - 1, 1))
+        other_experts = self.experts and self.experts.differing_at(attention_mask.shape, predicts)
         topk = None
         if scores.top_k_logp is not None:
             is_sampled = batch["top_k_ids"] == batch["completion_ids"].unsqueeze(2)

@@ -45,7 +45,7 @@ class Rows:
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to attention's logits, [n or 1, 1, Q, K]: a query sees itself and the keys before it, in all as many as the window has."""
+        """What is added to attention's logits, [n or 1, 1, Q, K]: a query sees itself and the keys before it, at most as many together as the window has."""
         if (window, dtype) not in self.masks:
             before = self.queries.new_zeros(1) if self.before is None else self.before
             query = before.view(-1, 1, 1, 1) + torch.arange(self.queries.shape[1], device=before.device).unsqueeze(1)
@@ -98,8 +98,8 @@ def prompt_of(batch: RolloutBatch) -> Tensor:
 def share_tokens(batch: RolloutBatch, longest: int) -> SharedTokens:
     """Lay out the sequences of a micro-batch. The last token of a completion is no input.
 
-    Where all completions of a prompt are shorter than it, attention computes its queries once as well: with a mask
-    that is less than to compute them, without one, in every row.
+    Where all completions of a prompt are shorter than it, attention computes the prompt's queries once as well: once
+    with a mask takes less time there than in every row without one.
 
     Args:
         batch: of N sequences.

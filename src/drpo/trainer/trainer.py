@@ -210,6 +210,7 @@ class DRPOTrainer(CheckpointedTrainer):
             if is_trained_on:
                 check_some_rewards(self._rewards_per_func, self.reward_func_names)
                 batch = self._dynamic_sampling.fill(batch, self._sample, self._metrics["train"])
+                sampler.measure(batch)
                 self._idle.add(batch, self.state.global_step // self.args.updates_per_rollout + 1)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
@@ -289,7 +290,9 @@ class DRPOTrainer(CheckpointedTrainer):
         audits = mode == "train" and self._is_sampled_by_now(batch)
         self._measurements.add(mode, batch, scored, audits)
         if mode == "train":
-            self._guard.add(batch, scored)
+            # The scaling of fp16's loss skips updates by itself.
+            if self.accelerator.scaler is None:
+                self._guard.add(batch, scored)
             if self.token_log is not None:
                 self.token_log.add(batch, scored.sampled, scored.gradient_weight)
         loss = scored.loss
@@ -306,7 +309,7 @@ class DRPOTrainer(CheckpointedTrainer):
         return self._scorer(self.model, batch, scale, self._micro_batches.longest).sampled
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """What Transformers asks for between the backward pass and the optimizer's step: a gradient that is not finite goes."""
+        """Transformers calls this between the backward pass and the optimizer's step; here a gradient that is not finite is cleared."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # The scaling of fp16's loss skips such updates by itself, to find its scale.
         if self.accelerator.scaler is None:
@@ -335,7 +338,9 @@ class DRPOTrainer(CheckpointedTrainer):
         mode: Mode = "train" if self.model.training else "eval"
         measured, metrics = self._measurements.take(mode, gather)
         if mode == "train":
-            self.trust_region = measured
+            # Transformers logs once more when training ends.
+            if "loss" in logs:
+                self.trust_region = measured
             metrics |= self._micro_batches.take_work()
             if self._guard.skipped:
                 metrics["updates/skipped"] = float(self._guard.skipped)
