@@ -17,17 +17,18 @@ import torch
 from hydra.utils import instantiate
 from typer.testing import CliRunner
 
+import drpo.integrations.verl
 from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
 from drpo.files import read_jsonl
 from drpo.integrations.verl.hydra import compose_main_ppo
-from drpo.integrations.verl.overrides import as_arguments, overrides
+from drpo.integrations.verl.overrides import _REFUSED, as_arguments, overrides
 from drpo.integrations.verl.train import Log, plan
 from drpo.objectives import PPO, SPO
 from drpo.run.folder import RunFolder
 from drpo.run.progress import Progress
-from drpo.run.recipe import load_recipe
+from drpo.run.recipe import Recipe, load_recipe
 
 FOLDER = Path("/runs, of (mine)/it's=1")
 
@@ -49,6 +50,14 @@ def test_a_recipe_means_the_same_in_verl() -> None:
     # 1,000 rows are 62 rollouts of 16 prompts and a rest.
     assert (config.trainer.total_training_steps, config.trainer.total_epochs) == (100, 2)
     assert instantiate(actor.policy_loss).make_objective() == SPO(epsilon=3.0)
+
+
+def test_no_field_of_a_recipe_is_left_out() -> None:
+    folder = Path(drpo.integrations.verl.__file__).parent
+    source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    read = {field for field in Recipe.model_fields if re.search(rf"recipe\.{field}\b", source)}
+    # verl's workers make the reward from the recipe's file.
+    assert {*read, *_REFUSED, "reward"} == {*Recipe.model_fields, "reward"}
 
 
 def test_an_objective_anchored_on_the_old_policy_keeps_its_anchor_and_correction() -> None:
@@ -82,6 +91,7 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["reward_timeout=60"], "reward_timeout: verl calls rewards in workers of its own"),
         (["rollout_precision=int8"], "rollout_precision: verl's sampler has a dtype of its own"),
         (["record_rollouts=true"], "record_rollouts: verl has no log of trained tokens"),
+        (["stop_on_collapse=5"], "stop_on_collapse: verl's trainer runs to its end"),
         (["trainer.weight_decay=abc"], "trainer.weight_decay: got 'abc'; expected a number"),
         (["trainer.max_grad_norm=null"], "trainer.max_grad_norm: got None; expected a number"),
         (["trainer.wieght_decay=0.1"], "unknown option 'wieght_decay'; did you mean 'weight_decay'"),

@@ -33,6 +33,7 @@ _REFUSED = {
     "record_rollouts": "verl has no log of trained tokens",
     "reward_timeout": "verl calls rewards in workers of its own",
     "rollout_lag": "verl's trainer decides how old its sampler's weights are",
+    "stop_on_collapse": "verl's trainer runs to its end",
     "rollout_precision": "verl's sampler has a dtype of its own, --verl actor_rollout_ref.rollout.dtype",
 }
 """Fields of a recipe that verl would ignore, and why."""
