@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
-from drpo.precision import find_experts, make_rollout_model, quantized, train_in_fp8
+from drpo.precision import find_experts, make_rollout_model, multiply_in_fp8, quantized
 from drpo.trainer.token_log import TokenLog
 from support.mixtures import make_mixture
 from support.rollouts import config, load_model, make_trainer
@@ -116,7 +116,7 @@ def test_fp8_training_leaves_the_weights_and_their_names_as_they_are_and_has_a_g
     model, _ = load_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     converted = copy.deepcopy(model)
-    train_in_fp8(converted)
+    multiply_in_fp8(converted)
     assert list(converted.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in converted.state_dict().items())
     assert type(converted.lm_head) is nn.Linear
@@ -269,8 +269,8 @@ def test_experts_multiply_in_fp8_as_linear_layers_do() -> None:
         down.weight.copy_(experts.down_proj[3])
     states, chosen = torch.randn(5, 32), torch.full((5, 1), 3)
     exact = experts(states, chosen, torch.ones(5, 1))
-    train_in_fp8(mixture)
-    train_in_fp8(layers)
+    multiply_in_fp8(mixture)
+    multiply_in_fp8(layers)
     outputs = experts(states, chosen, torch.ones(5, 1))
     expected = layers[1](experts._apply_gate(layers[0](states)))
     torch.testing.assert_close(outputs, expected)
@@ -284,7 +284,7 @@ def test_experts_multiply_in_fp8_as_linear_layers_do() -> None:
 
 def test_a_copy_of_a_mixture_in_fp8_multiplies_with_its_own_experts() -> None:
     mixture = make_mixture()
-    train_in_fp8(mixture)
+    multiply_in_fp8(mixture)
     copied = copy.deepcopy(mixture)
     for ours, theirs in zip(find_experts(mixture), find_experts(copied), strict=True):
         assert theirs.forward.__self__ is theirs is not ours

@@ -17,7 +17,7 @@ import torch
 from drpo.cli.main import main
 from drpo.doctor import Finding, environment
 from drpo.doctor.examine import examine_recipe
-from drpo.doctor.rollout import check_updates
+from drpo.doctor.rollout import check_update_numbers
 from drpo.recipes import FOLDER
 from drpo.rollout.recorder import LogProbRecorder
 
@@ -336,6 +336,6 @@ def test_of_verl_too_json_is_all_there_is_and_a_stop_is_exit_code_1(
 
 def test_updates_without_a_gradient_say_so() -> None:
     for norm in (0.0, 0.5):
-        (finding,) = check_updates([{"loss": 0.0, "grad_norm": norm}] * 2)
+        (finding,) = check_update_numbers([{"loss": 0.0, "grad_norm": norm}] * 2)
         assert finding.verdict == "ok"
         assert ("nothing to train on" in finding.what) == (norm == 0)

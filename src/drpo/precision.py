@@ -67,7 +67,7 @@ def time_in_bf16(model: Any) -> float:
     return statistics.median(seconds(True) / seconds(False) for _ in range(3))
 
 
-def train_in_fp8(model: nn.Module) -> None:
+def multiply_in_fp8(model: nn.Module) -> None:
     """Let the model's linear layers, all but the LM head, and its experts multiply in FP8 (e4m3), forward and backward.
 
     Scales are dynamic, one a row of activations and one a row of weights: what a token's activations
@@ -140,7 +140,7 @@ def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Modu
     if precision != "fp32":
         made.to(torch.bfloat16)
     if precision == "fp8":
-        train_in_fp8(made)
+        multiply_in_fp8(made)
     return made
 
 

@@ -11,7 +11,7 @@ from drpo.doctor.environment import check_hardware, check_packages
 from drpo.doctor.findings import Finding
 from drpo.doctor.grader import check_grader
 from drpo.doctor.prompt import check_chat_template, check_end, check_prompts, load_prompting
-from drpo.doctor.recipe import check_anchor, check_objective, check_problems, check_updates
+from drpo.doctor.recipe import check_anchor, check_objective, check_off_policy, check_problems
 from drpo.doctor.rollout import SET_ASIDE, check_rollout
 from drpo.errors import UserError
 from drpo.recipes import find_recipe
@@ -73,7 +73,7 @@ class _Examination:
             # A model that cannot be loaded is a finding; the other checks go on.
             recipe = (self.attempt(lambda: settle_precision(recipe)) if rollout else None) or in_fp32
         self.check(lambda: check_objective(recipe))
-        self.check(lambda: check_updates(recipe))
+        self.check(lambda: check_off_policy(recipe))
         train = self.attempt(lambda: load_problems(recipe, "train", recipe.rollouts * recipe.prompts_per_rollout))
         heldout = self.attempt(lambda: load_problems(recipe, "heldout", recipe.heldout_problems))
         if train is not None:

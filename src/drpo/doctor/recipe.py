@@ -63,7 +63,7 @@ def check_anchor(recipe: Recipe, config: DRPOConfig) -> Iterator[Finding]:
         yield Finding("ok", f"anchor: {ANCHORS[anchor]}{correction}")
 
 
-def check_updates(recipe: Recipe) -> Iterator[Finding]:
+def check_off_policy(recipe: Recipe) -> Iterator[Finding]:
     """How far off-policy a rollout gets, and whether the run's own audit can fail."""
     samples = recipe.prompts_per_rollout * recipe.num_generations
     updates = recipe.updates_per_rollout

@@ -77,7 +77,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
         causes or None,
     )
     yield from _check_log_probs(trainer.token_log.take())
-    yield from check_updates([row for row in trainer.state.log_history if "loss" in row])
+    yield from check_update_numbers([row for row in trainer.state.log_history if "loss" in row])
 
 
 def _check_adapters(recipe: Recipe, model: Any) -> Iterator[Finding]:
@@ -105,7 +105,7 @@ def _check_log_probs(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
             )
 
 
-def check_updates(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+def check_update_numbers(logs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     """What the log's rows of the updates say, with ``loss`` and ``grad_norm`` each."""
     wrong = next((f"{n} is {row[n]}" for row in logs for n in ("loss", "grad_norm") if not math.isfinite(row[n])), None)
     if wrong:

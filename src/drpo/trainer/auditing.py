@@ -125,7 +125,7 @@ class RolloutAudits:
         # Without dropout, which would also take random numbers from those of the run.
         trainer.model.eval()
         try:
-            return trainer._micro_batches.log_probs(batch, trainer._score_unweighted).exp()
+            return trainer._micro_batches.log_probs(batch, trainer._score_without_loss).exp()
         finally:
             trainer.model.train()
 

@@ -30,9 +30,7 @@ class RolloutBatch(TypedDict, total=False):
     rewards: Tensor  # [B], fp32: weighted sums over reward functions, NaN where none gave a score
     age: Tensor  # [B], int64: rollouts between the weights that sampled and the policy's; absent in evaluation
     old_per_token_logps: Tensor  # [B, C], fp32: log π when the rollout began, where anchor="old" or split_distance
-    sampler_per_token_logps: (
-        Tensor  # [B, C], fp32: the trainer's log-probs by older weights that sampled, for split_distance
-    )
+    lagged_per_token_logps: Tensor  # [B, C], fp32: log π by the older weights that sampled, for split_distance
     top_k_ids: Tensor  # [B, C, K], int64: the sampler's likeliest tokens, for a top-k objective
     top_k_per_token_logps: Tensor  # [B, C, K], fp32: their log μ
     support_ids: Tensor  # [B, C, K], int64: tokens that could be drawn, then NOT_IN_SUPPORT, for replay_support

@@ -87,7 +87,7 @@ class DRPOConfig(GRPOConfig):
         reward_timeout: seconds that a call of a reward function may take; training stops at one that takes longer
             (:class:`drpo.errors.RewardError`). None for no limit.
         split_distance: measure how much of |π − μ| is the engine's, the age's and the updates'
-            (:class:`drpo.trainer.mismatch.Split`), at the price of a forward pass more a rollout, two where
+            (:class:`drpo.trainer.distance_origins.DistanceOrigins`), at the price of a forward pass more a rollout, two where
             samples are of older weights.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from drpo.metrics import TrustRegion, TrustRegionMetrics
 from drpo.rollout.audit import Differences
 from drpo.trainer.batch import RolloutBatch
-from drpo.trainer.mismatch import Split
+from drpo.trainer.distance_origins import DistanceOrigins
 from drpo.trainer.scoring import Scored
 
 Mode = Literal["train", "eval"]
@@ -30,18 +30,18 @@ class Measurements:
     def __init__(self, splits_distance: bool) -> None:
         self.differences = Differences()
         self._trust_region = {"train": TrustRegionMetrics(), "eval": TrustRegionMetrics()}
-        self._split = Split() if splits_distance else None
+        self._origins = DistanceOrigins() if splits_distance else None
         self._other_experts: list[Tensor] = []
 
-    def add(self, mode: Mode, batch: RolloutBatch, scored: Scored, audits: bool) -> None:
-        """Add the tokens of a micro-batch, with ``audits`` to the differences too."""
+    def add(self, mode: Mode, batch: RolloutBatch, scored: Scored, is_on_policy: bool) -> None:
+        """Add the tokens of a micro-batch, and where π is still what sampled to the differences too."""
         # How far π has gone is measured from what was sampled from, whatever the ratio is taken against.
         self._trust_region[mode].update(scored.sampled, scored.gradient_weight, scored.entropy)
-        if mode == "train" and self._split is not None:
-            self._split.update(batch, scored.sampled)
-        if audits:
+        if mode == "train" and self._origins is not None:
+            self._origins.update(batch, scored.sampled)
+        if is_on_policy:
             self.differences.add(scored.sampled)
-        if audits and scored.other_experts is not None:
+        if is_on_policy and scored.other_experts is not None:
             share = scored.other_experts
             sums = [(share > 0).any(dim=1).sum(), share.mean(dim=1).sum(), share.new_tensor(len(share))]
             self._other_experts.append(torch.stack([value.float() for value in sums]))
@@ -50,7 +50,7 @@ class Measurements:
         """What was measured since the last call, over all ranks, which call it together; and its metrics by name."""
         measured = self._trust_region[mode].compute(gather)
         self._trust_region[mode].reset()
-        origins = self._split.take(gather) if self._split is not None and mode == "train" else {}
+        origins = self._origins.take(gather) if self._origins is not None and mode == "train" else {}
         routing = self._take_routing(gather) if mode == "train" else {}
         return measured, {**measured.scalars, **origins, **routing}
 

@@ -19,7 +19,7 @@ from drpo.errors import RewardError
 from drpo.metrics import TrustRegion
 from drpo.metrics.untrained import as_metrics
 from drpo.objectives import Anchor
-from drpo.precision import require_fp32_weights, train_in_fp8
+from drpo.precision import multiply_in_fp8, require_fp32_weights
 from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import checked
@@ -123,7 +123,7 @@ class DRPOTrainer(CheckpointedTrainer):
         self._measurements = Measurements(args.split_distance)
         self._rollout_sampler = make_rollout_sampler(self)
         if args.train_precision == "fp8":
-            train_in_fp8(self.bare_model)
+            multiply_in_fp8(self.bare_model)
         self._scorer = make_scorer(
             self.policy, args, self.objective, self.anchor, self.temperature, self.aux_loss_enabled
         )
@@ -214,12 +214,12 @@ class DRPOTrainer(CheckpointedTrainer):
                 self._idle.add(batch, self.state.global_step // self.args.updates_per_rollout + 1)
         is_old_needed = self.anchor == "old" and self.args.updates_per_rollout > 1
         if is_trained_on and (is_old_needed or self.args.split_distance):
-            batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
+            batch["old_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_without_loss)
         if is_trained_on and not sampler.behavior.age:
             self._audits.begin_rollout(batch)
         elif is_trained_on and self.args.split_distance:
             with sampler.behavior.weights_of_samples(self.policy):
-                batch["sampler_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_unweighted)
+                batch["lagged_per_token_logps"] = self._micro_batches.log_probs(batch, self._score_without_loss)
         return cast(dict[str, Any], batch)
 
     def _sample(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
@@ -248,7 +248,7 @@ class DRPOTrainer(CheckpointedTrainer):
         self.announce("updating")
         self._micro_batches.begin_update(batches)
         if self.objective.over_updates:
-            update = self._micro_batches.whole_update(batches, self._score_unweighted)
+            update = self._micro_batches.whole_update(batches, self._score_without_loss)
             self._scorer = replace(self._scorer, objective=self.objective.for_update(update))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -287,8 +287,8 @@ class DRPOTrainer(CheckpointedTrainer):
             loss_mask(batch), self.args.aggregation, counts=self._micro_batches.counts, horizon=self.args.horizon
         )
         scored = self._scorer(model, batch, scale, self._micro_batches.longest)
-        audits = mode == "train" and self._is_sampled_by_now(batch)
-        self._measurements.add(mode, batch, scored, audits)
+        is_on_policy = mode == "train" and self._is_on_policy(batch)
+        self._measurements.add(mode, batch, scored, is_on_policy)
         if mode == "train":
             # The scaling of fp16's loss skips updates by itself.
             if self.accelerator.scaler is None:
@@ -303,7 +303,7 @@ class DRPOTrainer(CheckpointedTrainer):
         # Data parallelism averages gradients over ranks; the counts already span them.
         return loss * self.accelerator.num_processes
 
-    def _score_unweighted(self, batch: RolloutBatch) -> TokenBatch:
+    def _score_without_loss(self, batch: RolloutBatch) -> TokenBatch:
         """The sampled tokens of a micro-batch, which no loss is made of."""
         scale = torch.zeros_like(batch["sampling_per_token_logps"])
         return self._scorer(self.model, batch, scale, self._micro_batches.longest).sampled
@@ -328,7 +328,7 @@ class DRPOTrainer(CheckpointedTrainer):
 
     # What is measured.
 
-    def _is_sampled_by_now(self, batch: RolloutBatch) -> bool:
+    def _is_on_policy(self, batch: RolloutBatch) -> bool:
         """Whether π is still what sampled: no update since, and no lag, as there is in a run that is resumed with one."""
         steps = self.args.updates_per_rollout * self.args.gradient_accumulation_steps
         return self._step % steps < self.args.gradient_accumulation_steps and not batch["age"].any()

@@ -12,7 +12,7 @@ from datasets import Dataset
 from drpo import TokenBatch
 from drpo.data.problems import builtin_problems
 from drpo.trainer.batch import RolloutBatch
-from drpo.trainer.mismatch import Split
+from drpo.trainer.distance_origins import DistanceOrigins
 from drpo.trainer.token_log import TokenLog
 from support.rollouts import make_trainer
 
@@ -41,10 +41,10 @@ def test_the_parts_are_those_worked_by_hand() -> None:
     mask = torch.tensor([[1, 0]])
     batch: RolloutBatch = {
         "completion_mask": mask,
-        "sampler_per_token_logps": of(0.4),
+        "lagged_per_token_logps": of(0.4),
         "old_per_token_logps": of(0.6),
     }
-    split = Split()
+    split = DistanceOrigins()
     split.update(batch, TokenBatch(of(0.3), of(0.5), torch.ones(1), mask))
     measured = split.take(lambda tensor: tensor)
     for part, expected in (("engine", 0.1), ("staleness", 0.2), ("drift", 0.3)):

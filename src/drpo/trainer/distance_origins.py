@@ -14,7 +14,7 @@ from drpo.trainer.batch import RolloutBatch, loss_mask
 _MEASURED = ("divergence/mean", "divergence/p99", "divergence/max", "log_ratio/p01", "log_ratio/p99")
 
 
-class Split:
+class DistanceOrigins:
     """Distances between μ, π with the weights of μ, π when the rollout began, and π.
 
     ``engine`` lies between the first two: one set of weights, computed by the sampler and by the
@@ -29,16 +29,16 @@ class Split:
         """Add the tokens of a micro-batch.
 
         Args:
-            batch: with ``old_per_token_logps`` and perhaps ``sampler_per_token_logps``.
+            batch: with ``old_per_token_logps`` and perhaps ``lagged_per_token_logps``.
             sampled: their tokens that count, in order; padding may be between them.
         """
         counted = loss_mask(batch).bool()
         begun = batch["old_per_token_logps"][counted]
-        sampled_with = batch["sampler_per_token_logps"][counted] if "sampler_per_token_logps" in batch else begun
+        sampled_with = batch["lagged_per_token_logps"][counted] if "lagged_per_token_logps" in batch else begun
         logp, behavior_logp = sampled.logp.detach()[sampled.mask], sampled.behavior_logp[sampled.mask]
         advantage = sampled.advantage[sampled.mask].unsqueeze(0)
         pairs = {"engine": (sampled_with, behavior_logp), "drift": (logp, begun)}
-        if "sampler_per_token_logps" in batch:
+        if "lagged_per_token_logps" in batch:
             pairs["staleness"] = (begun, sampled_with)
         for name, (ours, theirs) in pairs.items():
             mask = torch.ones_like(advantage, dtype=torch.bool)
