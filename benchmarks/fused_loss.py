@@ -1,14 +1,15 @@
 """The fused loss of DRPO against its peers and against three bare matrix products: time and memory of loss and gradients.
 
-The three products are ``torch.mm`` into memory that is there. All peers are given the same hidden states, head and tokens, and asked for the gradients of both. Liger's
-loss is PPO's clip, its only kind; the others compute DRPO's from the log-probs they return.
+The three products are ``torch.mm`` into memory that is there. All peers are given the same hidden states, head and tokens,
+and asked for the gradients of both. Liger's loss is PPO's clip, its only kind; the others compute DRPO's from the log-probs
+they return. The last case is the first beside a process that keeps a core busy.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +32,8 @@ SEQUENCE = 1024 if torch.cuda.is_available() else 128
 
 FLOOR = "three products"
 
+SHAPE = ("tokens", "width", "vocabulary", "dtype", "busy")
+
 OBJECTIVE = make_objective("drpo", delta=0.2)
 TRL_VOCABULARY_CHUNK = 32_768
 """As TRL 1.16 sets it (``trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE``)."""
@@ -38,10 +41,13 @@ TRL_VOCABULARY_CHUNK = 32_768
 
 @dataclass(frozen=True)
 class Shape:
+    """Of the tensors, and how many other processes keep a core busy meanwhile."""
+
     tokens: int
     width: int
     vocabulary: int
     dtype: torch.dtype
+    busy: int = 0
 
 
 def cases(*, small: bool = False) -> list[Shape]:
@@ -53,7 +59,8 @@ def cases(*, small: bool = False) -> list[Shape]:
     base = Shape(1024, 512, 32_768, torch.float32)
     tokens = [Shape(n, base.width, base.vocabulary, base.dtype) for n in (256, 512, 2048)]
     vocabularies = [Shape(base.tokens, base.width, n, base.dtype) for n in (8192, 16_384, 65_536)]
-    return [base, *tokens, *vocabularies, Shape(base.tokens, 1024, base.vocabulary, base.dtype)]
+    wide, beside_a_process = replace(base, width=1024), replace(base, busy=1)
+    return [base, *tokens, *vocabularies, wide, beside_a_process]
 
 
 @dataclass
@@ -167,7 +174,7 @@ def compare(shapes: list[Shape], rounds: int, command: str) -> list[dict[str, An
         given = Tensors.of(shape)
         peers = _peers(given)
         for row in rows:
-            if row["seconds"] and row["peer"] != FLOOR:
+            if row["seconds"] and row["peer"] != FLOOR and not shape.busy:
                 row["extra_mib"] = f"{_extra_bytes(given, peers[row['peer']]) / 2**20:.1f}"
     return [{**row, **provenance} for _, rows in timed for row in rows]
 
@@ -181,7 +188,8 @@ def _timed(shape: Shape, rounds: int) -> list[dict[str, Any]]:
         except Exception as error:  # a peer that does not run here is a row that says so
             torch.cuda.empty_cache()
             why_not[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
-    times = measure.seconds(peers, rounds)
+    with measure.busy_processes(shape.busy):
+        times = measure.seconds(peers, rounds)
     floor = times[FLOOR]
     return [
         {
@@ -190,6 +198,7 @@ def _timed(shape: Shape, rounds: int) -> list[dict[str, Any]]:
             "width": shape.width,
             "vocabulary": shape.vocabulary,
             "dtype": str(shape.dtype).removeprefix("torch."),
+            "busy": shape.busy,
             "time_over_products": f"{measure.ratio(times[name], floor):.3f}" if name in peers else "",
             "seconds": f"{statistics.median(times[name]):.4f}" if name in peers else "",
             "extra_mib": "",
@@ -209,7 +218,7 @@ def _extra_bytes(given: Tensors, peer: Callable[[], object]) -> int:
 
 def growth(rows: list[dict[str, str]], by: str) -> list[tuple[int, float, float]]:
     """Size, seconds and extra MiB of drpo as ``by``, tokens or vocabulary, grows from the first shape and all else stays."""
-    fixed = [name for name in ("tokens", "width", "vocabulary", "dtype") if name != by]
+    fixed = [name for name in SHAPE if name != by]
     line = [row for row in rows if row["peer"] == "drpo" and all(row[name] == rows[0][name] for name in fixed)]
     return sorted((int(row[by]), float(row["seconds"]), float(row["extra_mib"])) for row in line)
 
@@ -249,4 +258,4 @@ def plot(rows: list[dict[str, str]]) -> Figure:
 
 
 def _shape(row: dict[str, str]) -> tuple[str, ...]:
-    return row["tokens"], row["width"], row["vocabulary"], row["dtype"]
+    return tuple(row[name] for name in SHAPE)

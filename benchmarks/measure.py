@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +31,18 @@ def seconds(work: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
         for name in names[first:] + names[:first]:
             times[name].append(_timed(work[name]))
     return times
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Within this context so many processes keep a core busy each, if the machine has it."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
