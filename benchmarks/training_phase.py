@@ -71,6 +71,7 @@ class Size:
             "learning_rate": 1e-6,
             "gradient_checkpointing": False,
             "bf16": self.bf16,
+            "use_cpu": not torch.cuda.is_available(),
             "save_strategy": "no",
             "logging_steps": UPDATES,
             "report_to": "none",
