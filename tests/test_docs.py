@@ -206,6 +206,14 @@ class TestPerformance:
             assert times.pop("TRL") == "1.00"
             assert f"| {lengths} | {float(share):.0%} | {' | '.join(times.values())} |" in self.PAGE
 
+    def test_the_training_phase_by_lengths_is_as_measured(self) -> None:
+        times: dict[str, list[str]] = {}
+        for row in rows("training_lengths.csv"):
+            if row["trainer"] == "drpo":
+                times.setdefault(row["prompt"], []).append(row["times_faster_than_trl"])
+        for prompt, ratios in times.items():
+            assert f"| {prompt} | {' | '.join(ratios)} |" in self.PAGE
+
     def test_generation_is_as_measured(self) -> None:
         times = {(row["lengths"], row["what"]): row for row in rows("generation.csv")}
         for lengths in ("flat", "sampled", "one long"):

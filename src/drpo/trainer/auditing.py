@@ -47,14 +47,15 @@ class RolloutAudits:
 
     Args:
         trainer: whose rollouts they are.
+        may_be_stale: whether something else samples than the policy itself, which has no other weights to be behind with.
 
     Attributes:
         first: the audit of the first update that has tokens; None before.
     """
 
-    def __init__(self, trainer: DRPOTrainer) -> None:
+    def __init__(self, trainer: DRPOTrainer, may_be_stale: bool) -> None:
         self.first: Audit | None = None
-        self._trainer = trainer
+        self._trainer, self._may_be_stale = trainer, may_be_stale
         self._probes: list[_Probe] = []
         self._changes: list[tuple[float, float]] = []
         self._largest_gap: float | None = None
@@ -70,6 +71,8 @@ class RolloutAudits:
 
     def begin_rollout(self, batch: RolloutBatch) -> None:
         """Measure what the updates since earlier rollouts changed, before any update on this one. All ranks call it together."""
+        if not self._may_be_stale:
+            return
         self._changes = [self._change(probe) for probe in self._probes]
         rows = select(batch, torch.arange(min(PROBES, len(batch["completion_ids"]))))
         self._probes = [*self._probes[:1], _Probe(rows, self._probs(rows))]

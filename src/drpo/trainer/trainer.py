@@ -135,7 +135,8 @@ class DRPOTrainer(CheckpointedTrainer):
             layout=self._scorer.layout,
         )
         self._guard = UpdateGuard(args)
-        self._audits = RolloutAudits(self)
+        samples_elsewhere = self.use_vllm or self.rollout_func is not None
+        self._audits = RolloutAudits(self, samples_elsewhere or self._rollout_sampler.behavior.is_copy)
         self._idle = IdleRollouts(needs_advantage=not self.objective.acts_without_advantage)
         self._dynamic_sampling = DynamicSampling(args, self.train_dataset, self.accelerator.process_index)
         self.stateful |= {"rollout_sampler": self._rollout_sampler, "dynamic_sampling": self._dynamic_sampling}
