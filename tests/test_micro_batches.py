@@ -68,7 +68,7 @@ def test_select_takes_rows_and_the_columns_they_need() -> None:
 def test_left_aligned_closes_the_gaps_and_says_where_the_counted_tokens_are() -> None:
     batch = rollout_batch()
     batch["tool_mask"] = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1]])
-    ids, places = left_aligned(batch, longest=7)
+    ids, places, _ = left_aligned(batch, longest=7)
     assert [row[:length].tolist() for row, length in zip(ids, (4, 2, 7), strict=True)] == [
         [1, 2, 11, 12],
         [3, 13],
@@ -79,7 +79,7 @@ def test_left_aligned_closes_the_gaps_and_says_where_the_counted_tokens_are() ->
 
 @pytest.mark.parametrize(("longest", "width"), [(7, 7), (9, 9), (17, 17), (40, 17)])
 def test_left_aligned_pads_a_model_s_input_to_a_multiple_of_16_or_the_longest(longest: int, width: int) -> None:
-    ids, places = left_aligned(rollout_batch(), longest)
+    ids, places, _ = left_aligned(rollout_batch(), longest)
     assert ids.shape == places.shape == (3, width)
     assert not ids[:, 7:].any()
     assert not places[:, 7:].any()

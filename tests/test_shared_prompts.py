@@ -82,7 +82,7 @@ def random_groups(seed: int) -> list[tuple[int, list[int]]]:
 
 def scored_alone(model: Any, batch: RolloutBatch) -> Tensor:
     """The hidden states before the tokens that count."""
-    ids, places = left_aligned(batch, int(lengths(batch).max()))
+    ids, places, _ = left_aligned(batch, int(lengths(batch).max()))
     return model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[places[:, 1:]]
 
 

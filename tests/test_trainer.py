@@ -330,8 +330,7 @@ class TestTraining:
 
         monkeypatch.setattr(trainer.model, "forward", counted)
         trainer.train()
-        # The audit of the sampler's weights scores a few sequences of the first rollout, then of both.
-        assert sum(scored) == 8 + 1 + 2
+        assert sum(scored) == 8
 
     def test_leaves_out_groups_of_equal_rewards_from_the_second_update_on(
         self, tmp_path: Path, problems: Dataset

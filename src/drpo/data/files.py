@@ -252,7 +252,7 @@ def label(record: dict[str, Any], name: str) -> str:
     """The text of a field, or ""; a label is for people, and a file of one's own may have another use for the field."""
     try:
         # A name that is not there would be looked up among the others, of each row.
-        return value_field(record, name) if name in record else ""
+        return value_field(record, name) if name.partition(".")[0] in record else ""
     except ValueError:
         return ""
 
