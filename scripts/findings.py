@@ -105,11 +105,11 @@ def delta_table(cells: Cells) -> str:
 
 
 def settings_tables(runs: dict[Run, Row]) -> str:
-    """Of each setting whose comparison is complete: every arm's tuning, and its other seeds at the rate that was chosen."""
+    """Of each setting whose tuning is complete: every arm's tuning, and its other seeds so far at the rate that was chosen."""
     means = {run: area_under(row["accuracy"]) for run, row in runs.items()}
     parts = []
     for name, setting in SETTINGS.items():
-        if not set(tuned(name, means)) <= runs.keys():
+        if any(best_rate(name, arm, means) is None for arm in (*COMPARED, *BESIDE)):
             continue
         columns = [f"{rate:g}, seed 0" for rate in TUNING_RATES] + ["rate chosen", "other seeds", "over ppo"]
         lines = [f"{setting.description[0].upper()}{setting.description[1:]} (`{name}`):", "", _header("arm", columns)]
@@ -117,10 +117,10 @@ def settings_tables(runs: dict[Run, Row]) -> str:
         for arm, (rate, rows) in chosen.items():
             tuning = [runs[Run(name, arm, rate)] for rate in TUNING_RATES]
             ours, ppo = ([area_under(row["accuracy"]) for row in of_arm] for of_arm in (rows, chosen["ppo"][1]))
-            better = probability_of_improvement(ppo, ours)
             cells = [f"{area_under(row['accuracy']):.2f}{_mark(row)}" for row in tuning]
-            cells += [f"{rate:g}", _describe(rows)]
-            cells += ["" if arm == "ppo" else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"]
+            cells += [f"{rate:g}", _describe(rows) if rows else ""]
+            better = probability_of_improvement(ppo, ours) if ppo and ours and arm != "ppo" else None
+            cells += [f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]" if better else ""]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -130,7 +130,7 @@ def _other_seeds(setting: str, arm: str, means: dict[Run, float], runs: dict[Run
     """The learning rate that seed 0 chose for an arm, and the runs of other seeds at it."""
     rate = best_rate(setting, arm, means)
     assert rate is not None
-    return rate, [runs[run] for run in tuned(setting, means) if run.arm == arm and run.seed]
+    return rate, [runs[run] for run in tuned(setting, means) if run.arm == arm and run.seed and run in runs]
 
 
 def _mark(row: Row) -> str:

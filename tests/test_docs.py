@@ -22,8 +22,8 @@ import test_fuzz
 import test_objectives
 from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig, objectives
 from drpo.cli.catalogue import describe_fields
-from drpo.lab.grid import CORE, DELTAS
-from drpo.lab.statistics import has_collapsed, probability_of_improvement
+from drpo.lab.grid import BESIDE, COMPARED, CORE, DELTAS, best_rate
+from drpo.lab.statistics import area_under, has_collapsed, probability_of_improvement
 from drpo.run.recipe import Recipe
 from drpo.run.specs import TaskSpec
 
@@ -357,6 +357,18 @@ class TestFindings:
         collapsed = {arm: [has_collapsed(row["accuracy"]) for row in cells[arm, 1.4e-4, 16]] for arm in CORE}
         assert all(any(collapsed[arm]) for arm in findings.WITHOUT_REGION)
         assert not any(any(collapsed[arm]) for arm in ("ppo", "dppo_tv(0.15)", "drpo(0.2)"))
+        runs = {run: area_under(row["accuracy"]) for run, row in findings.read_runs().items() if run.setting == "bf16"}
+        arms = (*COMPARED, *BESIDE)
+        assert {best_rate("bf16", arm, runs) for arm in arms} == {5e-5}
+        tuned_runs = {run: area for run, area in runs.items() if run.learning_rate == 5e-5}
+        assert all(0.915 <= area <= 0.96 for run, area in tuned_runs.items() if run.arm != "gspo")
+        in_bf16 = {run: findings.read_runs()[run]["accuracy"] for run in runs}
+        assert not any(has_collapsed(in_bf16[run]) for run in tuned_runs)
+        fast = {run.arm: run for run in runs if run.learning_rate == 2e-4}
+        assert {arm for arm, run in fast.items() if not has_collapsed(in_bf16[run])} == {"gspo"}
+        without = {"pg", "spo", "drpo(12.5)", "cispo"}
+        assert max(runs[fast[arm]] for arm in without) < 0.125
+        assert min(runs[fast[arm]] for arm in set(arms) - without) > 0.205
         swept = {
             (kind, delta): [has_collapsed(row["accuracy"]) for row in cells[f"{kind}({delta:g})", 1.4e-4, 16]]
             for kind, delta in itertools.product(("drpo", "dppo_tv"), DELTAS)
