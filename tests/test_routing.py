@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerCallback
 
 from drpo import DRPOTrainer
 from drpo.rollout.decoding import record_log_probs
@@ -142,7 +143,7 @@ class TestTraining:
             model=make_mixture(std=0.4),
             reward_funcs=made_up_reward,
             audit_threshold=100.0,
-            callbacks=[keeper],
+            callbacks=[keeper, *settings.pop("callbacks", [])],
             **{**one, **settings},
         )
         trainer.train()
@@ -191,6 +192,25 @@ class TestTraining:
         )
         assert difference < 1e-4
         assert effect > 1e-2
+
+    @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"fused_loss": False}], ids=str)
+    @pytest.mark.parametrize("replay", [False, True])
+    def test_leaves_what_is_sampled_between_updates_as_it_is(
+        self, tmp_path: Path, problems: Dataset, settings: dict[str, Any], replay: bool
+    ) -> None:
+        class Sampling(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+                ids = torch.arange(3, 9).view(2, 3)
+                sampled.append(model.generate(ids, max_new_tokens=4, attention_mask=torch.ones_like(ids)))
+
+        sampled: list[Tensor] = []
+        several = {"max_steps": 4, "updates_per_rollout": 2, "split_distance": True, "router_replay": replay}
+        trainer, _ = self.train(
+            tmp_path, problems, rollout_precision="bf16", callbacks=[Sampling()], **several, **settings
+        )
+        trainer.evaluate(eval_dataset=problems.select(range(8)))
+        assert len(sampled) == 4
+        assert "routing/other_tokens" in trainer.state.log_history[2]
 
     @pytest.mark.parametrize(
         ("settings", "message"),

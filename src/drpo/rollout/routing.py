@@ -109,13 +109,18 @@ class ExpertReplay:
     def expect(self, recorded: Tensor | None) -> None:
         """Say what was recorded of the tokens of the next forward pass.
 
-        It holds until the next call: where activations are checkpointed, the backward pass computes them again.
+        It holds until the next call, or that of :meth:`end_update`: where activations are checkpointed, the backward pass
+        computes them again.
 
         Args:
             recorded: [..., layers, K], in the order of the model's input of N tokens; None leaves all as it is.
         """
         self._recorded = None if recorded is None else recorded.flatten(0, -3)
         self._differing = {}
+
+    def end_update(self) -> None:
+        """Leave further passes, such as those of generation, as they are."""
+        self._recorded = None
 
     def differing_at(self, shape: Sequence[int], places: Any) -> Tensor | None:
         """The share of the sampler's experts that the policy would not have chosen in the last pass; None if nothing was expected.

@@ -266,6 +266,8 @@ class DRPOTrainer(CheckpointedTrainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         loss = self._loss(model, last, mode)
+        if mode == "eval":
+            self._end_replay()
         if mode == "eval" or self.accelerator.sync_gradients:
             self._end_update(mode)
         return loss + total
@@ -307,11 +309,18 @@ class DRPOTrainer(CheckpointedTrainer):
     def _score_without_loss(self, batch: RolloutBatch) -> TokenBatch:
         """The sampled tokens of a micro-batch, which no loss is made of."""
         scale = torch.zeros_like(batch["sampling_per_token_logps"])
-        return self._scorer(self.model, batch, scale, self._micro_batches.longest).sampled
+        sampled = self._scorer(self.model, batch, scale, self._micro_batches.longest).sampled
+        self._end_replay()
+        return sampled
+
+    def _end_replay(self) -> None:
+        if self._scorer.experts is not None:
+            self._scorer.experts.end_update()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Transformers calls this between the backward pass and the optimizer's step; here a gradient that is not finite is cleared."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._end_replay()
         # The scaling of fp16's loss skips such updates by itself, to find its scale.
         if self.accelerator.scaler is None:
             if not (is_finite := math.isfinite(grad_norm)):
