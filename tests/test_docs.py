@@ -362,6 +362,13 @@ class TestFindings:
         assert {best_rate("bf16", arm, runs) for arm in arms} == {5e-5}
         tuned_runs = {run: area for run, area in runs.items() if run.learning_rate == 5e-5}
         assert all(0.915 <= area <= 0.96 for run, area in tuned_runs.items() if run.arm != "gspo")
+        others = {arm: [area for run, area in tuned_runs.items() if run.arm == arm and run.seed] for arm in arms}
+        assert {len(others[arm]) for arm in COMPARED} == {5}
+        over_ppo = {arm: probability_of_improvement(others["ppo"], others[arm]) for arm in arms}
+        assert {arm for arm, better in over_ppo.items() if not better.low <= 0.5 <= better.high} == {
+            "drpo(0.05)",
+            "gspo",
+        }
         in_bf16 = {run: findings.read_runs()[run]["accuracy"] for run in runs}
         assert not any(has_collapsed(in_bf16[run]) for run in tuned_runs)
         fast = {run.arm: run for run in runs if run.learning_rate == 2e-4}
