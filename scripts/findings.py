@@ -36,7 +36,7 @@ ZERO_BIN = int(torch.searchsorted(WEIGHT_EDGES, 0.0))
 EDGE = float(WEIGHT_EDGES[ZERO_BIN])
 """The upper end of the bin of weights that has 0 in it."""
 WITHOUT_REGION = ("pg", "spo", "drpo(12.5)")
-"""Arms whose gradient weight does not reach zero at these settings, but for a few tokens in a million of spo's."""
+"""Arms whose gradient weight does not reach zero at these settings, but for less than a hundred tokens in a million of spo's."""
 
 Row = dict[str, Any]
 Cells = dict[tuple[str, float, int], list[Row]]

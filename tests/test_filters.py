@@ -70,10 +70,10 @@ def test_with_replay_the_ratios_of_one_model_are_one(
     first, second = [row for row in trainer.state.log_history if "loss" in row]
     assert 0.8 < first["rollout/kept_mass"] < 1
     # That of the rollout that is trained on, whatever is sampled beside.
-    kept, tokens = trainer._rollout_sampler.kept_mass.tolist()
+    mass, tokens = trainer._rollout_sampler.kept_mass.tolist()
     trainer.evaluate(eval_dataset=problems.select(range(8)))
-    assert [kept, tokens] == trainer._rollout_sampler.kept_mass.tolist()
-    assert second["rollout/kept_mass"] == pytest.approx(kept / tokens)
+    assert [mass, tokens] == trainer._rollout_sampler.kept_mass.tolist()
+    assert second["rollout/kept_mass"] == pytest.approx(mass / tokens)
     # After an update π has moved, over the support as well.
     assert first["divergence/mean"] < 1e-5 < second["divergence/mean"]
     assert max(max(row["behavior_logp"]) for row in trainer.token_log.take()) <= 1e-6

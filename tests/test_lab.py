@@ -123,6 +123,12 @@ class TestStatistics:
         assert many.high - many.low < few.high - few.low
         assert estimate([0.3]) == (0.3, 0.3, 0.3)
 
+    @pytest.mark.parametrize(("seeds", "coverage"), [(5, 0.90), (3, 0.76)])
+    def test_coverage_of_an_interval_of_few_seeds_is_that_of_the_docs(self, seeds: int, coverage: float) -> None:
+        samples = np.random.default_rng(0).normal(size=(600, seeds))
+        intervals = [estimate(sample) for sample in samples]
+        assert np.mean([each.low <= 0 <= each.high for each in intervals]) == pytest.approx(coverage, abs=0.03)
+
     def test_improvement_counts_pairs_and_half_of_ties(self) -> None:
         # 3 against 1 and 2 wins, 2 against 1 wins, 2 against 2 ties: 3.5 of 4.
         assert probability_of_improvement([1, 2], [2, 3]).value == pytest.approx(3.5 / 4)

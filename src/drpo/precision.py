@@ -89,11 +89,7 @@ def multiply_in_fp8(model: nn.Module) -> None:
 
 def find_experts(model: nn.Module) -> list[Any]:
     """The modules that hold the weights of a mixture's experts as one tensor, which is no linear layer."""
-    return [
-        module
-        for module in model.modules()
-        if getattr(vars(module).get("_parameters", {}).get("down_proj"), "ndim", 0) == 3
-    ]
+    return [module for module in model.modules() if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3]
 
 
 def _multiply_experts_in_fp8(experts: Sequence[Any], config: Any) -> None:

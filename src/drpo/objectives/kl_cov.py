@@ -41,11 +41,12 @@ class KLCov(PenaltyObjective, UpdateObjective):
         """The means of A and log π, and the least covariance of those penalised."""
         means = moments(update)
         values = covariance(update, means)[update.mask]
-        wanted = min(len(values), max(1, int(self.share * len(values))))
-        largest = values.topk(wanted).values
-        least = largest.amin() if wanted else values.new_tensor(torch.inf)
-        if wanted:
-            least = torch.where((values == largest.amax()).sum() > wanted, torch.inf, least)
+        count = min(len(values), max(1, int(self.share * len(values))))
+        least = values.new_tensor(torch.inf)
+        if count:
+            largest = values.topk(count).values
+            is_tied = (values == largest[0]).sum() > count
+            least = torch.where(is_tied, torch.inf, largest[-1])
         return torch.cat([means, least.double().view(1)])
 
     def _penalised(self, batch: TokenBatch) -> Tensor:

@@ -31,7 +31,6 @@ class BehaviorPolicy:
 
     Attributes:
         age: rollouts between the weights that sample and the policy's.
-        is_copy: whether it has weights of its own, and is not the policy itself.
     """
 
     def __init__(
@@ -46,9 +45,14 @@ class BehaviorPolicy:
         self._precision: RolloutPrecision = precision or "fp32"
         self._autocast = autocast if precision is None else nullcontext
         self._past: deque[dict[str, Tensor]] = deque()
-        self.is_copy = lag > 0 or precision is not None
-        self._blank = make_rollout_model(policy, self._precision) if self.is_copy else None
+        is_copy = lag > 0 or precision is not None
+        self._blank = make_rollout_model(policy, self._precision) if is_copy else None
         self._model: Any = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it has weights of its own, and is not the policy itself."""
+        return self._blank is not None
 
     def begin_rollout(self, policy: nn.Module) -> None:
         """Take the weights to sample from, and remember those of now."""

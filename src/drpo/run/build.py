@@ -146,9 +146,9 @@ def make_trainer(
     except UserError:
         raise
     except Exception as error:  # each option fails in its own way, deep in a library
-        given = [*(f"trainer.{name}" for name in recipe.trainer), *(["lora"] if recipe.lora else [])]
+        options = [*(f"trainer.{name}" for name in recipe.trainer), *(["lora"] if recipe.lora else [])]
         raise UserError(
-            f"cannot set up training with {', '.join(given) or 'this model'}: {type(error).__name__}: {error} "
+            f"cannot set up training with {', '.join(options) or 'this model'}: {type(error).__name__}: {error} "
             "(DRPO_DEBUG=1 shows the traceback)"
         ) from error
     trainer.remove_callback(PrinterCallback)

@@ -77,6 +77,13 @@ def select(batch: RolloutBatch, rows: Tensor) -> RolloutBatch:
     return cast(RolloutBatch, chosen)
 
 
+def recorded_experts(batch: RolloutBatch) -> Tensor | None:
+    """The experts of the sampler, of prompts and completions, [B, P + C, layers, K]; None where none were recorded."""
+    if "prompt_experts" not in batch:
+        return None
+    return torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1)
+
+
 class LeftAligned(NamedTuple):
     """Sequences without the padding before and between prompt and completion.
 
@@ -109,8 +116,6 @@ def left_aligned(batch: RolloutBatch, longest: int) -> LeftAligned:
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(2, int(mask.sum(dim=1).amax()))]
     length = order.shape[1]
     missing = (0, max(0, min(longest - length, -(length - 1) % INPUT_WIDTH)))
-    experts = None
-    if "prompt_experts" in batch:
-        experts = torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1)
+    if (experts := recorded_experts(batch)) is not None:
         experts = pad(experts.take_along_dim(order[..., None, None], dim=1), (0, 0, 0, 0, *missing))
     return LeftAligned(pad(ids.gather(1, order), missing), pad(counted.gather(1, order), missing), experts)

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 """Names, sizes and SHA-256 of a checkpoint's files, the fingerprint of the run that it is of, and when that began."""
 
 FORMAT = 1
-"""Raised when what :class:`~drpo.trainer.checkpointed.CheckpointedTrainer` writes is no longer what its predecessor can read."""
+"""To be increased with every change of what :class:`~drpo.trainer.checkpointed.CheckpointedTrainer` writes and reads."""
 
 PREFIX = "checkpoint-"
 """Transformers' name of a checkpoint, before the number of updates made."""

@@ -22,9 +22,9 @@ Sample = Callable[[list[dict[str, Any]]], RolloutBatch]
 class DynamicSampling:
     """Fills a rollout with groups that have an advantage, as far as its budget goes.
 
-    In each round every rank samples as many prompts as the rank with the most groups to replace has. A rank
-    discards new groups that have no advantage either, and those that it does not need. Groups that are still without one when the budget is spent stay,
-    and have no gradient.
+    In each round every rank samples as many prompts as the rank with the most groups to replace has. A rank discards new
+    groups that have no advantage either, and those that it does not need. Groups that are still without one when the
+    budget is spent stay, and have no gradient.
 
     Args:
         args: the trainer's options.

@@ -127,15 +127,15 @@ class RolloutSampler:
     def measure(self, batch: RolloutBatch) -> None:
         """Note what filters left of the probability in a rollout that will be trained on."""
         if "kept_mass" in batch:
-            kept = batch["kept_mass"][loss_mask(batch).bool()]
-            self.kept_mass = torch.stack([kept.sum(), kept.new_tensor(len(kept))])
+            masses = batch["kept_mass"][loss_mask(batch).bool()]
+            self.kept_mass = torch.stack([masses.sum(), masses.new_tensor(len(masses))])
 
     def metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The age of the samples, and what filters left of the probability over all ranks, where they apply."""
         measured = {"rollout/age": float(self.behavior.age)} if self.behavior.lag else {}
         if self.kept_mass is not None:
-            kept, tokens = gather(self.kept_mass).view(-1, 2).sum(dim=0).tolist()
-            measured["rollout/kept_mass"] = kept / max(1, tokens)
+            mass, tokens = gather(self.kept_mass).view(-1, 2).sum(dim=0).tolist()
+            measured["rollout/kept_mass"] = mass / max(1, tokens)
         return measured
 
     def state_dict(self) -> dict[str, Any]:

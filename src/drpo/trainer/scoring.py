@@ -21,7 +21,7 @@ from drpo.objectives import Anchor, Objective, TopKObjective
 from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.rollout.routing import ExpertReplay, find_routers
 from drpo.tokens import TokenBatch, TopK
-from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask
+from drpo.trainer.batch import RolloutBatch, left_aligned, lengths, loss_mask, recorded_experts
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.fused_head import ScoredTokens, add_policy_loss, lengthens_prompts, why_not_fused
 from drpo.trainer.micro_batches import Layout, PaddedRows
@@ -181,10 +181,7 @@ class PaddedScorer:
         if self.with_aux_loss:
             inputs["output_router_logits"] = True
         if self.experts is not None:
-            experts = None
-            if "prompt_experts" in batch:
-                experts = torch.cat([batch["prompt_experts"], batch["completion_experts"]], dim=1)
-            self.experts.expect(experts)
+            self.experts.expect(recorded_experts(batch))
         scores = self.log_probs(model, batch, inputs)
         predicts = pad(loss_mask(batch).bool(), (batch["prompt_ids"].shape[1] - 1, 1))
         other_experts = self.experts and self.experts.differing_at(attention_mask.shape, predicts)
