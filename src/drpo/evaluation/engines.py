@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from drpo.errors import UserError
+from drpo.kernels.attention import use_cpu_sdpa
 from drpo.pretrained import load_pretrained
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.sampling import neutral_sampling
@@ -66,6 +67,7 @@ class TransformersEngine:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         self._model = loaded.to(device).eval()
+        use_cpu_sdpa(self._model)
 
     @property
     def description(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from drpo.kernels.attention import CPU_SDPA
 from drpo.trainer.batch import INPUT_WIDTH, RolloutBatch, left_aligned, loss_mask, widths
 from drpo.trainer.micro_batches import longest_first
 
@@ -241,7 +242,7 @@ def why_not_shared(model: Any) -> str | None:
     config = model.config.get_text_config()
     # A model that was in another trainer before has the prefix.
     name = str(config._attn_implementation).removeprefix(_PREFIX)
-    if name not in ("sdpa", "eager"):
+    if name not in ("sdpa", "eager", CPU_SDPA):
         return f"its attention is {name}, not sdpa or eager"
     layer_types = getattr(config, "layer_types", None)
     others = set(layer_types or ()) - {"full_attention", "sliding_attention"}

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 
 from drpo.aggregation import token_scale
 from drpo.errors import RewardError
+from drpo.kernels.attention import use_cpu_sdpa
 from drpo.metrics import TrustRegion
 from drpo.metrics.untrained import as_metrics
 from drpo.objectives import Anchor
@@ -100,6 +101,7 @@ class DRPOTrainer(CheckpointedTrainer):
                 f"processing_class is a {type(self.processing_class).__name__}, of a vision-language model; DRPOTrainer "
                 "trains on text alone: pass its tokenizer as processing_class"
             )
+        use_cpu_sdpa(self.bare_model)
         self.reward_funcs = [
             reward if isinstance(reward, nn.Module) else checked_scores(reward, args.reward_timeout)
             for reward in self.reward_funcs
