@@ -14,6 +14,7 @@ NAMES = (
     "fused_loss",
     "training_phase",
     "training_lengths",
+    "attention",
     "generation",
     "time_to_accuracy",
     "real_model",

@@ -3,7 +3,8 @@
 The folder of the model is what SMOLLM2 names (``python scripts/smollm2.py FOLDER`` makes one). 8 questions, 4 completions
 each, up to 48 tokens: ``flat``, none ends before; ``sampled``, each ends where the model ends it; ``one long``, all but one
 end after 8 tokens. ``prompts shared`` is Transformers' loop after equal prompts went through the model once, as this
-library had it before; ``Transformers`` is ``generate`` as TRL calls it. All record the log-prob of each token.
+library had it before; ``Transformers`` is ``generate`` as TRL calls it; both have ``sdpa`` for attention, and this
+library its own. All record the log-prob of each token.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from benchmarks import measure, tables
+from drpo.kernels.attention import use_cpu_sdpa
 from drpo.rollout import decoding
 from drpo.rollout.decoding import draw_tokens, record_log_probs, share_prompts
 
@@ -100,10 +102,12 @@ def run(command: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         masked = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
 
         def ours(masked: Any = masked, settings: Any = settings) -> Tensor:
+            use_cpu_sdpa(model)
             with record_log_probs(model):
                 return model.generate(**masked, **settings)
 
         def theirs(shares: bool, masked: Any = masked, settings: Any = settings) -> Tensor:
+            model.config._attn_implementation = "sdpa"
             return model.generate(**masked, **settings, custom_generate=partial(transformers_loop, shares=shares))
 
         torch.manual_seed(0)

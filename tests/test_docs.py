@@ -228,6 +228,12 @@ class TestPerformance:
             assert f"| {' | '.join(cells)} |" in self.PAGE
         assert f"`logsumexp` {times['one draw', 'Transformers']['times_of_drpo']} times as long" in self.PAGE
 
+    def test_attention_is_as_measured(self) -> None:
+        times = {(row["model"], row["pass"], row["keys"], row["precision"]): row for row in rows("attention.csv")}
+        for *case, _ in times:
+            cells = [*case, *(times[*case, precision]["times_faster"] for precision in ("fp32", "bf16"))]
+            assert f"| {' | '.join(cells)} |" in self.PAGE
+
     def test_the_time_to_accuracy_is_as_measured(self) -> None:
         reached = {(row["seed"], row["trainer"]): row["seconds_to_target"] for row in rows("time_to_accuracy.csv")}
         for seed in {seed for seed, _ in reached}:
