@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.rewards import exact_answer
+from drpo.rollout.audit import AuditError
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.rollout.sampling import NEUTRAL, sampling_mismatches
@@ -21,7 +22,7 @@ from drpo.trainer.batch import RolloutBatch
 from drpo.trainer.heldout import evaluate
 from drpo.trainer.scoring import PaddedScorer, support_log_probs
 from drpo.trainer.token_log import TokenLog
-from support.rollouts import completion_lengths, config, load_model, made_up_rollout, make_trainer, transformers_scores
+from support.rollouts import completion_lengths, config, load_model, make_trainer, transformers_scores
 
 FILTERS = [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 4, "temperature": 0.7}]
 
@@ -117,7 +118,7 @@ def test_a_log_prob_over_the_support_and_its_gradient_are_those_of_the_filtered_
         ({"top_k": 5}, "or set replay_support=True to score the tokens that it leaves"),
         ({"min_p": 0.1}, "or set replay_support=True to score the tokens that it leaves"),
         ({"repetition_penalty": 1.1, "replay_support": True}, "repetition_penalty=1.1 would have no effect"),
-        ({"top_p": 0.9, "replay_support": True, "use_vllm": True}, "which vLLM does not return"),
+        ({"top_p": 0.9, "replay_support": True, "use_vllm": True}, "which TRL does not take from vLLM"),
         ({"top_p": 0.9, "replay_support": True, "objective": "ppo"}, "objective='ppo' needs π_old too"),
         ({"top_p": 2.0, "replay_support": True}, "top_p is 2.0; expected a number between 0 and 1"),
         ({"top_p": 0.0, "replay_support": True}, "top_p is 0.0; expected a number between 0 and 1"),
@@ -139,9 +140,69 @@ def test_a_filter_that_comes_in_by_the_back_door_stops_the_run(tmp_path: Path, p
         trainer.train()
 
 
-def test_a_rollout_function_records_no_support(tmp_path: Path, problems: Dataset) -> None:
-    with pytest.raises(ValueError, match="replay_support=True needs the tokens that could be drawn"):
-        make_trainer(tmp_path, problems, replay_support=True, rollout_func=made_up_rollout)
+def sample_with_mask(prompts: list[Any], trainer: DRPOTrainer) -> dict[str, Any]:
+    """A rollout function, which samples with top-p and says which tokens could be drawn."""
+    inputs = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left")
+    with record_log_probs(trainer.model, support=True) as recorder:
+        sequences = trainer.model.generate(**inputs, do_sample=True, top_k=0, top_p=0.9, max_new_tokens=8)
+    lengths = completion_lengths(inputs, sequences)
+    support = recorder.support(sequences.shape[1])
+    assert support is not None
+    of_rows = [row[:length].tolist() for row, length in zip(support[0], lengths, strict=True)]
+    completions = sequences[:, inputs["input_ids"].shape[1] :]
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)],
+        "logprobs": recorder.log_probs(lengths),
+        "sampling_mask": [[[one for one in ids if one != NOT_IN_SUPPORT] for ids in row] for row in of_rows],
+    }
+
+
+def test_a_rollout_function_may_return_what_could_be_drawn(tmp_path: Path, problems: Dataset) -> None:
+    seen: list[set[str]] = []
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        seen.append(set(columns))
+        return [float(len(completion) % 2) for completion in completions]
+
+    few = {"per_device_train_batch_size": 32, "updates_per_rollout": 2, "max_steps": 4, "dynamic_sampling_rounds": 2}
+    replay = {"replay_support": True, "reward_funcs": reward, "rollout_func": sample_with_mask}
+    trainer = make_trainer(tmp_path, problems, **few, **replay)
+    trainer.train()
+    assert trainer.audit is not None
+    assert trainer.audit.maximum < 1e-4
+    first, second, *_ = [row for row in trainer.state.log_history if "loss" in row]
+    assert first["divergence/mean"] < 1e-5 < second["divergence/mean"]
+    assert all("sampling_mask" not in columns for columns in seen)
+    # Without replay the filter is seen.
+    with pytest.raises(AuditError):
+        make_trainer(tmp_path, problems, **few, **{**replay, "replay_support": False}).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda masks: None, "returned None as sampling_mask; expected a list for each of the 32 prompts"),
+        (lambda masks: masks[:5], "as sampling_mask; expected a list for each of the 32 prompts"),
+        (lambda masks: [masks[0][:1], *masks[1:]], "sampling_mask[0] has 1 lists and completion_ids[0] "),
+        (
+            lambda masks: [[[98], *masks[0][1:]], *masks[1:]],
+            "sampling_mask[0][0] is [98]; expected the tokens that could",
+        ),
+    ],
+    ids=["none", "too few rows", "too few tokens", "without the token drawn"],
+)
+def test_a_sampling_mask_that_does_not_fit_is_refused(
+    tmp_path: Path, problems: Dataset, change: Any, expected: str
+) -> None:
+    def rollout(prompts: list[Any], trainer: DRPOTrainer) -> dict[str, Any]:
+        output = sample_with_mask(prompts, trainer)
+        return {**output, "sampling_mask": change(output["sampling_mask"])}
+
+    few = {"per_device_train_batch_size": 32, "updates_per_rollout": 1, "max_steps": 1}
+    trainer = make_trainer(tmp_path, problems, replay_support=True, rollout_func=rollout, **few)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        trainer.train()
 
 
 def test_the_fused_loss_gives_way_to_all_logits(

@@ -15,11 +15,18 @@ _IDS = ("prompt_ids", "completion_ids")
 _PER_TOKEN = {"logprobs": "log-prob", "env_mask": "0 or 1"}
 """Fields with a number for each token of a completion, and what it is."""
 
+SAMPLING_MASK = "sampling_mask"
+"""The field with the ids of the tokens that filters left at each token of a completion, as vLLM calls them."""
 
-def checked(rollout_func: RolloutFunc) -> RolloutFunc:
+
+def checked(rollout_func: RolloutFunc, needs_sampling_mask: bool = False) -> RolloutFunc:
     """The same rollout function, held to returning token ids and a log-prob of each.
 
     TRL pads log-probs that are too few with 0, which is μ = 1, and would train on them.
+
+    Args:
+        rollout_func: of a trainer.
+        needs_sampling_mask: hold it to returning :data:`SAMPLING_MASK` too.
 
     Raises:
         ValueError: when called; names the field and the completion, what it has and what was expected.
@@ -37,6 +44,10 @@ def checked(rollout_func: RolloutFunc) -> RolloutFunc:
             _check_ids(name, rows.get(name, []))
         for name in _PER_TOKEN:
             _check_numbers(name, rows.get(name, []), rows.get("completion_ids", []))
+        if needs_sampling_mask:
+            masks = _rows(SAMPLING_MASK, output.get(SAMPLING_MASK), len(prompts))
+            for number, (mask, ids) in enumerate(zip(masks, rows.get("completion_ids", []), strict=False)):
+                _check_sampling_mask(number, mask, ids, rows.get("env_mask", {number: [1] * len(ids)})[number])
         return output
 
     return rollout
@@ -76,6 +87,20 @@ def _check_numbers(name: str, rows: list[list[Any]], completions: list[list[Any]
         if name == "env_mask" and not set(values) <= {0, 1}:
             raise ValueError(
                 f"rollout_func: env_mask[{number}] is {reprlib.repr(values)}; expected 0 or 1 for each token"
+            )
+
+
+def _check_sampling_mask(number: int, mask: list[Any], ids: list[int], env_mask: list[int]) -> None:
+    if len(mask) != len(ids):
+        raise ValueError(
+            f"rollout_func: {SAMPLING_MASK}[{number}] has {len(mask)} lists and completion_ids[{number}] {len(ids)} tokens; "
+            "expected for each token those that could be drawn in its place"
+        )
+    for place, (could_be_drawn, token, is_drawn) in enumerate(zip(mask, ids, env_mask, strict=True)):
+        if is_drawn and token not in could_be_drawn:
+            raise ValueError(
+                f"rollout_func: {SAMPLING_MASK}[{number}][{place}] is {reprlib.repr(could_be_drawn)}; expected the tokens "
+                f"that could be drawn, and among them {token}, which was"
             )
 
 

@@ -75,8 +75,8 @@ class DRPOConfig(GRPOConfig):
         rollout_lag: rollouts between the weights that sample and those that train. The weights of so
             many rollouts are kept in CPU memory and in checkpoints.
         replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
-            ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs Transformers
-            generation and an objective anchored on the sampler, and computes all logits.
+            ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs an objective anchored on the sampler, and
+            Transformers generation or a ``rollout_func`` that returns ``sampling_mask``; computes all logits.
         router_replay: send each token to the experts that the sampler chose, weighted as the policy weighs them
             (R3, arXiv 2510.11370), in a mixture of experts that Transformers samples from.
         max_skipped_updates: an update whose gradient is not finite is skipped, on all ranks; after so many in a row
@@ -157,7 +157,10 @@ class DRPOConfig(GRPOConfig):
             raise ValueError(unknown_name("stale_sampler", str(self.stale_sampler), get_args(StaleSampler)))
         self._choose_precision()
         if self.replay_support and self.use_vllm:
-            raise ValueError("replay_support=True needs the tokens that could be drawn, which vLLM does not return")
+            raise ValueError(
+                "replay_support=True needs the tokens that could be drawn, which TRL does not take from vLLM; "
+                "a rollout_func can return them as sampling_mask"
+            )
         steps, size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None

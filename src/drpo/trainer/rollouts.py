@@ -20,11 +20,14 @@ from drpo.objectives import TopKObjective
 from drpo.rewards import LARGEST_REWARD
 from drpo.rollout.behavior_policy import BehaviorPolicy
 from drpo.rollout.decoding import record_log_probs
-from drpo.rollout.recorder import LogProbRecorder
+from drpo.rollout.recorder import NOT_IN_SUPPORT, LogProbRecorder
+from drpo.rollout.rollout_func import SAMPLING_MASK, checked
 from drpo.rollout.routing import find_routers
 from drpo.trainer.batch import RolloutBatch, loss_mask
 
 if TYPE_CHECKING:
+    from trl.trainer.grpo_trainer import RolloutFunc
+
     from drpo.trainer.trainer import DRPOTrainer
 
 
@@ -58,10 +61,12 @@ class Rollout:
     Attributes:
         is_trained_on: unlike one of an evaluation.
         recorder: of the last call of ``generate``; None where another engine samples.
+        sampling_mask: what a rollout function returned of the tokens that could be drawn, [B][T][K]; None without.
     """
 
     is_trained_on: bool
     recorder: LogProbRecorder | None = None
+    sampling_mask: list[list[list[int]]] | None = None
 
 
 class RolloutSampler:
@@ -108,6 +113,21 @@ class RolloutSampler:
         if rollout is not None:
             rollout.recorder = recorder
 
+    def sampling_elsewhere(self, rollout_func: RolloutFunc) -> RolloutFunc:
+        """The rollout function, held to what is wanted of it; what TRL does not know is kept for the batch."""
+        records_support = self._recorded["support"]
+        checked_func = checked(rollout_func, needs_sampling_mask=records_support)
+
+        def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+            output = checked_func(prompts, trainer)
+            if records_support and self._rollout is not None:
+                # TRL hands on to the rewards what it does not know.
+                self._rollout.sampling_mask = output[SAMPLING_MASK]
+                output = {name: value for name, value in output.items() if name != SAMPLING_MASK}
+            return output
+
+        return rollout
+
     def complete(self, batch: RolloutBatch) -> None:
         """Write what was recorded beside the sampled tokens' log-probs into the batch of this rollout, and the sampler's age."""
         rollout = self._rollout
@@ -117,6 +137,8 @@ class RolloutSampler:
             batch["top_k_ids"], batch["top_k_per_token_logps"] = likeliest
         if rollout.recorder is not None and (support := rollout.recorder.support(columns)):
             batch["support_ids"], batch["kept_mass"] = support
+        if rollout.sampling_mask is not None:
+            batch["support_ids"] = pad_sampling_mask(rollout.sampling_mask, columns).to(batch["completion_ids"].device)
         if rollout.recorder is not None:
             experts = rollout.recorder.experts(batch["prompt_ids"].shape[1], columns)
             if experts is not None:
@@ -176,7 +198,7 @@ def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:
         _refuse_with(
             f"{needed}, as Transformers generation records them; it does not work with",
             ("vLLM, of which TRL keeps the sampled token's log-prob alone", trainer.use_vllm),
-            ("a rollout_func, which returns the sampled tokens' log-probs alone", has_rollout_func),
+            ("a rollout_func, which returns the sampled tokens' log-probs alone", bool(top_k) and has_rollout_func),
             ("tools, whose turns are generated apart from one another", bool(trainer.tools)),
             ("cast_lm_head_to_fp32, which is TRL's fused head's", args.cast_lm_head_to_fp32),
         )
@@ -195,6 +217,16 @@ def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:
     records_experts = has_routers and not any(applies for _, applies in samples_elsewhere)
     behavior = BehaviorPolicy(trainer.bare_model, lag, precision, trainer.accelerator.autocast)
     return RolloutSampler(behavior, top_k, args.replay_support, records_experts)
+
+
+def pad_sampling_mask(masks: list[list[list[int]]], columns: int) -> Tensor:
+    """Ids [B, columns, K] of those in each token's list, then :data:`NOT_IN_SUPPORT`."""
+    most = max((len(ids) for mask in masks for ids in mask), default=0)
+    padded = torch.full((len(masks), columns, most), NOT_IN_SUPPORT)
+    for row, mask in zip(padded, masks, strict=True):
+        for place, ids in zip(row, mask, strict=False):
+            place[: len(ids)] = torch.tensor(ids)
+    return padded
 
 
 def _refuse_with(message: str, *conflicts: tuple[str, bool]) -> None:

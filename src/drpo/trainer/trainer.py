@@ -23,7 +23,6 @@ from drpo.objectives import Anchor
 from drpo.precision import multiply_in_fp8, require_fp32_weights
 from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
-from drpo.rollout.rollout_func import checked
 from drpo.tokens import TokenBatch
 from drpo.trainer.auditing import RolloutAudits
 from drpo.trainer.batch import RolloutBatch, has_advantage, loss_mask
@@ -106,8 +105,6 @@ class DRPOTrainer(CheckpointedTrainer):
             reward if isinstance(reward, nn.Module) else checked_scores(reward, args.reward_timeout)
             for reward in self.reward_funcs
         ]
-        if self.rollout_func is not None:
-            self.rollout_func = checked(self.rollout_func)
         generation_kwargs: Any = args.generation_kwargs or {}
         if (stops := generation_kwargs.get("eos_token_id")) is not None:
             # These take the place of the model's own in generation; the completion mask has to end at the same tokens.
@@ -124,6 +121,8 @@ class DRPOTrainer(CheckpointedTrainer):
         self.announce: Callable[[str], None] = lambda phase: None
         self._measurements = Measurements(args.split_distance)
         self._rollout_sampler = make_rollout_sampler(self)
+        if self.rollout_func is not None:
+            self.rollout_func = self._rollout_sampler.sampling_elsewhere(self.rollout_func)
         if args.train_precision == "fp8":
             multiply_in_fp8(self.bare_model)
         self._scorer = make_scorer(
