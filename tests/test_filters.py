@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
 from drpo.rewards import exact_answer
-from drpo.rollout.audit import AuditError
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.recorder import NOT_IN_SUPPORT
 from drpo.rollout.sampling import NEUTRAL, sampling_mismatches
@@ -163,7 +162,7 @@ def test_a_rollout_function_may_return_what_could_be_drawn(tmp_path: Path, probl
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
         seen.append(set(columns))
-        return [float(len(completion) % 2) for completion in completions]
+        return [float(index % 2) for index in range(len(completions))]
 
     few = {"per_device_train_batch_size": 32, "updates_per_rollout": 2, "max_steps": 4, "dynamic_sampling_rounds": 2}
     replay = {"replay_support": True, "reward_funcs": reward, "rollout_func": sample_with_mask}
@@ -173,10 +172,12 @@ def test_a_rollout_function_may_return_what_could_be_drawn(tmp_path: Path, probl
     assert trainer.audit.maximum < 1e-4
     first, second, *_ = [row for row in trainer.state.log_history if "loss" in row]
     assert first["divergence/mean"] < 1e-5 < second["divergence/mean"]
+    assert seen
     assert all("sampling_mask" not in columns for columns in seen)
-    # Without replay the filter is seen.
-    with pytest.raises(AuditError):
-        make_trainer(tmp_path, problems, **few, **{**replay, "replay_support": False}).train()
+    unaware = make_trainer(tmp_path, problems, **few, **{**replay, "replay_support": False})
+    unaware.train()
+    assert unaware.audit is not None
+    assert unaware.audit.mean > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,18 @@ def test_before_any_update_fp32_is_rounding_and_bf16_is_not(
     assert 10 * ROUNDING < low["divergence/mean"] < low["divergence/p99"] < 0.05
 
 
+@pytest.mark.parametrize(
+    "sampling", [{"top_p": 0.9}, {"top_k": 3}, {"top_p": 0.8, "top_k": 4, "temperature": 0.7}], ids=str
+)
+def test_filters_are_replayed_so_that_ratios_are_one_before_an_update(
+    tmp_path: Path, problems: Dataset, engine: Engine, sampling: dict[str, Any]
+) -> None:
+    replay = {"replay_support": True, "audit_threshold": EXACT_THRESHOLD, "max_steps": 2, **sampling}
+    first, second = logged(tmp_path, problems, engine, **replay)
+    assert first["divergence/p99"] < ROUNDING < second["divergence/mean"]
+    assert max(abs(first[name] - 1) for name in ("ratio/max", "ratio/mean")) < 1e-4
+
+
 def test_with_weights_in_step_only_updates_move_the_policies_apart(
     tmp_path: Path, problems: Dataset, engine: Engine
 ) -> None:

@@ -90,5 +90,7 @@ class Engine:
             "temperature": args.temperature,
             "max_tokens": args.max_completion_length,
             "seed": seed,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
         }
         return {"prompt_ids": prompt_ids, **self.ask("generate", asked)}
