@@ -344,6 +344,30 @@ class TestFindings:
     def test_its_tables_are_made_from_the_results(self) -> None:
         assert findings.with_tables(self.PAGE) == self.PAGE
 
+    @pytest.mark.parametrize("setting", ["bf16", "sanity"])
+    def test_what_the_settings_show_is_in_the_results(self, setting: str) -> None:
+        rows = {run: row for run, row in findings.read_runs().items() if run.setting == setting}
+        runs = {run: area_under(row["accuracy"]) for run, row in rows.items()}
+        arms, slow = (*COMPARED, *BESIDE), {"drpo(0.05)", "gspo"}
+        assert {best_rate(setting, arm, runs) for arm in arms} == {5e-5}
+        tuned_runs = {run: area for run, area in runs.items() if run.learning_rate == 5e-5}
+        assert all(0.905 <= area <= 0.965 for run, area in tuned_runs.items() if run.arm not in slow)
+        others = {arm: [area for run, area in tuned_runs.items() if run.arm == arm and run.seed] for arm in arms}
+        assert {len(others[arm]) for arm in COMPARED} == {5}
+        over_ppo = {arm: probability_of_improvement(others["ppo"], others[arm]) for arm in arms}
+        assert {arm for arm, better in over_ppo.items() if not better.low <= 0.5 <= better.high} == slow
+        assert all(over_ppo[arm].value < 0.5 for arm in slow)
+        assert not any(has_collapsed(rows[run]["accuracy"]) for run in tuned_runs)
+        fast = {run.arm: run for run in runs if run.learning_rate == 2e-4}
+        assert {arm for arm, run in fast.items() if not has_collapsed(rows[run]["accuracy"])} == {"gspo"}
+        without = {"pg", "spo", "drpo(12.5)", "cispo"}
+        assert max(runs[fast[arm]] for arm in without) < 0.125
+        assert min(runs[fast[arm]] for arm in set(arms) - without) > 0.205
+        assert max(runs[fast[arm]] for arm in set(arms) - without - {"gspo"}) < 0.495
+        if setting == "sanity":
+            last = [rows[run]["accuracy"][-1] for run in tuned_runs if run.arm not in slow]
+            assert 0.925 <= min(last) <= max(last) <= 0.995
+
     def test_what_the_runs_show_is_in_the_results(self) -> None:
         cells = findings.read_cells()
         safe = [row["accuracy"][-1] for (_, rate, _), rows in cells.items() for row in rows if rate == 5e-5]
@@ -363,25 +387,6 @@ class TestFindings:
         collapsed = {arm: [has_collapsed(row["accuracy"]) for row in cells[arm, 1.4e-4, 16]] for arm in CORE}
         assert all(any(collapsed[arm]) for arm in findings.WITHOUT_REGION)
         assert not any(any(collapsed[arm]) for arm in ("ppo", "dppo_tv(0.15)", "drpo(0.2)"))
-        runs = {run: area_under(row["accuracy"]) for run, row in findings.read_runs().items() if run.setting == "bf16"}
-        arms = (*COMPARED, *BESIDE)
-        assert {best_rate("bf16", arm, runs) for arm in arms} == {5e-5}
-        tuned_runs = {run: area for run, area in runs.items() if run.learning_rate == 5e-5}
-        assert all(0.915 <= area <= 0.96 for run, area in tuned_runs.items() if run.arm != "gspo")
-        others = {arm: [area for run, area in tuned_runs.items() if run.arm == arm and run.seed] for arm in arms}
-        assert {len(others[arm]) for arm in COMPARED} == {5}
-        over_ppo = {arm: probability_of_improvement(others["ppo"], others[arm]) for arm in arms}
-        assert {arm for arm, better in over_ppo.items() if not better.low <= 0.5 <= better.high} == {
-            "drpo(0.05)",
-            "gspo",
-        }
-        in_bf16 = {run: findings.read_runs()[run]["accuracy"] for run in runs}
-        assert not any(has_collapsed(in_bf16[run]) for run in tuned_runs)
-        fast = {run.arm: run for run in runs if run.learning_rate == 2e-4}
-        assert {arm for arm, run in fast.items() if not has_collapsed(in_bf16[run])} == {"gspo"}
-        without = {"pg", "spo", "drpo(12.5)", "cispo"}
-        assert max(runs[fast[arm]] for arm in without) < 0.125
-        assert min(runs[fast[arm]] for arm in set(arms) - without) > 0.205
         swept = {
             (kind, delta): [has_collapsed(row["accuracy"]) for row in cells[f"{kind}({delta:g})", 1.4e-4, 16]]
             for kind, delta in itertools.product(("drpo", "dppo_tv"), DELTAS)
