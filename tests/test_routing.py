@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,15 @@ from drpo import DRPOTrainer
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.routing import ExpertReplay, find_routers, recording_experts
 from support.mixtures import ARCHITECTURES, make_mixture
-from support.rollouts import GradientKeeper, flat, load_model, made_up_reward, made_up_rollout, make_trainer
+from support.rollouts import (
+    GradientKeeper,
+    completion_lengths,
+    flat,
+    load_model,
+    made_up_reward,
+    made_up_rollout,
+    make_trainer,
+)
 
 
 def choices(model: Any, **inputs: Any) -> Tensor:
@@ -133,6 +140,30 @@ class TestReplay:
             model(input_ids=self.IDS, use_cache=False)
 
 
+def sample_with_other_routers(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+    """A rollout function of an engine that chooses a few other experts; it returns those of all tokens but the last."""
+    engine = make_mixture(std=0.4)
+    engine.load_state_dict(trainer.bare_model.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for router in find_routers(engine):
+            router.weight.add_(0.01 * torch.randn_like(router.weight))
+    inputs = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left")
+    with record_log_probs(engine, experts=True) as recorder:
+        sequences = engine.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=20)
+    lengths, width = completion_lengths(inputs, sequences), inputs["input_ids"].shape[1]
+    recorded = recorder.experts(width, sequences.shape[1] - width)
+    assert recorded is not None
+    prompt_lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    of_rows = zip(*recorded, prompt_lengths, lengths, strict=True)
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": [row[:n].tolist() for row, n in zip(sequences[:, width:], lengths, strict=True)],
+        "logprobs": recorder.log_probs(lengths),
+        "routed_experts": [torch.cat([p[width - long :], c[: n - 1]]).numpy() for p, c, long, n in of_rows],
+    }
+
+
 class TestTraining:
     def train(self, folder: Path, problems: Dataset, **settings: Any) -> tuple[DRPOTrainer, dict[str, Tensor]]:
         keeper = GradientKeeper()
@@ -212,20 +243,43 @@ class TestTraining:
         assert len(sampled) == 4
         assert "routing/other_tokens" in trainer.state.log_history[2]
 
+    def test_takes_the_experts_that_a_rollout_function_returns(self, tmp_path: Path, problems: Dataset) -> None:
+        logs = {}
+        for replay in (False, True):
+            settings = {"rollout_func": sample_with_other_routers, "router_replay": replay}
+            trainer, _ = self.train(tmp_path / str(replay), problems, **settings)
+            logs[replay] = trainer.state.log_history[0]
+        assert logs[False]["routing/other_tokens"] > 0.01
+        gaps = [logs[replay]["audit/logp_difference_mean"] for replay in (False, True)]
+        assert gaps[1] < 0.8 * gaps[0]
+
+    def test_is_refused_where_no_routers_are_known(self, tmp_path: Path, problems: Dataset) -> None:
+        with pytest.raises(
+            ValueError, match="does not work with a Qwen3ForCausalLM, which has no routers that are known"
+        ):
+            make_trainer(tmp_path, problems, router_replay=True)
+
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("change", "message"),
         [
-            ({}, "does not work with a Qwen3ForCausalLM, which has no routers that are known"),
-            ({"model": "mixture", "rollout_func": made_up_rollout}, "does not work with a rollout_func"),
+            (lambda experts: None, "returned None as routed_experts; expected a list for each of the 16 prompts"),
+            (lambda experts: [experts[0][:2], *experts[1:]], r"routed_experts\[0\] is of 2 tokens; expected the "),
+            (
+                lambda experts: [rows[:, :2] for rows in experts],
+                "experts of 2 layers were recorded; the model has more routers",
+            ),
         ],
+        ids=["none", "too few tokens", "too few layers"],
     )
-    def test_is_refused_where_nothing_is_recorded(
-        self, tmp_path: Path, problems: Dataset, settings: dict[str, Any], message: str
+    def test_is_refused_of_experts_that_do_not_fit(
+        self, tmp_path: Path, problems: Dataset, change: Any, message: str
     ) -> None:
-        settings = copy.copy(settings)
-        model = make_mixture() if settings.pop("model", None) else None
-        with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, problems, model=model, router_replay=True, **settings)
+        def rollout(prompts: list[str], trainer: DRPOTrainer) -> dict[str, Any]:
+            output = sample_with_other_routers(prompts, trainer)
+            return {**output, "routed_experts": change(output["routed_experts"])}
+
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            self.train(tmp_path, problems, rollout_func=rollout, router_replay=True)
 
     def test_compares_nothing_where_another_engine_samples(self, tmp_path: Path, problems: Dataset) -> None:
         trainer, _ = self.train(tmp_path, problems, rollout_func=made_up_rollout)

@@ -147,8 +147,8 @@ def test_behavior_log_probs_and_advantages_get_no_gradient() -> None:
     wide = torch.full((2, 3, 2), -1.0, requires_grad=True)
     batch = TokenBatch(**given, topk=TopK(wide, wide.clone(), torch.zeros(2, 3, 2)))
     assert batch.logp.requires_grad
-    assert batch.support.logp.requires_grad
-    for tensor in (batch.behavior_logp, batch.advantage, batch.old_logp, batch.support.behavior_logp):
+    assert batch.likeliest.logp.requires_grad
+    for tensor in (batch.behavior_logp, batch.advantage, batch.old_logp, batch.likeliest.behavior_logp):
         assert tensor is not None
         assert not tensor.requires_grad
 

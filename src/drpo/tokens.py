@@ -177,7 +177,7 @@ class TokenBatch:
         return replace(self, logp=self.old_logp, old_logp=None, anchor="sampler", topk=None)
 
     @property
-    def support(self) -> TopK:
+    def likeliest(self) -> TopK:
         """``topk``, for objectives that need it.
 
         Raises:

@@ -202,7 +202,7 @@ def _compute_top_k(
     parts = []
     for rows, logits in head.logits(hidden):
         chunk = tokens.chunk(rows)
-        ids = torch.cat([chunk.token_ids.unsqueeze(1), chunk.support_ids], dim=1)
+        ids = torch.cat([chunk.token_ids.unsqueeze(1), chunk.likeliest_ids], dim=1)
         z = head.transform(logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True))
         log_probs = z.log_softmax(dim=1)
         probs = log_probs.exp()

@@ -96,7 +96,7 @@ class PackedTokens:
         )
 
     @property
-    def support_ids(self) -> Tensor:
+    def likeliest_ids(self) -> Tensor:
         """``top_k_ids``, for objectives that look at them."""
         assert self.top_k_ids is not None
         return self.top_k_ids

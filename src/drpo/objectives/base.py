@@ -210,4 +210,4 @@ class TopKObjective(Objective):
 
     def top_k_coefficient(self, batch: TokenBatch) -> Tensor:
         """−∂loss/∂log π of the tokens in ``topk`` that were not sampled, [B, T, K]; without gradient."""
-        return torch.zeros_like(batch.support.behavior_logp)
+        return torch.zeros_like(batch.likeliest.behavior_logp)

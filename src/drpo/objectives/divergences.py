@@ -44,13 +44,13 @@ def categories(batch: TokenBatch) -> tuple[Tensor, Tensor]:
 
     The rest is at least the rounding error of 1: below that a difference from 1 says nothing.
     """
-    support = batch.support
-    within = support.is_sampled.any(dim=2)
+    likeliest = batch.likeliest
+    within = likeliest.is_sampled.any(dim=2)
 
-    def over(support_logp: Tensor, logp: Tensor) -> Tensor:
+    def over(likeliest_logp: Tensor, logp: Tensor) -> Tensor:
         sampled = torch.where(within, 0.0, logp.detach().exp())
-        known = torch.cat([support_logp.detach().exp(), sampled.unsqueeze(2)], dim=2)
+        known = torch.cat([likeliest_logp.detach().exp(), sampled.unsqueeze(2)], dim=2)
         rest = (1 - known.sum(dim=2, keepdim=True)).clamp(min=torch.finfo(known.dtype).eps)
         return torch.cat([known, rest], dim=2)
 
-    return over(support.logp, batch.logp), over(support.behavior_logp, batch.anchor_logp)
+    return over(likeliest.logp, batch.logp), over(likeliest.behavior_logp, batch.anchor_logp)

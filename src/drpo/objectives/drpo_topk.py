@@ -40,24 +40,24 @@ class DRPOTopK(TopKObjective):
         return 1 - 1 / self.delta, 1 + 1 / self.delta
 
     def loss(self, batch: TokenBatch) -> Tensor:
-        support = batch.support
-        within = (support.logp.exp() - support.behavior_logp.exp()).square().sum(dim=2)
-        outside = torch.where(support.is_sampled.any(dim=2), 0.0, batch.shift * batch.excess)
+        likeliest = batch.likeliest
+        within = (likeliest.logp.exp() - likeliest.behavior_logp.exp()).square().sum(dim=2)
+        outside = torch.where(likeliest.is_sampled.any(dim=2), 0.0, batch.shift * batch.excess)
         penalty = batch.advantage.abs() * (within + outside) / (2 * self.delta)
         return penalty - batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        support = batch.support
-        within = (_pull(batch) * support.is_sampled).sum(dim=2) / batch.ratio.detach()
-        pull = torch.where(support.is_sampled.any(dim=2), within, batch.shift.detach())
+        likeliest = batch.likeliest
+        within = (_pull(batch) * likeliest.is_sampled).sum(dim=2) / batch.ratio.detach()
+        pull = torch.where(likeliest.is_sampled.any(dim=2), within, batch.shift.detach())
         return 1 - batch.advantage.sign() * pull / self.delta
 
     def top_k_coefficient(self, batch: TokenBatch) -> Tensor:
         pull = batch.advantage.abs().unsqueeze(2) * _pull(batch) / self.delta
-        return -pull.masked_fill(batch.support.is_sampled, 0.0)
+        return -pull.masked_fill(batch.likeliest.is_sampled, 0.0)
 
 
 def _pull(batch: TokenBatch) -> Tensor:
     """The derivative of (π_v − μ_v)² / 2 by log π_v, [B, T, K]."""
-    pi, mu = batch.support.logp.detach().exp(), batch.support.behavior_logp.exp()
+    pi, mu = batch.likeliest.logp.detach().exp(), batch.likeliest.behavior_logp.exp()
     return pi * (pi - mu)

@@ -140,6 +140,8 @@ class ExpertReplay:
     def _choose(self, layer: int, experts: Tensor) -> Tensor:
         if self._recorded is None:
             return experts
+        if layer >= self._recorded.shape[1]:
+            raise RuntimeError(f"experts of {self._recorded.shape[1]} layers were recorded; the model has more routers")
         recorded = self._recorded[:, layer].to(experts)
         if recorded.shape != experts.shape:
             raise RuntimeError(f"{tuple(experts.shape)} experts are chosen; {tuple(recorded.shape)} were recorded")

@@ -78,7 +78,8 @@ class DRPOConfig(GRPOConfig):
             ``top_k`` and ``min_p`` can be used: π is then filtered as μ was. Needs an objective anchored on the sampler, and
             Transformers generation or a ``rollout_func`` that returns ``sampling_mask``; computes all logits.
         router_replay: send each token to the experts that the sampler chose, weighted as the policy weighs them
-            (R3, arXiv 2510.11370), in a mixture of experts that Transformers samples from.
+            (R3, arXiv 2510.11370), in a mixture of experts that Transformers samples from, or a ``rollout_func`` that
+            returns ``routed_experts``.
         max_skipped_updates: an update whose gradient is not finite is skipped, on all ranks; after so many in a row
             training stops (:class:`drpo.trainer.guard.UpdateGuard`).
         checkpoint_checksums: flush a checkpoint to disk and note its files' SHA-256, which are compared when a run goes on

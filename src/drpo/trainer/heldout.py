@@ -13,7 +13,7 @@ from drpo.data.problems import Problem, as_prompt, tokenize_prompt
 from drpo.errors import RewardError
 from drpo.rewards import Reward, checked_scores, scores_of
 from drpo.rollout.sampling import neutral_sampling
-from drpo.trainer.rollouts import raising_together
+from drpo.trainer.rewards import raising_together
 
 if TYPE_CHECKING:
     from drpo.trainer.trainer import DRPOTrainer

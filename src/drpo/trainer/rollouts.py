@@ -1,27 +1,21 @@
-"""What samples a rollout, in which order its prompts come, and what must have come of it before it is trained on."""
+"""What samples a rollout, what is recorded of it, and the log-probs that it must come with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.utils import RepeatSampler
 
-from drpo.advantage import group_advantage
-from drpo.errors import RewardError
 from drpo.objectives import TopKObjective
-from drpo.rewards import LARGEST_REWARD
 from drpo.rollout.behavior_policy import BehaviorPolicy
 from drpo.rollout.decoding import record_log_probs
-from drpo.rollout.recorder import NOT_IN_SUPPORT, LogProbRecorder
-from drpo.rollout.rollout_func import SAMPLING_MASK, checked
+from drpo.rollout.recorder import LogProbRecorder
+from drpo.rollout.rollout_func import ROUTED_EXPERTS, SAMPLING_MASK, checked, pad_experts, pad_sampling_mask
 from drpo.rollout.routing import find_routers
 from drpo.trainer.batch import RolloutBatch, loss_mask
 
@@ -31,29 +25,6 @@ if TYPE_CHECKING:
     from drpo.trainer.trainer import DRPOTrainer
 
 
-class PromptSampler(Sampler[int]):
-    """TRL's order of prompts, which here depends on seed and epoch alone: a resumed run begins its epoch in the same order.
-
-    Args:
-        sampler: TRL's, which draws a permutation an epoch from a generator that no checkpoint holds.
-        seed: of that generator.
-        epoch: says which epoch begins, from 0 on.
-    """
-
-    def __init__(self, sampler: RepeatSampler, seed: int, epoch: Callable[[], int]) -> None:
-        self._sampler, self._seed, self._epoch = sampler, seed, epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._seed)
-            for _ in range(self._epoch()):
-                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
-        return iter(self._sampler)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
 @dataclass
 class Rollout:
     """One rollout while it is sampled.
@@ -61,12 +32,12 @@ class Rollout:
     Attributes:
         is_trained_on: unlike one of an evaluation.
         recorder: of the last call of ``generate``; None where another engine samples.
-        sampling_mask: what a rollout function returned of the tokens that could be drawn, [B][T][K]; None without.
+        returned: by a rollout function, beside what TRL knows.
     """
 
     is_trained_on: bool
     recorder: LogProbRecorder | None = None
-    sampling_mask: list[list[list[int]]] | None = None
+    returned: dict[str, Any] = field(default_factory=dict)
 
 
 class RolloutSampler:
@@ -113,18 +84,18 @@ class RolloutSampler:
         if rollout is not None:
             rollout.recorder = recorder
 
-    def sampling_elsewhere(self, rollout_func: RolloutFunc) -> RolloutFunc:
-        """The rollout function, held to what is wanted of it; what TRL does not know is kept for the batch."""
-        records_support = self._recorded["support"]
-        checked_func = checked(rollout_func, needs_sampling_mask=records_support)
+    def sampling_elsewhere(self, rollout_func: RolloutFunc, needed: Sequence[str]) -> RolloutFunc:
+        """The rollout function, held to what is needed of it; what TRL does not know is kept for the batch."""
+        checked_func = checked(rollout_func, needed)
+        wanted = {SAMPLING_MASK: self._recorded["support"], ROUTED_EXPERTS: self._recorded["experts"]}
 
         def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+            assert self._rollout is not None
             output = checked_func(prompts, trainer)
-            if records_support and self._rollout is not None:
-                # TRL hands on to the rewards what it does not know.
-                self._rollout.sampling_mask = output[SAMPLING_MASK]
-                output = {name: value for name, value in output.items() if name != SAMPLING_MASK}
-            return output
+            returned = {name: output[name] for name in wanted if output.get(name) is not None}
+            self._rollout.returned = {name: value for name, value in returned.items() if wanted[name]}
+            # TRL hands on to the rewards what it does not know.
+            return {name: value for name, value in output.items() if name not in wanted}
 
         return rollout
 
@@ -137,12 +108,17 @@ class RolloutSampler:
             batch["top_k_ids"], batch["top_k_per_token_logps"] = likeliest
         if rollout.recorder is not None and (support := rollout.recorder.support(columns)):
             batch["support_ids"], batch["kept_mass"] = support
-        if rollout.sampling_mask is not None:
-            batch["support_ids"] = pad_sampling_mask(rollout.sampling_mask, columns).to(batch["completion_ids"].device)
         if rollout.recorder is not None:
             experts = rollout.recorder.experts(batch["prompt_ids"].shape[1], columns)
             if experts is not None:
                 batch["prompt_experts"], batch["completion_experts"] = experts
+        device = batch["completion_ids"].device
+        if SAMPLING_MASK in rollout.returned:
+            batch["support_ids"] = pad_sampling_mask(rollout.returned[SAMPLING_MASK], columns).to(device)
+        if ROUTED_EXPERTS in rollout.returned:
+            lengths = batch["prompt_mask"].sum(dim=1).tolist()
+            experts = pad_experts(rollout.returned[ROUTED_EXPERTS], lengths, batch["prompt_ids"].shape[1], columns)
+            batch["prompt_experts"], batch["completion_experts"] = (one.to(device) for one in experts)
         if rollout.is_trained_on:
             batch["age"] = torch.full_like(batch["advantages"], self.behavior.age, dtype=torch.long)
 
@@ -205,7 +181,6 @@ def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:
     has_routers = bool(find_routers(trainer.bare_model))
     samples_elsewhere = (
         ("vLLM, of which TRL keeps no experts", trainer.use_vllm),
-        ("a rollout_func, which returns no experts", trainer.rollout_func is not None),
         ("tools, whose turns are generated apart from one another", bool(trainer.tools)),
     )
     if args.router_replay:
@@ -217,16 +192,6 @@ def make_rollout_sampler(trainer: DRPOTrainer) -> RolloutSampler:
     records_experts = has_routers and not any(applies for _, applies in samples_elsewhere)
     behavior = BehaviorPolicy(trainer.bare_model, lag, precision, trainer.accelerator.autocast)
     return RolloutSampler(behavior, top_k, args.replay_support, records_experts)
-
-
-def pad_sampling_mask(masks: list[list[list[int]]], columns: int) -> Tensor:
-    """Ids [B, columns, K] of those in each token's list, then :data:`NOT_IN_SUPPORT`."""
-    most = max((len(ids) for mask in masks for ids in mask), default=0)
-    padded = torch.full((len(masks), columns, most), NOT_IN_SUPPORT)
-    for row, mask in zip(padded, masks, strict=True):
-        for place, ids in zip(row, mask, strict=False):
-            place[: len(ids)] = torch.tensor(ids)
-    return padded
 
 
 def _refuse_with(message: str, *conflicts: tuple[str, bool]) -> None:
@@ -254,74 +219,4 @@ def check_log_probs(batch: RolloutBatch) -> None:
         raise ValueError(
             f"the sampler's log-prob of token {token} of completion {row} is {value}, and so for {len(missing)} tokens "
             "of this rollout; a ratio needs a finite anchor, and nothing was trained on the rollout"
-        )
-
-
-def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum over reward functions, [N] of [N, functions]; NaN where none of them gave a score."""
-    unscored = per_function.isnan().all(dim=1)
-    return (per_function * weights.to(per_function)).nansum(dim=1).masked_fill(unscored, torch.nan)
-
-
-def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """Both of this rank's completions, of all ranks' scores [N, functions]; the advantages are logged in place of TRL's.
-
-    Raises:
-        RewardError: scores that cannot be trained on.
-    """
-    check_rewards(per_function, trainer.reward_func_names)
-    rewards = sum_rewards(per_function, trainer.reward_weights)
-    group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    lengths = trainer.accelerator.gather(loss_mask(batch).sum(dim=1))
-    try:
-        advantages = group_advantage(rewards, group_size, trainer.args.advantage, lengths)
-    except ValueError as error:
-        raise RewardError(f"reward {', '.join(trainer.reward_func_names)}: {error}") from error
-    logged = trainer._logs["advantages"]
-    for _ in range(min(len(logged), len(advantages))):
-        logged.pop()
-    logged.extend(advantages.tolist())
-    rank, size = trainer.accelerator.process_index, len(lengths) // trainer.accelerator.num_processes
-    return rewards[rank * size :][:size], advantages[rank * size :][:size]
-
-
-@contextmanager
-def raising_together() -> Iterator[None]:
-    """Raise on every rank the RewardError of one within this context: a rank that waits for one that has failed waits for ever."""
-    failure: RewardError | None = None
-    try:
-        yield
-    except RewardError as error:
-        failure = error
-    failures = [message for message in gather_object([str(failure or "")]) if message]
-    if failures:
-        raise failure or RewardError(failures[0])
-
-
-def check_rewards(per_function: Tensor, names: Sequence[str]) -> None:
-    """Check that no score is too large to train on, [N, functions], scores of reward models included.
-
-    Raises:
-        RewardError: one is; the message names the function and the row.
-    """
-    for column, name in enumerate(names):
-        magnitudes = per_function[:, column].nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf).abs()
-        if magnitudes.max() > LARGEST_REWARD:
-            row = int(magnitudes.argmax())
-            raise RewardError(
-                f"reward {name}: a score of magnitude {magnitudes[row].item():g} for completion {row} of the rollout; "
-                f"expected at most {LARGEST_REWARD:g}, or None"
-            )
-
-
-def check_some_rewards(per_function: Tensor, names: Sequence[str]) -> None:
-    """Check that not all scores of a rollout are None, [N, functions].
-
-    Raises:
-        RewardError: they are.
-    """
-    if per_function.isnan().all():
-        raise RewardError(
-            f"reward {', '.join(names)}: returned None for all {len(per_function)} completions of the rollout; "
-            "expected some numbers"
         )

@@ -23,6 +23,7 @@ from drpo.objectives import Anchor
 from drpo.precision import multiply_in_fp8, require_fp32_weights
 from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
+from drpo.rollout.rollout_func import ROUTED_EXPERTS, SAMPLING_MASK
 from drpo.tokens import TokenBatch
 from drpo.trainer.auditing import RolloutAudits
 from drpo.trainer.batch import RolloutBatch, has_advantage, loss_mask
@@ -33,14 +34,9 @@ from drpo.trainer.guard import UpdateGuard
 from drpo.trainer.idle import IdleRollouts, refuse_too_few_prompts
 from drpo.trainer.measurements import Measurements, Mode
 from drpo.trainer.micro_batches import MicroBatches
-from drpo.trainer.rollouts import (
-    PromptSampler,
-    check_log_probs,
-    check_some_rewards,
-    make_rollout_sampler,
-    raising_together,
-    rewards_and_advantages,
-)
+from drpo.trainer.prompt_order import PromptSampler
+from drpo.trainer.rewards import check_some_rewards, raising_together, rewards_and_advantages
+from drpo.trainer.rollouts import check_log_probs, make_rollout_sampler
 from drpo.trainer.scoring import make_scorer
 from drpo.trainer.token_log import TokenLog
 
@@ -122,7 +118,8 @@ class DRPOTrainer(CheckpointedTrainer):
         self._measurements = Measurements(args.split_distance)
         self._rollout_sampler = make_rollout_sampler(self)
         if self.rollout_func is not None:
-            self.rollout_func = self._rollout_sampler.sampling_elsewhere(self.rollout_func)
+            needed = [SAMPLING_MASK] * args.replay_support + [ROUTED_EXPERTS] * args.router_replay
+            self.rollout_func = self._rollout_sampler.sampling_elsewhere(self.rollout_func, needed)
         if args.train_precision == "fp8":
             multiply_in_fp8(self.bare_model)
         self._scorer = make_scorer(
