@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 
 from builders import TIGHT, batch_of, gradients, indexed, random_tensors
-from drpo import OBJECTIVES, Counts, Objective, aggregate, make_objective, token_scale
+from drpo import OBJECTIVES, Counts, Objective, aggregate, make_objective, mean_lengths_by_prompt, token_scale
 from drpo.aggregation import Aggregation
 from drpo.tokens import TopK
 
 MODES = get_args(Aggregation)
 HORIZON = {"seq-mean-token-sum-norm": 10}
 
+GROUP = 4
+
 # Rows of three tokens, one token and none.
 MASK = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0]])
+# Of which the first two rows are one prompt's.
+MEAN_LENGTHS = torch.tensor([2.0, 2.0, 5.0])
 LOSS = torch.tensor([[1.0, 2.0, 3.0], [math.nan, 10.0, math.inf], [-math.inf, math.nan, math.nan]], dtype=torch.float64)
+
+
+def needed(mode: Aggregation, mean_lengths: Tensor = MEAN_LENGTHS) -> dict[str, Any]:
+    """What a mode takes beside the mask."""
+    return {"horizon": HORIZON.get(mode), "mean_lengths": mean_lengths if mode == "prompt-mean" else None}
 
 
 @pytest.mark.parametrize(
@@ -31,16 +40,18 @@ LOSS = torch.tensor([[1.0, 2.0, 3.0], [math.nan, 10.0, math.inf], [-math.inf, ma
         ("seq-mean-token-mean", 6.0),
         # ((1 + 2 + 3) / 10 + 10 / 10) / 2 sequences
         ("seq-mean-token-sum-norm", 0.8),
+        # ((1 + 2 + 3) / 2 + 10 / 2) / 2 sequences: the mean over the four tokens of the one prompt
+        ("prompt-mean", 4.0),
     ],
 )
 def test_the_reduction_is_that_worked_by_hand_and_masked_non_finite_losses_do_not_poison_it(
     mode: Aggregation, expected: float
 ) -> None:
     leaf = LOSS.clone().requires_grad_()
-    loss = aggregate(leaf, MASK, mode, horizon=HORIZON.get(mode))
+    loss = aggregate(leaf, MASK, mode, **needed(mode))
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    assert torch.equal(gradient, token_scale(MASK, mode, horizon=HORIZON.get(mode), dtype=torch.float64))
+    assert torch.equal(gradient, token_scale(MASK, mode, **needed(mode), dtype=torch.float64))
     assert (gradient[MASK == 0] == 0).all()
 
 
@@ -48,7 +59,7 @@ def test_the_reduction_is_that_worked_by_hand_and_masked_non_finite_losses_do_no
 @pytest.mark.parametrize("shape", [(2, 3), (2, 0), (0, 3)])
 def test_nothing_to_count_gives_zero(shape: tuple[int, int], mode: Aggregation) -> None:
     leaf = torch.full(shape, math.nan, requires_grad=True)
-    loss = aggregate(leaf, torch.zeros(shape), mode, horizon=HORIZON.get(mode))
+    loss = aggregate(leaf, torch.zeros(shape), mode, **needed(mode, torch.zeros(shape[0])))
     assert loss.item() == 0
     assert (torch.autograd.grad(loss, leaf)[0] == 0).all()
 
@@ -56,7 +67,7 @@ def test_nothing_to_count_gives_zero(shape: tuple[int, int], mode: Aggregation) 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_with_nothing_to_count_is_no_sequence(mode: Aggregation) -> None:
     with_row, without = (
-        aggregate(LOSS[rows], MASK[rows], mode, horizon=HORIZON.get(mode)) for rows in (slice(3), slice(2))
+        aggregate(LOSS[rows], MASK[rows], mode, **needed(mode, MEAN_LENGTHS[rows])) for rows in (slice(3), slice(2))
     )
     assert torch.equal(with_row, without)
 
@@ -106,7 +117,8 @@ def _gradients(objective: Objective, rows: Tensor, rows_a_batch: int, padding: s
         given = indexed(sequences, (batch_rows.unsqueeze(1), column.clamp(0)))
         loss = objective.loss(batch_of(objective, {**given, "mask": mask}))
         for mode in MODES:
-            totals[mode] = totals[mode] + aggregate(loss, mask, mode, counts=counts, horizon=HORIZON.get(mode))
+            extra = needed(mode, mean_lengths_by_prompt(lengths, GROUP)[batch_rows])
+            totals[mode] = totals[mode] + aggregate(loss, mask, mode, counts=counts, **extra)
     updates = {mode: gradients(total, sequences) for mode, total in totals.items()}
     return {mode: torch.cat([sampled.unsqueeze(2), others], dim=2) for mode, (sampled, others) in updates.items()}
 
@@ -146,6 +158,7 @@ def test_the_gradient_of_an_update_is_that_of_each_sequence_with_its_share(mode:
         "seq-mean-token-sum": torch.full((32,), 1 / 31),
         "seq-mean-token-mean": 1 / (31 * lengths.clamp(min=1)),
         "seq-mean-token-sum-norm": torch.full((32,), 1 / 310),
+        "prompt-mean": 1 / (31 * mean_lengths_by_prompt(lengths, GROUP)),
     }[mode]
     ratio = (sequences["logp"] - sequences["behavior_logp"]).exp()
     expected = -ratio * sequences["advantage"] * share.unsqueeze(1) * counted
@@ -180,3 +193,25 @@ def test_a_loss_that_is_already_reduced_or_shaped_unlike_the_mask_is_refused() -
         aggregate(LOSS[:, :1], MASK)
     with pytest.raises(ValueError, match=r"loss has shape \(\); expected \(3, 3\), like mask"):
         aggregate(LOSS[0, 0], MASK)
+
+
+def test_prompt_mean_is_the_mean_over_prompts_of_the_mean_over_their_tokens() -> None:
+    lengths = torch.tensor([3, 1, 0, 8, 2, 5])
+    mask = torch.arange(8) < lengths.unsqueeze(1)
+    loss = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean_lengths = mean_lengths_by_prompt(lengths, group_size=3)
+    assert mean_lengths.tolist() == [2, 2, 2, 5, 5, 5]
+    # The first prompt's three completions count as two, since one of them has no token.
+    means = [loss[rows][mask[rows]].mean() for rows in (slice(3), slice(3, 6))]
+    expected = (2 * means[0] + 3 * means[1]) / 5
+    assert aggregate(loss, mask, "prompt-mean", mean_lengths=mean_lengths).item() == pytest.approx(
+        expected.item(), 1e-9
+    )
+
+
+@pytest.mark.parametrize(("mode", "mean_lengths"), [("prompt-mean", None), ("token-mean", MEAN_LENGTHS)])
+def test_mean_lengths_that_are_missing_or_superfluous_are_refused(
+    mode: Aggregation, mean_lengths: Tensor | None
+) -> None:
+    with pytest.raises(ValueError, match=f"mean_lengths with aggregation {mode!r}: prompt-mean needs them"):
+        aggregate(LOSS, MASK, mode, mean_lengths=mean_lengths)

@@ -254,6 +254,7 @@ class TestGradient:
             {"aggregation": "seq-mean-token-sum"},
             {"aggregation": "seq-mean-token-mean"},
             {"aggregation": "seq-mean-token-sum-norm", "horizon": 20},
+            {"aggregation": "prompt-mean"},
         ],
         ids=lambda a: a["aggregation"],
     )

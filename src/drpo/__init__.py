@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from drpo.advantage import group_advantage
-    from drpo.aggregation import Counts, aggregate, token_scale
+    from drpo.aggregation import Counts, aggregate, mean_lengths_by_prompt, token_scale
     from drpo.kernels import FusedLoss, PackedTokens, fused_policy_loss
     from drpo.metrics import TrustRegion, TrustRegionMetrics
     from drpo.objectives import CORRECTIONS, OBJECTIVES, Corrected, Objective, make_correction, make_objective
@@ -34,12 +34,13 @@ __all__ = [
     "group_advantage",
     "make_correction",
     "make_objective",
+    "mean_lengths_by_prompt",
     "token_scale",
 ]
 
 _MODULES = {
     "advantage": ("group_advantage",),
-    "aggregation": ("Counts", "aggregate", "token_scale"),
+    "aggregation": ("Counts", "aggregate", "mean_lengths_by_prompt", "token_scale"),
     "kernels": ("FusedLoss", "PackedTokens", "fused_policy_loss"),
     "metrics": ("TrustRegion", "TrustRegionMetrics"),
     "objectives": ("CORRECTIONS", "OBJECTIVES", "Corrected", "Objective", "make_correction", "make_objective"),

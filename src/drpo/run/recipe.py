@@ -67,7 +67,7 @@ class Recipe(Strict):
     temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
     """Sampling temperature; log-probs are of the logits divided by it."""
     aggregation: Aggregation | None = None
-    """How token losses become one number, by verl's names."""
+    """How token losses become one number: verl's names, or `prompt-mean`, the mean over the tokens of a prompt's completions, averaged over prompts."""
     horizon: Positive | None = None
     """The length that `seq-mean-token-sum-norm` divides by, in tokens."""
     advantage: Advantage | None = None

@@ -27,6 +27,7 @@ class RolloutBatch(TypedDict, total=False):
     num_items_in_batch: Tensor  # scalar: the rollout's tokens over all ranks
     sampling_per_token_logps: Tensor  # [B, C], fp32: log μ of the sampled tokens, recorded as they were drawn
 
+    mean_lengths: Tensor  # [B], fp32: tokens that count of the average completion of its prompt, for prompt-mean
     rewards: Tensor  # [B], fp32: weighted sums over reward functions, NaN where none gave a score
     age: Tensor  # [B], int64: rollouts between the weights that sampled and the policy's; absent in evaluation
     old_per_token_logps: Tensor  # [B, C], fp32: log π when the rollout began, where anchor="old" or split_distance

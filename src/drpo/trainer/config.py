@@ -12,7 +12,7 @@ import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from drpo.advantage import Advantage
-from drpo.aggregation import Aggregation, aggregate
+from drpo.aggregation import Aggregation, check_aggregation
 from drpo.objectives import Anchor, Objective, TopKObjective, anchored, make_correction, make_objective
 from drpo.precision import RolloutPrecision, TrainPrecision, require_torchao
 from drpo.registry import unknown_name
@@ -185,7 +185,7 @@ class DRPOConfig(GRPOConfig):
                 f"replay_support=True scores the sampled tokens by π and μ alone; objective={self.objective!r} needs "
                 f"{'the likeliest tokens' if isinstance(objective, TopKObjective) else 'π_old'} too"
             )
-        aggregate(torch.zeros(1, 1), torch.zeros(1, 1), self.aggregation, horizon=self.horizon)
+        check_aggregation(self.aggregation, self.horizon)
         if self.advantage not in get_args(Advantage):
             raise ValueError(unknown_name("advantage", str(self.advantage), get_args(Advantage)))
 

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from drpo.advantage import group_advantage
+from drpo.aggregation import mean_lengths_by_prompt
 from drpo.errors import RewardError
 from drpo.rewards import LARGEST_REWARD
 from drpo.trainer.batch import RolloutBatch, loss_mask
@@ -25,8 +26,10 @@ def sum_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
     return (per_function * weights.to(per_function)).nansum(dim=1).masked_fill(unscored, torch.nan)
 
 
-def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """Both of this rank's completions, of all ranks' scores [N, functions]; the advantages are logged in place of TRL's.
+def add_advantages(batch: RolloutBatch, trainer: DRPOTrainer, per_function: Tensor) -> None:
+    """Write rewards, advantages and what the aggregation needs of a prompt's lengths, of all ranks' scores [N, functions].
+
+    The advantages are logged in place of TRL's.
 
     Raises:
         RewardError: scores that cannot be trained on.
@@ -43,8 +46,11 @@ def rewards_and_advantages(trainer: DRPOTrainer, per_function: Tensor, batch: Ro
     for _ in range(min(len(logged), len(advantages))):
         logged.pop()
     logged.extend(advantages.tolist())
-    rank, size = trainer.accelerator.process_index, len(lengths) // trainer.accelerator.num_processes
-    return rewards[rank * size :][:size], advantages[rank * size :][:size]
+    size = len(lengths) // trainer.accelerator.num_processes
+    own = slice(trainer.accelerator.process_index * size, (trainer.accelerator.process_index + 1) * size)
+    batch["rewards"], batch["advantages"] = rewards[own], advantages[own]
+    if trainer.args.aggregation == "prompt-mean":
+        batch["mean_lengths"] = mean_lengths_by_prompt(lengths, group_size)[own]
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from drpo.trainer.idle import IdleRollouts, refuse_too_few_prompts
 from drpo.trainer.measurements import Measurements, Mode
 from drpo.trainer.micro_batches import MicroBatches
 from drpo.trainer.prompt_order import PromptSampler
-from drpo.trainer.rewards import check_some_rewards, raising_together, rewards_and_advantages
+from drpo.trainer.rewards import add_advantages, check_some_rewards, raising_together
 from drpo.trainer.rollouts import check_log_probs, make_rollout_sampler
 from drpo.trainer.scoring import make_scorer
 from drpo.trainer.token_log import TokenLog
@@ -226,7 +226,7 @@ class DRPOTrainer(CheckpointedTrainer):
         self.announce("sampling")
         batch = cast(RolloutBatch, super()._generate_and_score_completions(inputs))
         check_log_probs(batch)
-        batch["rewards"], batch["advantages"] = rewards_and_advantages(self, self._rewards_per_func, batch)
+        add_advantages(batch, self, self._rewards_per_func)
         self._rollout_sampler.complete(batch)
         return batch
 
@@ -285,7 +285,11 @@ class DRPOTrainer(CheckpointedTrainer):
     def _loss(self, model: Any, batch: RolloutBatch, mode: Mode) -> Tensor:
         """The share of a micro-batch in the loss of the update; what its tokens say of the policy is measured on the way."""
         scale = token_scale(
-            loss_mask(batch), self.args.aggregation, counts=self._micro_batches.counts, horizon=self.args.horizon
+            loss_mask(batch),
+            self.args.aggregation,
+            counts=self._micro_batches.counts,
+            horizon=self.args.horizon,
+            mean_lengths=batch.get("mean_lengths"),
         )
         scored = self._scorer(model, batch, scale, self._micro_batches.longest)
         is_on_policy = mode == "train" and self._is_on_policy(batch)

@@ -77,6 +77,8 @@ def overrides(
         value = getattr(recipe, name)
         if value and value != Recipe.model_fields[name].default:
             raise UserError(f"{name}: {why}; leave it out")
+    if recipe.aggregation == "prompt-mean":
+        raise UserError("aggregation: verl has no prompt-mean; expected one of its own loss_agg_mode")
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     advantage = recipe.advantage or default["advantage"]
     if advantage not in _ADVANTAGES:
