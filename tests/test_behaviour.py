@@ -12,10 +12,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
+from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig
+from torchao.quantization import quantize_
+from torchao.quantization.quantize_.common import KernelPreference
 
 from drpo import DRPOTrainer
 from drpo.data.problems import builtin_problems
-from drpo.precision import find_experts, make_rollout_model, multiply_in_fp8, quantized
+from drpo.precision import find_experts, make_rollout_model, multiply_in_fp8, quantized, round_in_blocks
 from drpo.trainer.token_log import TokenLog
 from support.mixtures import make_mixture
 from support.rollouts import config, load_model, make_trainer
@@ -48,9 +51,11 @@ def test_the_lower_the_precision_of_the_rollout_the_farther_it_is_from_the_train
 ) -> None:
     gaps = [
         distance(*tokens_of_first_update(tmp_path, problems, rollout_precision=precision))
-        for precision in ("fp32", "bf16", "int8", "fp8")
+        for precision in ("fp32", "fp16", "bf16", "int8", "fp8", "nvfp4")
     ]
-    assert gaps[0] < ROUNDING < gaps[1] < gaps[2] < gaps[3] < 0.1
+    assert sorted(gaps) == gaps
+    assert gaps[0] < ROUNDING < gaps[1]
+    assert gaps[-1] < 0.1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
@@ -66,7 +71,7 @@ def test_the_trainer_scores_the_same_tokens_otherwise_in_another_precision(
     assert ROUNDING < distance(low, sampled) < 0.1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8", "mxfp8", "nvfp4"])
 def test_the_copy_samples_with_the_weights_of_now(tmp_path: Path, problems: Dataset, precision: Any) -> None:
     trainer = make_trainer(tmp_path, problems, rollout_precision=precision)
     policy = trainer.model
@@ -112,6 +117,31 @@ def test_the_log_probs_are_those_of_the_low_precision_policy(tmp_path: Path, pro
     assert (expected - torch.tensor(seen["log_probs"])).abs().mean() < 0.02
 
 
+def test_products_of_mxfp8_are_those_of_torchaos_emulation() -> None:
+    layers = nn.Sequential(nn.Linear(64, 32, bias=False)).to(torch.bfloat16)
+    expected, states = copy.deepcopy(layers), torch.randn(3, 5, 64, dtype=torch.bfloat16)
+    quantize_(expected, MXDynamicActivationMXWeightConfig(kernel_preference=KernelPreference.EMULATED))
+    assert torch.equal(quantized(layers, "mxfp8")(states), expected(states))
+
+
+def test_nvfp4_keeps_the_numbers_that_it_has_and_rounds_others_to_the_nearest() -> None:
+    # The largest number of a block, 6, makes its scale 1. After 4, 6 is next; e2m1 has no 5, and a tie goes to the even mantissa.
+    numbers = torch.tensor([6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.0, -6.0, -0.5, 4.9, 5.1, 2.4, 2.6, 0.2, 0.3])
+    exact = [6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.0, -6.0, -0.5, 4.0, 6.0, 2.0, 3.0, 0.0, 0.5]
+    blocks = torch.stack([numbers, 2 * numbers])
+    # A scale is e4m3, which has 1 and 2: another block's numbers are not rounded by its neighbor's.
+    assert round_in_blocks(blocks.flatten(), "nvfp4").tolist() == [*exact, *(2 * number for number in exact)]
+
+
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_a_token_is_rounded_alike_in_any_batch(precision: str) -> None:
+    states = torch.randn(4, 128) * torch.tensor([[0.01], [1.0], [3.0], [100.0]])
+    together = round_in_blocks(states, precision)
+    assert all(
+        torch.equal(round_in_blocks(row, precision), rounded) for row, rounded in zip(states, together, strict=True)
+    )
+
+
 def test_fp8_training_leaves_the_weights_and_their_names_as_they_are_and_has_a_gradient() -> None:
     model, _ = load_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -132,10 +162,15 @@ def test_fp8_training_leaves_the_weights_and_their_names_as_they_are_and_has_a_g
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"rollout_precision": "fp4"}, "rollout_precision: unknown precision 'fp4'; did you mean 'fp"),
+        ({"rollout_precision": "fp4"}, "rollout_precision: unknown precision 'fp4'; did you mean 'nvfp4'?"),
         ({"train_precision": "int8"}, "train_precision: unknown precision 'int8'"),
         ({"train_precision": "fp32", "bf16": True}, "train_precision='fp32' contradicts bf16=True"),
         ({"train_precision": "fp8"}, "train_precision='fp8' contradicts bf16=False"),
+        ({"train_precision": "fp16", "bf16": True}, "train_precision='fp16' contradicts bf16=True"),
+        (
+            {"train_precision": "fp16"},
+            "fp16 needs a GPU, where Accelerate scales the loss; expected train_precision='bf16'",
+        ),
         ({"rollout_lag": -1}, "rollout_lag is -1; expected a whole number, at least 0"),
         ({"rollout_lag": 1.5}, "rollout_lag is 1.5; expected a whole number, at least 0"),
         ({"rollout_lag": 2, "use_vllm": True}, "rollout_lag=2: vLLM samples by its own weights; leave it out"),
@@ -295,6 +330,7 @@ def test_a_copy_of_a_mixture_in_fp8_multiplies_with_its_own_experts() -> None:
     [
         ("GptOss", "fp8", "fp8 does not know the layout of GptOssExperts"),
         ("Qwen3Moe", "int8", "rollout_precision='int8' quantizes linear layers, which a mixture's experts are not"),
+        ("Qwen3Moe", "nvfp4", "rollout_precision='nvfp4' quantizes linear layers, which a mixture's experts are not"),
     ],
 )
 def test_experts_that_a_precision_would_leave_out_are_refused(architecture: str, precision: Any, message: str) -> None:

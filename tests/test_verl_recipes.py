@@ -83,7 +83,8 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["updates_per_rollout=32", "micro_batch_size=4"], "updates_per_rollout: verl splits a rollout by prompts"),
         (["audit_threshold=0.1"], "audit_threshold: verl has no audit"),
         (["aggregation=prompt-mean"], "aggregation: verl has no prompt-mean"),
-        (["train_precision=fp8"], "train_precision: verl trains in FP8 with Megatron alone"),
+        (["train_precision=fp8"], "train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16"),
+        (["train_precision=fp16"], "train_precision: FP16 of verl's is not tried; expected fp32 or bf16"),
         (["rollout_lag=2"], "rollout_lag: verl's trainer decides how old"),
         (
             ["advantage=max-rl"],

@@ -1,4 +1,4 @@
-"""Models in lower precision: BF16, INT8 and FP8, the last two by torchao."""
+"""Models in lower precision: BF16, FP16, and by torchao INT8, FP8, MXFP8 and NVFP4."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-TrainPrecision = Literal["fp32", "bf16", "fp8"]
-RolloutPrecision = Literal["fp32", "bf16", "fp8", "int8"]
+TrainPrecision = Literal["fp32", "bf16", "fp16", "fp8"]
+RolloutPrecision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "mxfp8", "nvfp4"]
 
-BY_TORCHAO = ("fp8", "int8")
+BY_TORCHAO = ("fp8", "int8", "mxfp8", "nvfp4")
+
+_BLOCKS = {"mxfp8": 32, "nvfp4": 16}
+"""Neighboring numbers of a row that have a scale of their own."""
 
 BF16_PAYS = 0.9
 """Share of the time of a pass in fp32 up to which ``auto`` takes bf16."""
@@ -126,15 +129,15 @@ def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Modu
     Raises:
         ValueError: a mixture of experts whose experts this precision leaves out.
     """
-    if precision == "int8" and find_experts(model):
+    if precision in ("int8", *_BLOCKS) and find_experts(model):
         raise ValueError(
-            "rollout_precision='int8' quantizes linear layers, which a mixture's experts are not; take fp8 or bf16"
+            f"rollout_precision={precision!r} quantizes linear layers, which a mixture's experts are not; take fp8 or bf16"
         )
     made = copy.deepcopy(model).requires_grad_(False).eval()
     # A forward that was put on the instance, as TRL does, is the original's.
     vars(made).pop("forward", None)
     if precision != "fp32":
-        made.to(torch.bfloat16)
+        made.to(torch.float16 if precision == "fp16" else torch.bfloat16)
     if precision == "fp8":
         multiply_in_fp8(made)
     return made
@@ -143,15 +146,55 @@ def make_rollout_model(model: nn.Module, precision: RolloutPrecision) -> nn.Modu
 def quantized(model: nn.Module, precision: RolloutPrecision) -> nn.Module:
     """The model of :func:`make_rollout_model` as it samples with the weights that it has now.
 
-    FP8 quantises them in each forward pass; INT8 makes a quantized copy.
+    FP8 quantizes them in each forward pass; INT8, MXFP8 and NVFP4 make a quantized copy.
     """
-    if precision != "int8":
+    if precision not in ("int8", *_BLOCKS):
         return model
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
     made = copy.deepcopy(model)
-    quantize_(made, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_converted)
+    if precision == "int8":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(made, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_converted)
+    else:
+        _round_products(made, precision)
     return made
+
+
+def _round_products(model: nn.Module, precision: str) -> None:
+    """Round what linear layers multiply, but for the LM head, to numbers of a block format; the products are those of the model's dtype.
+
+    Hardware that multiplies these formats adds products up in fp32, as bf16 products are.
+    """
+
+    def round_activations(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (round_in_blocks(inputs[0], precision), *inputs[1:])
+
+    for name, module in model.named_modules():
+        if (
+            _is_converted(module, name)
+            and isinstance(module, nn.Linear)
+            and not module.in_features % _BLOCKS[precision]
+        ):
+            module.weight.data = round_in_blocks(module.weight, precision)
+            module.register_forward_pre_hook(round_activations)
+
+
+def round_in_blocks(tensor: Tensor, precision: str) -> Tensor:
+    """The tensor [..., K] rounded to MXFP8 (e4m3, a power of two for each 32 numbers) or NVFP4 (e2m1, an e4m3 scale for each 16), by torchao; in its own dtype.
+
+    NVFP4's second scale, of a whole tensor, is 1: with one of its activations a token's would depend on its batch.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if precision == "mxfp8":
+        from torchao.prototype.mx_formats import ScaleCalculationMode
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+        rounded: Any = MXTensor.to_mx(rows, torch.float8_e4m3fn, _BLOCKS[precision], ScaleCalculationMode.RCEIL)
+    else:
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+        rounded = NVFP4Tensor.to_nvfp4(rows)
+    return rounded.dequantize(tensor.dtype).view_as(tensor)
 
 
 def _is_converted(module: nn.Module, name: str) -> bool:

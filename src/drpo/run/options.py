@@ -19,7 +19,7 @@ _FIELDS = {
     "batch_size": "prompts_per_rollout",
     "bf16": "train_precision: bf16",
     "correction_kwargs": "correction",
-    "fp16": "train_precision: bf16",
+    "fp16": "train_precision: fp16",
     "gradient_accumulation_steps": "micro_batch_size",
     "lr": "learning_rate",
     "max_new_tokens": "max_completion_length",

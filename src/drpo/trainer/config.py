@@ -66,12 +66,12 @@ class DRPOConfig(GRPOConfig):
             sequences of a batch are sorted by length and split accordingly; a longer sequence goes
             alone. A shared prompt counts once, and its completions stay together if they fit. None
             takes a batch as a whole.
-        train_precision: ``fp32``, ``bf16`` (autocast) or ``fp8`` (that, with linear layers that multiply
-            in FP8 e4m3; emulated where the hardware has none). Weights, LM head and log-probs stay
-            in fp32. None goes by TRL's ``bf16``.
-        rollout_precision: ``fp32``, ``bf16``, ``fp8`` or ``int8`` (weights and activations, but the LM
-            head): a copy of the policy samples, quantized anew when a rollout begins. None samples
-            as the policy computes.
+        train_precision: ``fp32``, ``bf16`` (autocast), ``fp16`` (the same, with a scaled loss; on a GPU) or ``fp8``
+            (bf16, with linear layers that multiply in FP8 e4m3; emulated where the hardware has none). Weights,
+            LM head and log-probs stay in fp32. None goes by TRL's ``bf16`` and ``fp16``.
+        rollout_precision: ``fp32``, ``bf16``, ``fp16``, ``fp8``, ``int8``, ``mxfp8`` or ``nvfp4`` (from fp8 on weights
+            and activations, but for the LM head; the last two are emulated): a copy of the policy samples,
+            quantized anew when a rollout begins. None samples as the policy computes.
         rollout_lag: rollouts between the weights that sample and those that train. The weights of so
             many rollouts are kept in CPU memory and in checkpoints.
         replay_support: score each token over the tokens that the sampler could draw, so that ``top_p``,
@@ -166,6 +166,10 @@ class DRPOConfig(GRPOConfig):
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16 needs a GPU, where Accelerate scales the loss; expected train_precision='bf16' or 'fp32' on a CPU"
+            )
         for name in self.generation_kwargs or {}:
             if name == "stop_strings":
                 raise ValueError(
@@ -199,12 +203,12 @@ class DRPOConfig(GRPOConfig):
             if self.use_vllm and getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r}: vLLM samples by its own weights; leave it out")
         if self.train_precision is not None:
-            is_bf16 = self.train_precision != "fp32"
-            if self.fp16 or self.bf16 not in (None, is_bf16):
+            is_bf16, is_fp16 = self.train_precision in ("bf16", "fp8"), self.train_precision == "fp16"
+            if (self.fp16 and not is_fp16) or self.bf16 not in (None, is_bf16):
                 raise ValueError(
                     f"train_precision={self.train_precision!r} contradicts bf16={self.bf16}, fp16={self.fp16}"
                 )
-            self.bf16 = is_bf16
+            self.bf16, self.fp16 = is_bf16, is_fp16
 
     def _check_filter(self, name: str) -> None:
         value = getattr(self, name)

@@ -38,6 +38,12 @@ _REFUSED = {
 }
 """Fields of a recipe that verl would ignore, and why."""
 
+_OTHER_PRECISIONS = {
+    "auto": "auto is measured with TRL's trainer alone",
+    "fp16": "FP16 of verl's is not tried",
+    "fp8": "verl trains in FP8 with Megatron alone",
+}
+
 _ADVANTAGES = {
     "mean": ("grpo", False),
     "mean-std": ("grpo", True),
@@ -69,10 +75,8 @@ def overrides(
             f"updates_per_rollout: verl splits a rollout by prompts, of which there are {prompts}; expected a divisor of "
             f"{prompts}, got {updates}"
         )
-    if recipe.train_precision == "auto":
-        raise UserError("train_precision: auto is measured with TRL's trainer alone; expected fp32 or bf16 for verl")
-    if recipe.train_precision == "fp8":
-        raise UserError("train_precision: verl trains in FP8 with Megatron alone; expected fp32 or bf16")
+    if why := _OTHER_PRECISIONS.get(recipe.train_precision):
+        raise UserError(f"train_precision: {why}; expected fp32 or bf16 for verl")
     for name, why in _REFUSED.items():
         value = getattr(recipe, name)
         if value and value != Recipe.model_fields[name].default:
