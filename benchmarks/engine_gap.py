@@ -19,7 +19,10 @@ from benchmarks import tables
 from benchmarks.first_rollout import MODEL, first_rollout
 from support.vllm_cpu.engine import DTYPES, Engine
 
-SETTINGS = (("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp32"), ("fp8", "fp32"), ("bf16", "bf16"), ("fp8", "fp8"))
+SETTINGS = (
+    *((rollout, "fp32") for rollout in ("fp32", "fp16", "bf16", "int8", "fp8", "mxfp8", "nvfp4")),
+    *(("bf16", "bf16"), ("fp8", "fp8")),
+)
 """Precisions of the rollout and of training, where Transformers samples."""
 
 BY_VLLM = (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
@@ -82,7 +85,7 @@ def summary(of_seeds: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, str]]) -> Figure:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
     for offset, name, label in ((-0.2, "mean", "mean"), (0.2, "p99", "99 % quantile")):
