@@ -101,7 +101,7 @@ def test_a_correction_has_its_row_with_its_region(name: str) -> None:
     correction = CORRECTIONS[name]
     (row,) = [line for line in PAPERS.splitlines() if line.startswith(f"| `{name}` |")]
     _, _, edge, operator, outside, scope, side, default, *_ = re.split(r"(?<!\\)\|", row)
-    assert edge.strip().startswith(correction.edge.split(",")[0])
+    assert edge.strip().startswith(correction.region.edge.name.split(",")[0])
     region = correction.region
     columns = [correction.operator, region.beyond.replace("|", "\\|"), region.scope.name, region.side.name]
     assert [column.strip() for column in (operator, outside, scope, side)] == columns

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from drpo import OBJECTIVES, TokenBatch, aggregate, make_objective
+from drpo.objectives import CORRECTIONS, PPO, Corrected, make_correction
 from drpo.tokens import TopK
 
 Array = NDArray[np.float64]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
-MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "prompt-mean")
+EVERY = (*OBJECTIVES, *CORRECTIONS)
+"""What is fuzzed; a correction is one of PPO with its defaults."""
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e4, -1e4, 1e30])
 
 
@@ -31,8 +34,8 @@ class Tokens:
     behavior_logp: Array
     a: Array
     mask: NDArray[np.bool_]
-    r_sampler: Array
-    """π_old/μ, where ``behavior_logp`` is the anchor's, π_old."""
+    sampler_logp: Array
+    """log μ, where ``behavior_logp`` is the anchor's, log π_old."""
     topk_pi: Array
     topk_mu: Array
     is_sampled: NDArray[np.bool_]
@@ -43,6 +46,8 @@ class Tokens:
         self.log_r = np.clip(self.logp - self.behavior_logp, -20, 20)
         self.r, self.excess = np.exp(self.log_r), np.expm1(self.log_r)
         self.pi, self.mu = np.exp(self.logp), np.exp(self.behavior_logp)
+        self.log_rho = np.clip(self.behavior_logp - self.sampler_logp, -20, 20)
+        self.r_sampler = np.exp(self.log_rho)
 
     def mean(self, values: Array) -> Array:
         return (values * self.mask).sum(1, keepdims=True) / np.maximum(self.mask.sum(1, keepdims=True), 1)
@@ -405,6 +410,71 @@ def _pg(t: Tokens) -> Expected:
     return Expected(loss=[-t.r * t.a], weight=[np.ones_like(t.r)])
 
 
+def _corrected(weight: Callable[..., tuple[Array, Array | bool]]) -> Callable[..., Expected]:
+    """PPO with its defaults, times a weight that comes with where rounding may pick either branch."""
+
+    def expected(t: Tokens, **drawn: float) -> Expected:
+        ppo = _ppo(t, PPO.clip_low, PPO.clip_high)
+        assert ppo.loss is not None
+        with np.errstate(over="ignore"):
+            factor, at_kink = weight(t, **drawn)
+        return Expected([factor * ppo.loss[0]], [factor * ppo.weight[0]], at_kink=ppo.at_kink | at_kink)
+
+    return expected
+
+
+def _kept(outside: Array, at_kink: Array, t: Tokens) -> tuple[Array, Array]:
+    return np.where(outside, 0.0, 1.0) + np.zeros_like(t.r), at_kink
+
+
+def _band(values: Array, low: float, high: float) -> tuple[Array, Array]:
+    return np.where((values >= low) & (values <= high), values, 0.0), _near(values, low) | _near(values, high)
+
+
+def _product(t: Tokens) -> Array:
+    return np.exp((t.log_rho * t.mask).sum(1, keepdims=True)) + np.zeros_like(t.r)
+
+
+def _k3(t: Tokens) -> Array:
+    return np.expm1(t.log_rho) - t.log_rho
+
+
+def _sequence_max_k3(t: Tokens, delta: float) -> tuple[Array, Array]:
+    worst = np.max(_k3(t), axis=1, keepdims=True, where=t.mask, initial=0.0)
+    return _kept(worst > delta, _near(worst, delta), t)
+
+
+def _sequence_mean_k3(t: Tokens, delta: float) -> tuple[Array, Array]:
+    return _kept(t.mean(_k3(t)) > delta, _near(t.mean(_k3(t)), delta), t)
+
+
+def _sequence_geometric(t: Tokens, low: float, high: float) -> tuple[Array, Array]:
+    mean = np.exp(t.mean(t.log_rho))
+    return _kept((mean < low) | (mean > high), _near(mean, low) | _near(mean, high), t)
+
+
+def _opsm(t: Tokens, delta: float) -> tuple[Array, Array]:
+    left = t.mean(np.clip(t.sampler_logp - t.logp, -20, 20))
+    return _kept((t.a < 0) & (left > delta), np.isclose(left, delta, rtol=1e-4, atol=1e-6), t)
+
+
+def _kpop(t: Tokens, delta: float) -> tuple[Array, Array]:
+    old, sampler = t.mu, np.exp(t.sampler_logp)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        others = np.log1p(-sampler) - np.log1p(-old)
+        forward = -sampler * t.log_rho + (1 - sampler) * others
+        reverse = old * t.log_rho - (1 - old) * others
+    # As with dppo_kl.
+    unsure = (np.maximum(old, sampler) > 1 - 1e-3) | (np.abs(t.log_rho) > 19.99)
+    divergence = np.where(unsure, 0.0, np.maximum(forward, reverse))
+    return _kept(divergence > delta, unsure | np.isclose(divergence, delta, rtol=1e-3, atol=0), t)
+
+
+def _vaco(t: Tokens, delta: float) -> tuple[Array, Array]:
+    distance = t.mean(np.abs(t.r_sampler - 1))
+    return _kept((t.a * (t.r_sampler - 1) > 0) & (distance > delta), _near(distance, delta), t)
+
+
 REFERENCE: dict[str, tuple[Callable[..., Expected], dict[str, tuple[float, float]]]] = {
     "drpo": (_drpo, {"delta": (0.02, 20)}),
     "mask_drpo": (_mask_drpo, {"delta": (0.02, 0.9)}),
@@ -455,6 +525,22 @@ REFERENCE: dict[str, tuple[Callable[..., Expected], dict[str, tuple[float, float
     "gspo": (_gspo, {"clip_low": (0.01, 0.9), "clip_high": (0.01, 5)}),
     "gmpo": (_gmpo, {"clip_low": (0.1, 2), "clip_high": (0.1, 2)}),
     "dro": (_dro, {"beta": (0.01, 2)}),
+    "token_truncate": (_corrected(lambda t, cap: (np.minimum(t.r_sampler, cap), False)), {"cap": (0.1, 9)}),
+    "sequence_truncate": (_corrected(lambda t, cap: (np.minimum(_product(t), cap), False)), {"cap": (0.1, 9)}),
+    "token_mask": (
+        _corrected(lambda t, low, high: _band(t.r_sampler, low, high)),
+        {"low": (0.1, 0.9), "high": (1.1, 9)},
+    ),
+    "sequence_mask": (
+        _corrected(lambda t, low, high: _band(_product(t), low, high)),
+        {"low": (0.1, 0.9), "high": (1.1, 9)},
+    ),
+    "sequence_max_k3": (_corrected(_sequence_max_k3), {"delta": (0.001, 3)}),
+    "sequence_mean_k3": (_corrected(_sequence_mean_k3), {"delta": (0.001, 3)}),
+    "sequence_geometric": (_corrected(_sequence_geometric), {"low": (0.1, 0.99), "high": (1.01, 9)}),
+    "opsm": (_corrected(_opsm), {"delta": (0.001, 3)}),
+    "kpop": (_corrected(_kpop), {"delta": (0.001, 0.5)}),
+    "vaco": (_corrected(_vaco), {"delta": (0.001, 3)}),
 }
 """By name: the reference, and the range of each hyperparameter (of its distance from the one it has to exceed, if any)."""
 
@@ -462,7 +548,7 @@ ABOVE = {"clip_dual": "1", "allowance_high": "allowance_low", "cov_high": "cov_l
 """Hyperparameters that have to exceed another one, or 1; the references add it."""
 
 
-def _scale(mask: Array, mode: str, horizon: int) -> Array:
+def _scale(mask: Array, mode: str, length: Array | int) -> Array:
     counted = mask.astype(np.float64)
     if mode == "token-mean":
         return counted / max(counted.sum(), 1)
@@ -471,7 +557,7 @@ def _scale(mask: Array, mode: str, horizon: int) -> Array:
         return counted
     if mode == "seq-mean-token-mean":
         return counted / np.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return counted / horizon
+    return counted / length
 
 
 def _log_probs(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[Array, Array]:
@@ -528,15 +614,15 @@ def _supports(
 
 
 def fuzzed(batches: int) -> Callable[[Any], Any]:
-    """A test of an objective on drawn batches, over all objectives so many."""
-    each = settings(max_examples=-(-batches // len(OBJECTIVES)), deadline=None, derandomize=True, database=None)
+    """A test of an objective or a correction on drawn batches, over all of them so many."""
+    each = settings(max_examples=-(-batches // len(EVERY)), deadline=None, derandomize=True, database=None)
     drawn = given(
         seed=st.integers(0, 2**32 - 1),
         shape=st.tuples(st.integers(1, 4), st.sampled_from([0, 1, 2, 5, 16])),
         dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
         mode=st.sampled_from(MODES),
     )
-    return lambda test: pytest.mark.parametrize("name", OBJECTIVES)(each(drawn(test)))
+    return lambda test: pytest.mark.parametrize("name", EVERY)(each(drawn(test)))
 
 
 @fuzzed(2_500)
@@ -557,7 +643,12 @@ def check_against_the_reference(name: str, seed: int, shape: tuple[int, int], dt
     hyperparameters = {
         field: value + (drawn.get(ABOVE[field], 1.0) if field in ABOVE else 0) for field, value in drawn.items()
     }
-    horizon = int(rng.integers(1, 100))
+    # What the two modes divide a sequence's sum by.
+    horizon, mean_lengths = int(rng.integers(1, 100)), rng.uniform(1, 20, shape[0])
+    needed = {
+        "seq-mean-token-sum-norm": {"horizon": horizon},
+        "prompt-mean": {"mean_lengths": torch.tensor(mean_lengths)},
+    }
 
     # Rounded to the dtype first: the reference starts from what the library is given.
     advantage = _advantages(rng, shape)
@@ -578,7 +669,7 @@ def check_against_the_reference(name: str, seed: int, shape: tuple[int, int], dt
             behavior_logp=behavior_logp,
             a=advantage,
             mask=mask,
-            r_sampler=np.exp(np.clip(behavior_logp - sampler, -20, 20)),
+            sampler_logp=sampler,
             topk_pi=support[0].double().exp().numpy(),
             topk_mu=support[1].double().exp().numpy(),
             is_sampled=is_sampled.numpy(),
@@ -607,13 +698,16 @@ def check_against_the_reference(name: str, seed: int, shape: tuple[int, int], dt
         is_sampled,
     )
     topk.logp.requires_grad_()
-    if OBJECTIVES[name].corrects_mismatch:
+    if name in CORRECTIONS:
+        objective = Corrected(PPO(), make_correction(name, **hyperparameters))
+    else:
+        objective = make_objective(name, **hyperparameters)
+    if objective.corrects_mismatch or name in CORRECTIONS:
         batch = TokenBatch(leaf, given_sampler, given_advantage, counts, given_behavior, "old", topk)
     else:
         batch = TokenBatch(leaf, given_behavior, given_advantage, counts, given_sampler, "sampler", topk)
     assert batch.topk is not None
-    objective = make_objective(name, **hyperparameters)
-    loss = aggregate(objective.loss(batch), batch.mask, mode, horizon=horizon if mode.endswith("norm") else None)  # type: ignore[arg-type]
+    loss = aggregate(objective.loss(batch), batch.mask, mode, **needed.get(mode, {}))  # type: ignore[arg-type]
     at_leaf, gradient, by_topk = torch.autograd.grad(
         loss, [leaf, batch.logp, batch.topk.logp], allow_unused=True, materialize_grads=True
     )
@@ -629,7 +723,7 @@ def check_against_the_reference(name: str, seed: int, shape: tuple[int, int], dt
         return
 
     tolerance = TOLERANCE[batch.logp.dtype] * np.broadcast_to(expected.condition, shape)
-    scale = _scale(mask, mode, horizon)
+    scale = _scale(mask, mode, mean_lengths[:, None] if mode == "prompt-mean" else horizon)
     if expected.loss is not None:
         terms = np.concatenate([(scale * term)[mask] for term in expected.loss])
         assert abs(loss.item() - terms.sum()) <= TOLERANCE[batch.logp.dtype] * np.abs(terms).sum() + 1e-30

@@ -12,6 +12,7 @@ from torch import Tensor
 from builders import (
     EVERY,
     TIGHT,
+    TIGHT_CORRECTIONS,
     FrozenStops,
     anchored_tokens,
     batch_of,
@@ -69,7 +70,7 @@ from drpo.objectives import (
 from drpo.objectives.base import LARGEST, SMALLEST
 from drpo.objectives.clip_cov import _draw
 from drpo.objectives.drpo import _tell_confined
-from drpo.tokens import TopK
+from drpo.tokens import Anchor, TopK
 
 
 def sigmoid(x: float) -> float:
@@ -162,7 +163,7 @@ def test_kl_cov_penalises_the_share_of_the_tokens_with_the_largest_covariance() 
     summary = KLCov(share=0.5).summary(four_covariances())
     assert summary.tolist() == pytest.approx([0, -3, 6])
     # Of equal advantages every covariance is 0, and nothing tells the few tokens from the others.
-    assert not KLCov()._penalised(dataclasses.replace(four_covariances(), advantage=torch.full((1, 4), 0.5))).any()
+    assert not KLCov().is_outside(dataclasses.replace(four_covariances(), advantage=torch.full((1, 4), 0.5))).any()
 
 
 def test_clip_cov_drops_at_most_a_share_of_the_tokens_whose_covariance_is_in_between() -> None:
@@ -251,9 +252,10 @@ def test_the_gradient_of_a_sequence_objective_is_that_of_the_sequence_loss(
     advantage = torch.tensor([1.0, -2.0, 0.5, -0.5, 3.0, 0.0], dtype=torch.float64)
     given = random_tensors(seed=8, spread=0.3) | {"advantage": advantage}
     batch = TokenBatch(**given)
-    horizon = 7 if aggregation.endswith("norm") else None
+    needed = {"seq-mean-token-sum-norm": {"horizon": 7}, "prompt-mean": {"mean_lengths": torch.arange(1.0, 7.0)}}
+    arguments = needed.get(aggregation, {})
     objective = make_objective(name, **TIGHT[name])
-    ours, _ = gradients(aggregate(objective.loss(batch), batch.mask, aggregation, horizon=horizon), given)
+    ours, _ = gradients(aggregate(objective.loss(batch), batch.mask, aggregation, **arguments), given)
 
     log_ratio = given["logp"].nan_to_num() - given["behavior_logp"].nan_to_num()
     if name == "gmpo":
@@ -261,7 +263,7 @@ def test_the_gradient_of_a_sequence_objective_is_that_of_the_sequence_loss(
         log_ratio = torch.where(positive, log_ratio.clamp(max=0.4), log_ratio.clamp(min=-0.4))
     mean_log = (log_ratio * batch.mask).sum(dim=1) / batch.mask.sum(dim=1)
     per_token = sequence_loss(mean_log, advantage).unsqueeze(1).expand_as(batch.logp)
-    theirs, _ = gradients(aggregate(per_token, batch.mask, aggregation, horizon=horizon), given)
+    theirs, _ = gradients(aggregate(per_token, batch.mask, aggregation, **arguments), given)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
     assert theirs.norm() > 1e-3
 
@@ -675,6 +677,60 @@ def test_opsm_drops_bad_sequences_that_the_policy_has_left(
         if anchor == "old":
             t = anchored_tokens([prob, 0.5], [0.9, 0.9], [behavior_prob, 0.5], [advantage] * 2)
         assert make_correction("opsm", delta=delta).weight(t).tolist() == [[expected] * 2]
+
+
+# What the weight is inside of the region where it is not 1, and outside where it is not 0.
+INSIDE: dict[str, Any] = {
+    **dict.fromkeys(("gspo", "gmpo", "icepop"), lambda w: w > 0),
+    **dict.fromkeys(("drpo", "spo"), lambda w: w >= 0),
+    # Its region bounds r, and its weight is over r.
+    "p3o": None,
+}
+OUTSIDE: dict[str, Any] = {
+    **dict.fromkeys(("drpo", "spo"), lambda w: w < 0),
+    **dict.fromkeys(("mask_drpo", "mask_drpo_region", "cispo", "dgpo", "cppo_soft", "kl_cov"), lambda w: w != 1),
+}
+
+
+@pytest.mark.parametrize("anchor", ["sampler", "old"])
+@pytest.mark.parametrize(
+    "name", [n for n, kind in OBJECTIVES.items() if kind.region is not None and INSIDE.get(n, 1) is not None]
+)
+def test_the_gradient_weight_changes_where_a_token_is_outside_of_the_region_and_nowhere_else(
+    name: str, anchor: Anchor
+) -> None:
+    objective = make_objective(name, **TIGHT[name])
+    if anchor == "old" and isinstance(objective, TopKObjective):
+        pytest.skip("needs the sampler's likeliest tokens")
+    if anchor == "sampler" and objective.corrects_mismatch:
+        pytest.skip("needs the old policy")
+    for seed in range(20):
+        t = TokenBatch(**random_tensors(seed), anchor=anchor)
+        # A penalty has no slope at a token that has not moved.
+        steered = t.mask & (t.advantage != 0) & (t.log_ratio != 0)
+        outside, weight = objective.is_outside(t).expand_as(t.mask)[steered], objective.gradient_weight(t)[steered]
+        assert INSIDE.get(name, lambda w: w == 1)(weight[~outside]).all()
+        assert OUTSIDE.get(name, lambda w: w == 0)(weight[outside]).all()
+        assert outside.any()
+        assert not outside.all()
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_correction_changes_the_tokens_outside_of_its_region(name: str) -> None:
+    correction = make_correction(name, **TIGHT_CORRECTIONS.get(name, {}))
+    sides = set()
+    for seed in range(20):
+        t = TokenBatch(**random_tensors(seed), anchor="old")
+        outside, weight = correction.is_outside(t).expand_as(t.mask), correction.weight(t).expand_as(t.mask)
+        sides |= set(outside[t.mask].tolist())
+        if name.endswith("truncate"):
+            assert (weight[outside] == correction.largest).all()
+            assert (weight[~outside] <= correction.largest).all()
+        else:
+            assert torch.equal(weight == 0, outside)
+        both = Corrected(PPO(), correction)
+        assert torch.equal(both.is_outside(t), outside | PPO().is_outside(t))
+    assert sides == {True, False}
 
 
 @pytest.mark.parametrize("distance", [-600.0, 600.0])

@@ -53,8 +53,8 @@ def token_scale(
         mode: ``token-mean``, the mean over tokens; ``seq-mean-token-sum`` and
             ``seq-mean-token-mean``, the sum or mean over a sequence's tokens, averaged over
             sequences; ``seq-mean-token-sum-norm``, the sum divided by ``horizon``, averaged;
-            ``prompt-mean``, the mean over the tokens of all completions of a prompt, averaged over prompts, so that
-            neither long completions nor prompts with long ones weigh more.
+            ``prompt-mean``, the mean over the tokens of all completions of a prompt, averaged over prompts, each as often as
+            it has completions that count, so that neither long completions nor prompts with long ones weigh more.
         counts: of the whole update; the mask's own by default.
         horizon: tokens, the fixed length that ``seq-mean-token-sum-norm`` divides by.
         mean_lengths: [B], for ``prompt-mean``: those of :func:`mean_lengths_by_prompt`.

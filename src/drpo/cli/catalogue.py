@@ -31,7 +31,7 @@ def overview() -> RenderableType:
     corrections = Table.grid(padding=(0, 2))
     for name, correction in CORRECTIONS.items():
         corrections.add_row(Text(name, style="bold"), Text(f"{correction.formula}; {_defaults(correction)}"))
-        described = f"between {correction.edge}; {describe_region(correction.region, correction.operator)}"
+        described = f"between {correction.region.edge.name}; {describe_region(correction.region, correction.operator)}"
         corrections.add_row("", Text(described, style="dim"))
     return Group(
         "Maximised per token, with advantage A and r = π/μ, or π/π_old where it says so; more: drpo objectives NAME\n",

@@ -79,7 +79,7 @@ def delta_field(objective: Objective) -> str | None:
     """The hyperparameter that bounds the region of an objective as δ does; None if it has none."""
     names = [field.name for field in fields(objective) if field.name.endswith("delta")]
     bound = objective.region.high if objective.region is not None else None
-    return bound if bound in names else next(iter(names), None)
+    return bound.field if bound and bound.field in names else next(iter(names), None)
 
 
 DELTA_COLUMNS = (

@@ -87,9 +87,14 @@ class Objective(Hyperparameters, ABC):
     @property
     def edge(self) -> float | None:
         """The |π − μ| at which w reaches 0 or a mask sets in; None where it is not |π − μ| that decides."""
-        if self.region is None or self.region.statistic is not SHIFT or self.region.scope is not TOKEN:
+        region = self.region
+        if region is None or region.statistic is not SHIFT or region.scope is not TOKEN or region.high is None:
             return None
-        return getattr(self, self.region.high)
+        return getattr(self, region.high.field) if region.high.field else None
+
+    def is_outside(self, batch: TokenBatch) -> Tensor:
+        """Which tokens are outside of the region, [B, T], bool; where there is none, those whose weight is 0 or below."""
+        return self.gradient_weight(batch) <= 0 if self.region is None else self.region.is_outside(batch, self)
 
     @abstractmethod
     def loss(self, batch: TokenBatch) -> Tensor:
@@ -126,23 +131,14 @@ class MaskObjective(Objective):
             cls.formula = f"M·r·A, with M = 0 where {cls.region.outside}, else 1{definition and f'; {definition}'}"
 
     @property
-    def bounds(self) -> tuple[float | None, float | None]:
-        """What the region's statistic may fall and rise to; None where it has no bound."""
-        return None, getattr(self, self.region.high)
-
-    @property
     def weight_bounds(self) -> tuple[float, float]:
         return 0.0, 1.0
-
-    def is_masked(self, batch: TokenBatch) -> Tensor:
-        """Where M = 0, [B, T], bool."""
-        return self.region.is_outside(batch, *self.bounds)
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return -self.gradient_weight(batch) * batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return (~self.is_masked(batch)).to(batch.advantage.dtype)
+        return (~self.is_outside(batch)).to(batch.advantage.dtype)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.regions import EITHER, RATIO, Operator, Region
+from drpo.objectives.regions import EITHER, ONE_MINUS_CLIP_LOW, ONE_PLUS_CLIP_HIGH, RATIO, Operator, Region
 from drpo.tokens import TokenBatch
 
 
@@ -27,7 +27,7 @@ class CISPO(Objective):
     weight: ClassVar[str] = "clip(r, 1 − clip_low, 1 + clip_high) / r"
     source: ClassVar[str] = "arXiv 2506.13585"
     anchor: ClassVar[Anchor] = "old"
-    region: ClassVar[Region | None] = Region(RATIO, side=EITHER, low="1 − clip_low", high="1 + clip_high")
+    region: ClassVar[Region | None] = Region(RATIO, side=EITHER, low=ONE_MINUS_CLIP_LOW, high=ONE_PLUS_CLIP_HIGH)
     operator: ClassVar[Operator] = "weight"
 
     clip_low: float = 10.0

@@ -10,7 +10,7 @@ from drpo.objectives.base import UpdateObjective
 from drpo.objectives.divergences import covariance, moments
 from drpo.objectives.kl_cov import COVARIANCE
 from drpo.objectives.ppo import PPO
-from drpo.objectives.regions import EITHER, UPDATE, Operator, Region
+from drpo.objectives.regions import EITHER, UPDATE, Bound, Operator, Region
 from drpo.tokens import TokenBatch
 
 
@@ -33,7 +33,13 @@ class ClipCov(PPO, UpdateObjective):
     )
     weight: ClassVar[str] = "M times PPO's"
     source: ClassVar[str] = "arXiv 2505.22617"
-    region: ClassVar[Region | None] = Region(COVARIANCE, UPDATE, EITHER, high="cov_low, of a random share")
+    region: ClassVar[Region] = Region(
+        COVARIANCE,
+        UPDATE,
+        EITHER,
+        high=Bound("cov_low and below cov_high, a random share", lambda owner, _: owner.cov_low),
+        beside=PPO.region,
+    )
     operator: ClassVar[Operator] = "mask"
 
     share: float = 2e-4
@@ -54,18 +60,18 @@ class ClipCov(PPO, UpdateObjective):
 
     def _eligible(self, batch: TokenBatch, means: Tensor) -> Tensor:
         values = covariance(batch, means)
-        unclipped = super().gradient_weight(batch) > 0
-        return batch.mask & unclipped & (values > self.cov_low) & (values < self.cov_high)
+        clipped = PPO.region.is_outside(batch, self)
+        return batch.mask & ~clipped & (values > self.cov_low) & (values < self.cov_high)
 
-    def _kept(self, batch: TokenBatch) -> Tensor:
-        *means, largest = self.summary_of(batch)
-        return ~(self._eligible(batch, torch.stack(means)) & (_draw(batch) <= largest))
+    def is_outside(self, batch: TokenBatch) -> Tensor:
+        return self._is_dropped(batch) | PPO.region.is_outside(batch, self)
 
     def loss(self, batch: TokenBatch) -> Tensor:
-        return self._kept(batch) * super().loss(batch)
+        return ~self._is_dropped(batch) * super().loss(batch)
 
-    def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return self._kept(batch) * super().gradient_weight(batch)
+    def _is_dropped(self, batch: TokenBatch) -> Tensor:
+        *means, largest = self.summary_of(batch)
+        return self._eligible(batch, torch.stack(means)) & (_draw(batch) <= largest)
 
 
 def _draw(batch: TokenBatch) -> Tensor:

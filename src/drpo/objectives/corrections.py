@@ -13,9 +13,26 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from drpo.objectives import regions
 from drpo.objectives.base import Anchor, Hyperparameters, Objective, TopKObjective
-from drpo.objectives.regions import Operator, Region
+from drpo.objectives.regions import (
+    EITHER,
+    EXCESS,
+    K3,
+    LARGER_KL,
+    LOG_INVERSE,
+    MISMATCH,
+    MISMATCH_OR_SAMPLER,
+    NEGATIVE,
+    RATIO,
+    RHO,
+    SAMPLER,
+    SEQUENCE_MAX,
+    SEQUENCE_MEAN,
+    SEQUENCE_SUM,
+    Operator,
+    Region,
+    at,
+)
 from drpo.registry import make
 from drpo.tokens import TokenBatch
 
@@ -26,7 +43,6 @@ class Correction(Hyperparameters, ABC):
 
     region: ClassVar[Region]
     operator: ClassVar[Operator]
-    edge: ClassVar[str] = "π_old/μ"
     formula: ClassVar[str]
 
     @property
@@ -34,36 +50,36 @@ class Correction(Hyperparameters, ABC):
     def largest(self) -> float:
         """What the weight is at most."""
 
+    def is_outside(self, batch: TokenBatch) -> Tensor:
+        """Which tokens are outside of the region, [B, T], bool."""
+        return self.region.is_outside(batch, self)
+
     @abstractmethod
     def weight(self, batch: TokenBatch) -> Tensor:
         """[B, T], without gradient."""
 
 
-RHO = replace(regions.RATIO, symbol="ρ")
-
-
 @dataclass(frozen=True)
-class _Weight(Correction):
+class _Truncate(Correction):
     operator: ClassVar[Operator] = "weight"
 
-    @property
-    def largest(self) -> float:
-        return getattr(self, self.region.high)
-
-
-@dataclass(frozen=True)
-class _Truncate(_Weight):
     cap: float = 2.0
 
     def __init_subclass__(cls) -> None:
-        cls.formula = f"min({cls.region.measured}, {cls.region.high})"
+        cls.formula = f"min({cls.region.measured}, cap)"
+
+    @property
+    def largest(self) -> float:
+        return self.cap
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        return self.region.measure(batch.mismatch).clamp(max=self.cap).expand_as(batch.log_ratio)
+        return self.region.measure(batch).clamp(max=self.cap).expand_as(batch.log_ratio)
 
 
 @dataclass(frozen=True)
-class _Band(_Weight):
+class _Band(Correction):
+    operator: ClassVar[Operator] = "weight"
+
     low: float = 0.5
     high: float = 2.0
 
@@ -75,9 +91,12 @@ class _Band(_Weight):
         if self.low >= self.high:
             raise ValueError(f"low is {self.low!r}; expected less than high, {self.high!r}")
 
+    @property
+    def largest(self) -> float:
+        return self.high
+
     def weight(self, batch: TokenBatch) -> Tensor:
-        outside = self.region.is_outside(batch.mismatch, self.low, self.high)
-        return self.region.measure(batch.mismatch).masked_fill(outside, 0.0)
+        return self.region.measure(batch).masked_fill(self.is_outside(batch), 0.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,7 @@ class TokenTruncate(_Truncate):
         cap: the largest weight.
     """
 
-    region: ClassVar[Region] = Region(RHO, side=regions.EITHER, high="cap")
+    region: ClassVar[Region] = Region(RHO, side=EITHER, high=at("cap"), edge=MISMATCH)
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,7 @@ class SequenceTruncate(_Truncate):
         cap: the largest weight.
     """
 
-    region: ClassVar[Region] = Region(RHO, regions.SEQUENCE_SUM, regions.EITHER, high="cap")
+    region: ClassVar[Region] = Region(RHO, SEQUENCE_SUM, EITHER, high=at("cap"), edge=MISMATCH)
 
 
 @dataclass(frozen=True)
@@ -111,7 +130,7 @@ class TokenMask(_Band):
         high: the ρ above which it does.
     """
 
-    region: ClassVar[Region] = Region(RHO, side=regions.EITHER, low="low", high="high")
+    region: ClassVar[Region] = Region(RHO, side=EITHER, low=at("low"), high=at("high"), edge=MISMATCH)
 
 
 @dataclass(frozen=True)
@@ -123,13 +142,12 @@ class SequenceMask(_Band):
         high: the Π ρ above which it does.
     """
 
-    region: ClassVar[Region] = Region(RHO, regions.SEQUENCE_SUM, regions.EITHER, low="low", high="high")
+    region: ClassVar[Region] = Region(RHO, SEQUENCE_SUM, EITHER, at("low"), at("high"), MISMATCH)
 
 
 @dataclass(frozen=True)
 class _Reject(Correction):
     operator: ClassVar[Operator] = "mask"
-    edge: ClassVar[str] = "π_old/μ, or π/μ under anchor sampler"
 
     def __init_subclass__(cls) -> None:
         cls.formula = f"0 where {cls.region.outside}, else 1"
@@ -138,13 +156,8 @@ class _Reject(Correction):
     def largest(self) -> float:
         return 1.0
 
-    def between(self, batch: TokenBatch) -> TokenBatch:
-        """The two policies that are compared, as the π and μ of a batch."""
-        return batch.mismatch if batch.anchor == "old" else batch
-
     def weight(self, batch: TokenBatch) -> Tensor:
-        low, high = (getattr(self, bound) if bound else None for bound in (self.region.low, self.region.high))
-        return (~self.region.is_outside(self.between(batch), low, high)).to(batch.log_ratio.dtype)
+        return (~self.is_outside(batch)).to(batch.log_ratio.dtype)
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ class SequenceMaxK3(_Reject):
         delta: nats, the largest k3 of a sequence's tokens beyond which it stops counting.
     """
 
-    region: ClassVar[Region] = Region(regions.K3, regions.SEQUENCE_MAX, regions.EITHER)
+    region: ClassVar[Region] = Region(K3, SEQUENCE_MAX, EITHER, edge=MISMATCH_OR_SAMPLER)
 
     delta: float = 0.1
 
@@ -168,7 +181,7 @@ class SequenceMeanK3(_Reject):
         delta: nats, the mean k3 of a sequence's tokens beyond which it stops counting. The default is the paper's.
     """
 
-    region: ClassVar[Region] = Region(regions.K3, regions.SEQUENCE_MEAN, regions.EITHER)
+    region: ClassVar[Region] = Region(K3, SEQUENCE_MEAN, EITHER, edge=MISMATCH_OR_SAMPLER)
 
     delta: float = 0.002
 
@@ -182,7 +195,7 @@ class SequenceGeometric(_Reject):
         high: the mean above which it does.
     """
 
-    region: ClassVar[Region] = Region(regions.RATIO, regions.SEQUENCE_MEAN, regions.EITHER, low="low", high="high")
+    region: ClassVar[Region] = Region(RATIO, SEQUENCE_MEAN, EITHER, at("low"), at("high"), MISMATCH_OR_SAMPLER)
 
     low: float = 0.999
     high: float = 1.001
@@ -197,13 +210,9 @@ class OPSM(_Reject):
             on; the default is the example of TRL's documentation.
     """
 
-    region: ClassVar[Region] = Region(regions.LOG_INVERSE, regions.SEQUENCE_MEAN, regions.NEGATIVE)
-    edge: ClassVar[str] = "π/μ"
+    region: ClassVar[Region] = Region(LOG_INVERSE, SEQUENCE_MEAN, NEGATIVE, edge=SAMPLER)
 
     delta: float = 0.5
-
-    def between(self, batch: TokenBatch) -> TokenBatch:
-        return batch.against("sampler")
 
 
 @dataclass(frozen=True)
@@ -214,7 +223,7 @@ class KPop(_Reject):
         delta: nats, the divergence beyond which a token stops counting; AReaL has no default, and this is DPPO's.
     """
 
-    region: ClassVar[Region] = Region(regions.LARGER_KL, side=regions.EITHER)
+    region: ClassVar[Region] = Region(LARGER_KL, side=EITHER, edge=MISMATCH_OR_SAMPLER)
 
     delta: float = 0.05
 
@@ -228,7 +237,7 @@ class VACO(_Reject):
             default; this one is our choice.
     """
 
-    region: ClassVar[Region] = Region(regions.EXCESS, regions.SEQUENCE_MEAN, regions.HARMFUL)
+    region: ClassVar[Region] = Region(EXCESS, SEQUENCE_MEAN, edge=MISMATCH_OR_SAMPLER)
 
     delta: float = 0.2
 
@@ -289,6 +298,9 @@ class Corrected(Objective):
     @property
     def edge(self) -> float | None:
         return self.objective.edge
+
+    def is_outside(self, batch: TokenBatch) -> Tensor:
+        return self.correction.is_outside(batch) | self.objective.is_outside(batch)
 
     @property
     def weight_bounds(self) -> tuple[float, float]:

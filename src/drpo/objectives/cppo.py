@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drpo.objectives.base import Anchor, MaskObjective
-from drpo.objectives.regions import PREFIX, Region, Statistic
+from drpo.objectives.regions import PREFIX, Bound, Region, Statistic
 from drpo.tokens import TokenBatch
 
 SPENT = Statistic(
@@ -34,7 +34,9 @@ class CPPO(MaskObjective):
         allowance_high: the most.
     """
 
-    region: ClassVar[Region] = Region(SPENT, PREFIX, high="min(delta, delta + b·Σω − ΣZ)")
+    region: ClassVar[Region] = Region(
+        SPENT, PREFIX, high=Bound("min(delta, delta + b·Σω − ΣZ)", lambda owner, batch: owner.spending(batch)[1])
+    )
     source: ClassVar[str] = "arXiv 2606.10968, Eq. 8–11"
     anchor: ClassVar[Anchor] = "sampler"
 
@@ -52,7 +54,7 @@ class CPPO(MaskObjective):
                 f"allowance_low is {self.allowance_low!r}; expected at most allowance_high, {self.allowance_high!r}"
             )
 
-    def is_masked(self, batch: TokenBatch) -> Tensor:
+    def is_outside(self, batch: TokenBatch) -> Tensor:
         spent, budget = self.spending(batch)
         return self.region.side.concerns(batch) & (spent > budget)
 

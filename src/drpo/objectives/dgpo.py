@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.regions import RATIO, Operator, Region
+from drpo.objectives.regions import ONE_MINUS_CLIP_LOW, ONE_PLUS_CLIP_HIGH, RATIO, Operator, Region
 from drpo.tokens import TokenBatch
 
 
@@ -29,7 +29,7 @@ class DGPO(Objective):
     )
     source: ClassVar[str] = "arXiv 2603.14389"
     anchor: ClassVar[Anchor] = "old"
-    region: ClassVar[Region | None] = Region(RATIO, low="1 − clip_low", high="1 + clip_high")
+    region: ClassVar[Region | None] = Region(RATIO, low=ONE_MINUS_CLIP_LOW, high=ONE_PLUS_CLIP_HIGH)
     operator: ClassVar[Operator] = "weight"
 
     clip_low: float = 0.2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.regions import LOG_RATIO, Region
+from drpo.objectives.regions import LOG_RATIO, Bound, Region, at
 from drpo.tokens import TokenBatch
 
 
@@ -28,7 +28,9 @@ class GMPO(Objective):
     source: ClassVar[str] = "arXiv 2507.20673"
     anchor: ClassVar[Anchor] = "old"
     over_sequences: ClassVar[bool] = True
-    region: ClassVar[Region | None] = Region(LOG_RATIO, low="−clip_low", high="clip_high")
+    region: ClassVar[Region | None] = Region(
+        LOG_RATIO, low=Bound("−clip_low", lambda owner, _: -owner.clip_low), high=at("clip_high")
+    )
 
     clip_low: float = 0.4
     clip_high: float = 0.4

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.regions import RATIO, SEQUENCE_MEAN, Region
+from drpo.objectives.regions import (
+    HARMFUL_SEQUENCE,
+    ONE_MINUS_CLIP_LOW,
+    ONE_PLUS_CLIP_HIGH,
+    RATIO,
+    SEQUENCE_MEAN,
+    Region,
+)
 from drpo.tokens import TokenBatch
 
 
@@ -28,7 +35,9 @@ class GSPO(Objective):
     weight: ClassVar[str] = "0 where (A > 0, s > 1 + clip_high) or (A < 0, s < 1 − clip_low), else s / r"
     source: ClassVar[str] = "arXiv 2507.18071"
     anchor: ClassVar[Anchor] = "old"
-    region: ClassVar[Region | None] = Region(RATIO, SEQUENCE_MEAN, low="1 − clip_low", high="1 + clip_high")
+    region: ClassVar[Region | None] = Region(
+        RATIO, SEQUENCE_MEAN, HARMFUL_SEQUENCE, ONE_MINUS_CLIP_LOW, ONE_PLUS_CLIP_HIGH
+    )
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
@@ -47,7 +56,4 @@ class GSPO(Objective):
         return -torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        ratio = self._ratio(batch).detach()
-        too_high = (batch.advantage > 0) & (ratio > 1 + self.clip_high)
-        too_low = (batch.advantage < 0) & (ratio < 1 - self.clip_low)
-        return (ratio / batch.ratio.detach()).masked_fill(too_high | too_low, 0.0)
+        return (self._ratio(batch).detach() / batch.ratio.detach()).masked_fill(self.is_outside(batch), 0.0)

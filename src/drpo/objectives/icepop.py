@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from drpo.objectives.corrections import TokenMask
 from drpo.objectives.ppo import PPO
+from drpo.objectives.regions import EITHER, MISMATCH, RHO, Region, at
 from drpo.tokens import TokenBatch
 
 
@@ -24,6 +24,9 @@ class IcePop(PPO):
     source: ClassVar[str] = "arXiv 2510.18855"
     corrects_mismatch: ClassVar[bool] = True
 
+    band: ClassVar[Region] = Region(RHO, side=EITHER, low=at("mask_low"), high=at("mask_high"), edge=MISMATCH)
+    region: ClassVar[Region] = replace(PPO.region, beside=band)
+
     mask_low: float = 0.5
     mask_high: float = 5.0
 
@@ -37,10 +40,10 @@ class IcePop(PPO):
         return 0.0, self.mask_high
 
     def _mismatch(self, batch: TokenBatch) -> Tensor:
-        return TokenMask(low=self.mask_low, high=self.mask_high).weight(batch)
+        return self.band.measure(batch).masked_fill(self.band.is_outside(batch, self), 0.0)
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return self._mismatch(batch) * super().loss(batch)
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return self._mismatch(batch) * super().gradient_weight(batch)
+        return self.band.measure(batch) * super().gradient_weight(batch)

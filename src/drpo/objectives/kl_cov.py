@@ -8,7 +8,7 @@ from torch import Tensor
 
 from drpo.objectives.base import Anchor, PenaltyObjective, UpdateObjective
 from drpo.objectives.divergences import covariance, moments
-from drpo.objectives.regions import EITHER, UPDATE, Region, Statistic
+from drpo.objectives.regions import EITHER, UPDATE, Bound, Region, Statistic
 from drpo.tokens import TokenBatch
 
 COVARIANCE = Statistic(
@@ -32,7 +32,12 @@ class KLCov(PenaltyObjective, UpdateObjective):
     weight: ClassVar[str] = "1 − beta·sign(log r) / (r·A) for a penalised token, else 1"
     source: ClassVar[str] = "arXiv 2505.22617"
     anchor: ClassVar[Anchor] = "old"
-    region: ClassVar[Region | None] = Region(COVARIANCE, UPDATE, EITHER, high="the 1 − share quantile")
+    region: ClassVar[Region | None] = Region(
+        COVARIANCE,
+        UPDATE,
+        EITHER,
+        high=Bound("the 1 − share quantile", lambda owner, batch: owner.summary_of(batch)[-1]),
+    )
 
     share: float = 2e-4
     beta: float = 1.0
@@ -49,14 +54,14 @@ class KLCov(PenaltyObjective, UpdateObjective):
             least = torch.where(is_tied, torch.inf, largest[-1])
         return torch.cat([means, least.double().view(1)])
 
-    def _penalised(self, batch: TokenBatch) -> Tensor:
+    def is_outside(self, batch: TokenBatch) -> Tensor:
         *means, least = self.summary_of(batch)
         return (covariance(batch, torch.stack(means)) >= least) & batch.mask
 
     def loss(self, batch: TokenBatch) -> Tensor:
-        penalty = torch.where(self._penalised(batch), self.beta * batch.log_ratio.abs(), 0.0)
+        penalty = torch.where(self.is_outside(batch), self.beta * batch.log_ratio.abs(), 0.0)
         return penalty - batch.ratio * batch.advantage
 
     def coefficient(self, batch: TokenBatch) -> Tensor:
-        pull = torch.where(self._penalised(batch), self.beta * batch.log_ratio.detach().sign(), 0.0)
+        pull = torch.where(self.is_outside(batch), self.beta * batch.log_ratio.detach().sign(), 0.0)
         return batch.ratio.detach() * batch.advantage - pull

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from drpo.objectives.base import UpdateObjective
 from drpo.objectives.ppo import PPO
-from drpo.objectives.regions import EITHER, UPDATE, Operator, Region, Statistic
+from drpo.objectives.regions import EITHER, MISMATCH, UPDATE, Bound, Operator, Region, Statistic
 from drpo.tokens import TokenBatch
 
-SQUARED = Statistic("(log ρ)²", lambda t: t.mismatch.log_ratio.square(), "ρ = π_old/μ")
+SQUARED = Statistic("(log ρ)²", lambda t: t.log_ratio.square(), "ρ = π_old/μ")
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,24 @@ class M2PO(PPO, UpdateObjective):
     weight: ClassVar[str] = "M times PPO's"
     source: ClassVar[str] = "arXiv 2510.01161"
     corrects_mismatch: ClassVar[bool] = True
-    region: ClassVar[Region | None] = Region(SQUARED, UPDATE, EITHER, high="the largest for a mean below tau")
+    agreement: ClassVar[Region] = Region(
+        SQUARED,
+        UPDATE,
+        EITHER,
+        high=Bound("the largest for a mean below tau", lambda owner, batch: owner.summary_of(batch)),
+        edge=MISMATCH,
+    )
+    region: ClassVar[Region] = replace(agreement, beside=PPO.region)
     operator: ClassVar[Operator] = "mask"
 
     tau: float = 0.04
 
     def summary(self, update: TokenBatch) -> Tensor:
         """The largest (log ρ)² that is kept, below 0 where none is."""
-        ascending = SQUARED.measure(update)[update.mask].double().sort().values
+        ascending = self.agreement.measure(update)[update.mask].double().sort().values
         means = ascending.cumsum(0) / torch.arange(1, len(ascending) + 1, device=ascending.device)
         kept = ascending[means < self.tau]
         return kept[-1] if len(kept) else ascending.new_tensor(-1.0)
 
-    def _kept(self, batch: TokenBatch) -> Tensor:
-        return SQUARED.measure(batch) <= self.summary_of(batch)
-
     def loss(self, batch: TokenBatch) -> Tensor:
-        return self._kept(batch) * super().loss(batch)
-
-    def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return self._kept(batch) * super().gradient_weight(batch)
+        return ~self.agreement.is_outside(batch, self) * super().loss(batch)

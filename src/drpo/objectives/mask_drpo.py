@@ -31,16 +31,13 @@ class MaskDRPO(Objective):
 
     delta: float = 0.15
 
-    def _outside(self, batch: TokenBatch) -> Tensor:
-        return self.region.is_outside(batch, None, self.edge).to(batch.advantage.dtype)
-
     @property
     def weight_bounds(self) -> tuple[float, float]:
         return 1 - 1 / self.delta, 1.0
 
     def loss(self, batch: TokenBatch) -> Tensor:
         penalty = batch.advantage.abs() * batch.shift * batch.excess / (2 * self.delta)
-        return self._outside(batch) * penalty - batch.ratio * batch.advantage
+        return self.is_outside(batch) * penalty - batch.ratio * batch.advantage
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        return 1 - self._outside(batch) * batch.shift.detach().abs() / self.delta
+        return 1 - self.is_outside(batch) * batch.shift.detach().abs() / self.delta

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from drpo.objectives.mask_drpo import MaskDRPO
-from drpo.objectives.regions import SHIFT, Region
+from drpo.objectives.regions import SHIFT, Region, at
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class MaskDRPORegion(MaskDRPO):
         region_delta: the |π − μ| beyond which a token that is still moving away is penalised. The default is DPPO's.
     """
 
-    region: ClassVar[Region] = Region(SHIFT, high="region_delta")
+    region: ClassVar[Region] = Region(SHIFT, high=at("region_delta"))
     formula: ClassVar[str] = MaskDRPO.formula.replace("> delta", "> region_delta")
 
     delta: float = 12.5

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, PenaltyObjective, UpdateObjective
-from drpo.objectives.regions import EITHER, RATIO, UPDATE, Operator, Region
+from drpo.objectives.regions import EITHER, RATIO, UPDATE, Bound, Operator, Region
 from drpo.tokens import TokenBatch
 
 
@@ -25,7 +25,9 @@ class P3O(PenaltyObjective, UpdateObjective):
     weight: ClassVar[str] = "(min(r, E) − (1 − E)·(1 − 1/r) / A) / r"
     source: ClassVar[str] = "arXiv 2605.12380"
     anchor: ClassVar[Anchor] = "old"
-    region: ClassVar[Region | None] = Region(RATIO, UPDATE, EITHER, high="E")
+    region: ClassVar[Region | None] = Region(
+        RATIO, UPDATE, EITHER, high=Bound("E", lambda owner, batch: owner.summary_of(batch))
+    )
     operator: ClassVar[Operator] = "weight"
 
     def summary(self, update: TokenBatch) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.regions import RATIO, Region
+from drpo.objectives.regions import ONE_MINUS_CLIP_LOW, ONE_PLUS_CLIP_HIGH, RATIO, Region
 from drpo.tokens import TokenBatch
 
 
@@ -24,7 +24,7 @@ class PPO(Objective):
     weight: ClassVar[str] = "0 where (A > 0, r > 1 + clip_high) or (A < 0, r < 1 − clip_low), else 1"
     source: ClassVar[str] = "arXiv 1707.06347, Eq. 7; arXiv 2503.14476, Eq. 10"
     anchor: ClassVar[Anchor] = "old"
-    region: ClassVar[Region | None] = Region(RATIO, low="1 − clip_low", high="1 + clip_high")
+    region: ClassVar[Region] = Region(RATIO, low=ONE_MINUS_CLIP_LOW, high=ONE_PLUS_CLIP_HIGH)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -38,7 +38,4 @@ class PPO(Objective):
         return -torch.minimum(batch.ratio * batch.advantage, clipped * batch.advantage)
 
     def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        ratio = batch.ratio.detach()
-        too_high = (batch.advantage > 0) & (ratio > 1 + self.clip_high)
-        too_low = (batch.advantage < 0) & (ratio < 1 - self.clip_low)
-        return (~(too_high | too_low)).to(ratio.dtype)
+        return (~self.is_outside(batch)).to(batch.advantage.dtype)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from drpo.objectives.ppo import PPO
+from drpo.objectives.regions import NEGATIVE, RATIO, Region, at
 from drpo.tokens import TokenBatch
 
 
@@ -24,6 +25,8 @@ class DualClipPPO(PPO):
     weight: ClassVar[str] = "PPO's; 0 where A < 0 and r > clip_dual too"
     source: ClassVar[str] = "arXiv 1912.09729"
 
+    region: ClassVar[Region] = replace(PPO.region, beside=Region(RATIO, side=NEGATIVE, high=at("clip_dual")))
+
     clip_dual: float = 3.0
 
     def __post_init__(self) -> None:
@@ -36,7 +39,3 @@ class DualClipPPO(PPO):
     def loss(self, batch: TokenBatch) -> Tensor:
         loss = super().loss(batch)
         return torch.where(batch.advantage < 0, torch.minimum(loss, -self.clip_dual * batch.advantage), loss)
-
-    def gradient_weight(self, batch: TokenBatch) -> Tensor:
-        runaway = (batch.advantage < 0) & (batch.ratio.detach() > self.clip_dual)
-        return super().gradient_weight(batch).masked_fill(runaway, 0.0)

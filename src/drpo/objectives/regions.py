@@ -1,8 +1,8 @@
 """Which tokens are outside of a trust region: every mask of the family says it in these few words.
 
-A region is what is measured between two policies (the statistic), over what (the scope), which tokens it concerns (the
-side) and the bounds. The edge, which two policies, is the objective's own ratio or a correction's. Edge, operator and
-scope are the columns of "The Policy Triangle" (H. Zhao, 2026, huaiyizhao.github.io/policy-triangle).
+A region is between which two policies (the edge) what is measured (the statistic), over what (the scope), which tokens it
+concerns (the side) and the bounds. Edge, operator and scope are the columns of "The Policy Triangle" (H. Zhao, 2026,
+huaiyizhao.github.io/policy-triangle).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,45 @@ class Statistic:
     measure: Callable[[TokenBatch], Tensor]
     definition: str = ""
     in_logs: bool = False
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Which two policies a distance is between.
+
+    Args:
+        name: for people.
+        between: the two as π and μ of a batch.
+    """
+
+    name: str
+    between: Callable[[TokenBatch], TokenBatch]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a statistic may fall or rise to.
+
+    Args:
+        written: in a formula.
+        of: its value, given who has the region, and the batch.
+        field: the hyperparameter that it is as it stands; None where it follows from others.
+    """
+
+    written: str
+    of: Callable[[Any, TokenBatch], Tensor | float]
+    field: str | None = None
+
+
+def at(field: str) -> Bound:
+    """The hyperparameter of that name."""
+    read = attrgetter(field)
+    return Bound(field, lambda owner, _: read(owner), field)
+
+
+DELTA = at("delta")
+ONE_MINUS_CLIP_LOW = Bound("1 − clip_low", lambda owner, _: 1 - owner.clip_low)
+ONE_PLUS_CLIP_HIGH = Bound("1 + clip_high", lambda owner, _: 1 + owner.clip_high)
 
 
 @dataclass(frozen=True)
@@ -76,6 +116,11 @@ class Side:
     concerns: Callable[[TokenBatch], Tensor]
 
 
+ANCHOR = Edge("π/anchor", lambda t: t)
+SAMPLER = Edge("π/μ", lambda t: t.against("sampler"))
+MISMATCH = Edge("π_old/μ", lambda t: t.mismatch)
+MISMATCH_OR_SAMPLER = Edge("π_old/μ, or π/μ under anchor sampler", lambda t: t.mismatch if t.anchor == "old" else t)
+
 TOKEN = Scope("token", "{}", "{}", lambda values, _: values)
 SEQUENCE_MEAN = Scope(
     "sequence mean", "mean {}", "geometric mean of {}", lambda values, t: values.sum(dim=1, keepdim=True) / t.length
@@ -88,6 +133,11 @@ UPDATE = Scope("update", "{}", "{}", lambda values, _: values)
 PREFIX = Scope("prefix budget", "{}", "{}", lambda values, _: values)
 
 HARMFUL = Side("harmful", "A(r − 1) > 0", moving_away)
+HARMFUL_SEQUENCE = Side(
+    "harmful, by sequence",
+    "A(s − 1) > 0",
+    lambda t: t.advantage.sign() * t.log_ratio.detach().sum(dim=1, keepdim=True) > 0,
+)
 EITHER = Side("either", "", lambda t: torch.ones_like(t.mask))
 NEGATIVE = Side("A < 0", "A < 0", lambda t: t.advantage < 0)
 
@@ -114,6 +164,7 @@ SHIFT = Statistic("|π − μ|", lambda t: t.shift.detach().abs())
 EXCESS = Statistic("|r − 1|", lambda t: t.excess.detach().abs())
 LOG_RATIO = Statistic("log r", lambda t: t.log_ratio.detach())
 RATIO = Statistic("r", lambda t: t.log_ratio.detach(), in_logs=True)
+RHO = Statistic("ρ", RATIO.measure, in_logs=True)
 BINARY_KL = Statistic(
     "binary KL", lambda t: binary_kl(t, t.others_log_ratio), "binary KL = μ·log(μ/π) + (1 − μ)·log((1 − μ)/(1 − π))"
 )
@@ -134,21 +185,25 @@ TOPK_KL = Statistic(
 
 @dataclass(frozen=True)
 class Region:
-    """A trust region; its bounds are hyperparameters of whoever has it.
+    """A trust region; its bounds are hyperparameters of whoever has it, its owner.
 
     Args:
         statistic: what is measured.
         scope: over which tokens.
         side: which tokens it concerns.
-        low: what the statistic may fall to, in a formula; empty where it has no lower bound.
+        low: what the statistic may fall to; None where it has no lower bound.
         high: what it may rise to, likewise.
+        edge: between which policies.
+        beside: another region; who is outside of either is outside.
     """
 
     statistic: Statistic
     scope: Scope = TOKEN
     side: Side = HARMFUL
-    low: str = ""
-    high: str = "delta"
+    low: Bound | None = None
+    high: Bound | None = DELTA
+    edge: Edge = ANCHOR
+    beside: Region | None = None
 
     @property
     def measured(self) -> str:
@@ -159,22 +214,31 @@ class Region:
     @property
     def beyond(self) -> str:
         """When the statistic is beyond a bound, in a formula."""
-        bounds = (f"{self.measured} {sign} {bound}" for sign, bound in (("<", self.low), (">", self.high)) if bound)
-        return " or ".join(bounds)
+        ends = ((sign, end) for sign, end in (("<", self.low), (">", self.high)) if end)
+        own = " or ".join(f"{self.measured} {sign} {end.written}" for sign, end in ends)
+        return f"{own}; or {self.beside.outside}" if self.beside else own
 
     @property
     def outside(self) -> str:
         """When a token is outside, in a formula."""
-        return " and ".join(filter(None, [self.side.condition, self.beyond]))
+        beyond = f"({self.beyond})" if self.side.condition and " or " in self.beyond else self.beyond
+        return " and ".join(filter(None, [self.side.condition, beyond]))
 
     def measure(self, batch: TokenBatch) -> Tensor:
         """The statistic over its scope, [B, T] or [B, 1]; without gradient."""
-        total = self.scope.total(self.statistic.measure(batch), batch)
+        policies = self.edge.between(batch)
+        total = self.scope.total(self.statistic.measure(policies), policies)
         return total.exp() if self.statistic.in_logs else total
 
-    def is_outside(self, batch: TokenBatch, low: float | None, high: float | None) -> Tensor:
-        """Which tokens are, [B, T], bool; None is no bound."""
+    def is_outside(self, batch: TokenBatch, owner: Any) -> Tensor:
+        """Which tokens are, [B, T], bool.
+
+        Args:
+            batch: the tokens.
+            owner: whose hyperparameters the bounds are.
+        """
         measured = self.measure(batch)
-        outside = [measured < low] if low is not None else []
-        outside += [measured > high] if high is not None else []
-        return self.side.concerns(batch) & functools.reduce(torch.logical_or, outside)
+        beyond = [measured < self.low.of(owner, batch)] if self.low else []
+        beyond += [measured > self.high.of(owner, batch)] if self.high else []
+        outside = self.side.concerns(self.edge.between(batch)) & functools.reduce(torch.logical_or, beyond)
+        return outside | self.beside.is_outside(batch, owner) if self.beside else outside

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from drpo.objectives.base import Anchor, MaskObjective
-from drpo.objectives.regions import EITHER, RATIO, Region
+from drpo.objectives.regions import EITHER, ONE_MINUS_CLIP_LOW, ONE_PLUS_CLIP_HIGH, RATIO, Region
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,9 @@ class RolloutIS(MaskObjective):
         clip_high: how far r may rise above 1 before a token stops counting.
     """
 
-    region: ClassVar[Region] = Region(RATIO, side=EITHER, low="1 − clip_low", high="1 + clip_high")
+    region: ClassVar[Region] = Region(RATIO, side=EITHER, low=ONE_MINUS_CLIP_LOW, high=ONE_PLUS_CLIP_HIGH)
     source: ClassVar[str] = "arXiv 2602.15763, §4.1.2; arXiv 2607.07508"
     anchor: ClassVar[Anchor] = "sampler"
 
     clip_low: float = 0.2
     clip_high: float = 0.28
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return 1 - self.clip_low, 1 + self.clip_high

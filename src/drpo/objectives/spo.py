@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from drpo.objectives.base import Anchor, Objective
-from drpo.objectives.regions import EXCESS, Region
+from drpo.objectives.regions import EXCESS, Region, at
 from drpo.tokens import TokenBatch
 
 
@@ -25,7 +25,7 @@ class SPO(Objective):
     weight: ClassVar[str] = "1 − sign(A(r − 1))·|r − 1| / epsilon"
     source: ClassVar[str] = "arXiv 2606.09821, Eq. 5"
     anchor: ClassVar[Anchor] = "sampler"
-    region: ClassVar[Region | None] = Region(EXCESS, high="epsilon")
+    region: ClassVar[Region | None] = Region(EXCESS, high=at("epsilon"))
 
     epsilon: float = 12.5
 
