@@ -117,7 +117,49 @@ def test_the_region_says_which_texts_each_delta_hits(tmp_path: Path) -> None:
         ("μ 0.1 to 0.5", 16, 0.5)
     ]
     assert [(g.label, g.tokens) for g in region.hits.by["sign of the advantage"]] == [("A > 0", 12), ("A < 0", 4)]
+    positions = [(g.label, g.tokens, g.outside) for g in region.hits.by["position among the tokens that count"]]
+    assert positions == [("1 to 4", 16, 0.5)]
     assert [completion.title for completion in region.completions[:1]] == ["Row 1, advantage 1"]
+
+
+def test_tokens_are_grouped_by_their_position_among_those_that_count(tmp_path: Path) -> None:
+    # The fifth and the last of seven tokens that count are outside; one that does not count comes first.
+    probabilities = {"logp": log(*[0.5] * 5, 0.9, 0.5, 0.9), "behavior_logp": log(*[0.5] * 8)}
+    row = {**probabilities, "mask": [0, *[1] * 7], "advantage": 1.0}
+    rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", [row]), {}, "mean")
+    region = analyse("", rollouts, {"dppo_tv": make_objective("dppo_tv")}, 0.1, "dppo_tv").region
+    groups = [(g.label, g.tokens, g.outside) for g in region.hits.by["position among the tokens that count"]]
+    assert groups == [("1 to 4", 4, 0.0), ("5 to 16", 3, pytest.approx(2 / 3))]
+
+
+def test_the_texts_outside_are_ranked_by_sign_with_their_share_of_what_is_outside(here: Path, drpo: Any) -> None:  # noqa: F811
+    # As at prime-rl: of the tokens with A > 0 outside at 0.1, most are tags, which have moved by 0.15; with A < 0 words are.
+    word = {"logp": log(0.65, 0.42), "behavior_logp": log(0.5, 0.4), "text": ["so", "4"], "advantage": 1.0}
+    falling = {"logp": log(0.3, 0.42), "behavior_logp": log(0.5, 0.4), "text": ["no", "4"], "advantage": -1.0}
+    write(here / "rollouts.jsonl", [*[{**TAGGED, "advantage": 1.0}] * 4, *[word] * 2, *[falling] * 3])
+    drpo("inspect", "rollouts.jsonl", "--choose-delta", "--objective", "dppo_tv", "--json", "numbers.json")
+    at = {hits["delta"]: hits for hits in json.loads((here / "numbers.json").read_text())["region"]["deltas"]}
+    positive, negative = (at[0.1]["texts_by_sign"][sign] for sign in ("A > 0", "A < 0"))
+    # 4 and 4 tags and 2 of the 6 "so", 10 in all.
+    assert [(t["label"], t["tokens"], round(t["outside"] * t["tokens"])) for t in positive[:3]] == [
+        ("<answer>", 4, 4),
+        ("</answer>", 4, 4),
+        ("so", 6, 2),
+    ]
+    assert [(t["label"], t["outside"]) for t in negative[:1]] == [("no", 1.0)]
+    assert all(not text["outside"] for text in at[0.2]["texts_by_sign"]["A > 0"])
+    page = (here / "rollouts.html").read_text(encoding="utf-8")
+    assert "&#x27;&lt;answer&gt;&#x27; 40% (4 of 4)" in page
+
+
+@pytest.mark.parametrize("name", ["mask_drpo_region", "cispo"])
+def test_a_token_is_outside_where_its_region_says_so_whatever_its_weight(tmp_path: Path, name: str) -> None:
+    # π/μ is 1.3 to 1.375 at the tags, |π − μ| 0.15: their weights stay above 0.
+    given = {"region_delta": 0.14} if name == "mask_drpo_region" else {}
+    rollouts = read_rollouts(write(tmp_path / "rollouts.jsonl", [{**TAGGED, "advantage": 1.0}]), {}, "mean")
+    hits = analyse("", rollouts, {name: make_objective(name, **given)}, 0.1, name).region.hits
+    assert hits.all.outside == 0.5
+    assert hits.all.shares["zeroed"] == hits.all.shares["reversed"] == 0
 
 
 def test_the_delta_of_a_region_is_the_one_that_bounds_it(tmp_path: Path) -> None:
@@ -165,7 +207,7 @@ def test_choose_delta_prints_the_texts_outside_at_each_delta(here: Path, drpo: A
     printed = drpo("inspect", "rollouts.jsonl", "--choose-delta", "--objective", "ipo")[1]
     row = next(line for line in printed.splitlines() if line.split()[:1] == ["0.1"])
     assert row.split()[1] == "0.5"
-    assert "'<answer>' 1 of 1" in row
+    assert "'<answer>' 50% (1 of 1)" in " ".join(printed.split())
 
 
 HOSTS: dict[str, dict[str, Any]] = {

@@ -102,6 +102,18 @@ def test_texts_are_in_the_order_of_how_often_they_are_outside_and_then_of_how_of
     assert texts[2].shares["attenuated"] == 1.0
 
 
+def test_trained_tokens_are_grouped_by_sign_probability_and_position() -> None:
+    row = weighed(1.0, "abcde", 1.0, 1.0, 1.0, 0.5, 0.0)
+    row["behavior_logp"] = [math.log(probability) for probability in (0.95, 0.95, 0.05, 0.05, 0.05)]
+    by = read_trained_tokens([row, {**row, "advantage": -1.0}, {**row, "advantage": 0.0}]).by
+    outside = {name: [(group.label, group.tokens, group.outside) for group in groups] for name, groups in by.items()}
+    assert outside == {
+        "sign of the advantage": [("A > 0", 5, 0.2), ("A < 0", 5, 0.2)],
+        "probability of the token": [("μ 0.01 to 0.1", 6, pytest.approx(1 / 3)), ("μ 0.9 to 1", 4, 0.0)],
+        "position among the tokens that count": [("1 to 4", 8, 0.0), ("5 to 16", 2, 1.0)],
+    }
+
+
 def test_nothing_of_a_completion_is_markup() -> None:
     payload = "<img src=x onerror=alert(1)>\"'</mark></pre><script>"
     completion = WeighedCompletion(payload, payload, [payload, payload], [1.0, 0.0], [-1.0, -1.0], [-1.0, -2.0])

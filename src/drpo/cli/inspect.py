@@ -114,12 +114,13 @@ def inspect(
         f"max {found.measured['divergence/max']:.3g}; {reached} {100 * share:g} % of tokens"
     )
     if choose_delta:
-        *numbers, texts = DELTA_COLUMNS
+        *numbers, of_positive, of_negative = DELTA_COLUMNS
         table = Table(
             *numbers,
-            Column(texts, overflow="fold"),
+            Column(of_positive, overflow="fold"),
+            Column(of_negative, overflow="fold"),
             box=None,
-            title=f"What {objective} hits, by δ: shares of the tokens with A ≠ 0",
+            title=f"What {objective} hits, by δ: shares of the tokens with A ≠ 0; outside is {found.region.outside}",
         )
         for row in delta_rows(found.region):
             table.add_row(*(f"{value:.3g}" if isinstance(value, float) else Text(str(value)) for value in row))

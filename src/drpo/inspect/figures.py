@@ -11,7 +11,8 @@ from drpo.inspect.analyze import Inspection
 from drpo.inspect.region import Region
 from drpo.metrics.effects import EFFECTS
 from drpo.metrics.histograms import DIVERGENCE_EDGES
-from drpo.report.figures import COLORS, DASHES, MU_GROUPS, SIGN_GROUPS, STATISTICS, style, tick_whole, with_markers
+from drpo.report.figures import COLORS, DASHES, STATISTICS, style, tick_whole, with_markers
+from drpo.report.groups import MU_GROUPS, SIGN_GROUPS
 
 _PATTERNS = {"unchanged": "", "attenuated": "/", "zeroed": "x", "reversed": "\\", "amplified": "."}
 

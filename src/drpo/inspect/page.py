@@ -7,8 +7,9 @@ from html import escape
 from drpo.inspect import figures
 from drpo.inspect.analyze import Inspection
 from drpo.inspect.region import DELTA_COLUMNS, Region, delta_rows
+from drpo.report.groups import groups_table
 from drpo.report.html import Number, document, section, table
-from drpo.report.tokens import LEGEND, groups_table, texts_table
+from drpo.report.tokens import LEGEND, texts_table
 
 _MEASURED = {
     "divergence/mean": "|π − μ|, mean",
@@ -80,12 +81,13 @@ def _deltas(inspection: Inspection) -> str:
 def _region(region: Region) -> str:
     name = f"{region.objective}({', '.join(f'{field}={value:g}' for field, value in region.hyperparameters.items())})"
     hits = region.hits
-    by = "".join(groups_table(title, groups) for title, groups in hits.by.items()) + texts_table(hits.texts)
+    by = "".join(groups_table(title, groups) for title, groups in hits.by.items())
+    by += texts_table(hits.texts)
     completions = "".join(completion.to_html() for completion in region.completions)
     parts = (
         section(
             f"Which δ for {region.objective}",
-            "Outside are the tokens with A ≠ 0 that the objective zeroes or reverses (w ≤ 0). Strength: the part of the plain policy gradient that it takes away or adds.",
+            f"Outside are the tokens with A ≠ 0 and {escape(region.outside)}. Strength: the part of the plain policy gradient that the objective takes away or adds. A text that is outside often: its share of the tokens outside, and how many of its own are.",
             figures.outside(region),
         ),
         table(DELTA_COLUMNS, delta_rows(region)),

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from drpo.inspect.read import Rollouts
 from drpo.metrics.effects import KINDS, UNCHANGED, counts_by_group
-from drpo.metrics.groups import find_bucket
 from drpo.objectives import Objective
-from drpo.report.figures import MU_GROUPS, SIGN_GROUPS
-from drpo.report.tokens import COMPLETIONS_SHOWN, Group, WeighedCompletion, make_groups, most_hit
+from drpo.report.groups import GROUPINGS, SIGN, SIGN_GROUPS, Group, find_groups, make_groups
+from drpo.report.tokens import COMPLETIONS_SHOWN, WeighedCompletion, most_hit
 from drpo.tokens import TokenBatch
 
 DELTAS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -22,19 +20,7 @@ DELTAS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 TEXTS_OF_A_DELTA = 5
 
-_POSITION_ENDS = tuple(4**power for power in range(1, 9))
-"""Tokens of a completion are grouped by their position, up to each of these and beyond the last."""
-
-_SIGN = "sign of the advantage"
-_LABELS = {
-    _SIGN: tuple(SIGN_GROUPS.values()),
-    "probability of the token": tuple(MU_GROUPS.values()),
-    "position among the tokens that count": (
-        "1 to 4",
-        *(f"{low + 1:,} to {high:,}" for low, high in pairwise(_POSITION_ENDS)),
-        f"beyond {_POSITION_ENDS[-1]:,}",
-    ),
-}
+_TEXTS = "text and sign"
 
 
 @dataclass(frozen=True)
@@ -47,6 +33,7 @@ class Hits:
         all: the tokens together.
         by: groups of them, by what makes the groups.
         texts: those that are outside the region most often; empty if the file has neither texts nor token ids.
+        texts_by_sign: the same of the tokens of each sign of A, by its label.
     """
 
     delta: float | None
@@ -54,6 +41,7 @@ class Hits:
     all: Group
     by: dict[str, list[Group]]
     texts: list[Group]
+    texts_by_sign: dict[str, list[Group]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +50,7 @@ class Region:
 
     Args:
         objective: its name.
+        outside: when a token is outside of the region.
         hyperparameters: of the objective.
         hits: with them.
         deltas: with other δ, in their order, its own among them; empty if it has no δ.
@@ -69,6 +58,7 @@ class Region:
     """
 
     objective: str
+    outside: str
     hyperparameters: dict[str, float]
     hits: Hits
     deltas: list[Hits]
@@ -87,24 +77,31 @@ DELTA_COLUMNS = (
     "outside",
     *(f"of {sign}" for sign in SIGN_GROUPS.values()),
     "strength",
-    "tokens outside most often",
+    *(f"outside most often, {sign}" for sign in SIGN_GROUPS.values()),
 )
 
 
 def delta_rows(region: Region) -> list[tuple[float | str, ...]]:
-    """What each δ would do, under :data:`DELTA_COLUMNS`; a text has how many of its tokens are outside."""
+    """What each δ would do, under :data:`DELTA_COLUMNS`; a text has its share of the tokens outside, and how many of its own are."""
     rows: list[tuple[float | str, ...]] = []
     for hits in region.deltas:
-        outside = {group.label: group.outside for group in hits.by[_SIGN]}
-        texts = [
-            f"{text.label!r} {round(text.outside * text.tokens):,} of {text.tokens:,}"
-            for text in hits.texts[:TEXTS_OF_A_DELTA]
-            if text.outside
-        ]
-        by_sign = (outside.get(sign, "–") for sign in SIGN_GROUPS.values())
-        of_all = (hits.all.outside, *by_sign, hits.strength) if hits.all.tokens else ("–",) * 4
-        rows.append((hits.delta or 0.0, *of_all, ", ".join(texts) or "–"))
+        by_sign = {group.label: group for group in hits.by[SIGN]}
+        outside = (by_sign[sign].outside if sign in by_sign else "–" for sign in SIGN_GROUPS.values())
+        of_all = (hits.all.outside, *outside, hits.strength) if hits.all.tokens else ("–",) * 4
+        texts = (_describe_texts(hits.texts_by_sign.get(sign, []), by_sign.get(sign)) for sign in SIGN_GROUPS.values())
+        rows.append((hits.delta or 0.0, *of_all, *texts))
     return rows
+
+
+def _describe_texts(texts: Sequence[Group], everything: Group | None) -> str:
+    if everything is None or not everything.outside:
+        return "–"
+    in_all = everything.outside * everything.tokens
+    counts = [(text, round(text.outside * text.tokens)) for text in texts[:TEXTS_OF_A_DELTA] if text.outside]
+    return (
+        ", ".join(f"{text.label!r} {count / in_all:.0%} ({count:,} of {text.tokens:,})" for text, count in counts)
+        or "–"
+    )
 
 
 class RegionCounter:
@@ -132,16 +129,13 @@ class RegionCounter:
         steered = batch.mask & (batch.advantage != 0)
         places, _ = self._rollouts.places(sequences)
         position = torch.arange(batch.mask.shape[1]).expand_as(batch.mask) + 1
-        group = {
-            _SIGN: (batch.advantage < 0).long()[steered],
-            "probability of the token": find_bucket(batch.against("sampler")).view_as(batch.mask)[steered].long(),
-            "position among the tokens that count": torch.bucketize(position[steered], torch.tensor(_POSITION_ENDS)),
-        }
+        group = find_groups(batch.advantage[steered], batch.against("sampler").anchor_prob[steered], position[steered])
         text = self._rollouts.text[places[steered]] if self._rollouts.texts else None
         size = (batch.advantage.abs() * batch.ratio)[steered]
         for hits in self._hits:
             weight = hits.objective.gradient_weight(batch)
-            hits.add(weight[steered], size, group, text)
+            outside = hits.objective.is_outside(batch).expand_as(steered)[steered]
+            hits.add(weight[steered], outside, size, group, text)
             if hits.objective == self._objective:
                 change = (weight - 1).abs().masked_fill(~steered, 0.0)
                 self._farthest[sequences] = change.amax(dim=1).float()
@@ -152,6 +146,7 @@ class RegionCounter:
         own = next(h for h, c in zip(hits, self._hits, strict=True) if c.objective == self._objective)
         return Region(
             objective=self._name,
+            outside=self._objective.region.outside if self._objective.region else "w ≤ 0",
             hyperparameters=asdict(self._objective),
             hits=own,
             deltas=hits if own.delta is not None else [],
@@ -184,26 +179,35 @@ class _HitCounter:
     def __init__(self, objective: Objective, texts: Sequence[str]) -> None:
         self.objective = objective
         self._texts = texts
-        self._counts = {by: torch.zeros(len(labels), len(KINDS)).long() for by, labels in _LABELS.items()}
-        self._text_counts = torch.zeros(len(texts), len(KINDS)).long()
+        # The texts of tokens with A > 0, then those of tokens with A < 0.
+        groups = {name: len(labels) for name, labels in GROUPINGS.items()} | {_TEXTS: len(SIGN_GROUPS) * len(texts)}
+        self._counts = {name: torch.zeros(count, len(KINDS)).long() for name, count in groups.items()}
+        self._outside = {name: torch.zeros(count).long() for name, count in groups.items()}
         self._plain = self._changed = 0.0
 
-    def add(self, weight: Tensor, size: Tensor, group: dict[str, Tensor], text: Tensor | None) -> None:
-        """Count tokens with A ≠ 0, [N]: their weights, |A|·r, groups, and the places of their texts."""
-        for by, counts in self._counts.items():
-            counts += counts_by_group(group[by], weight, len(counts))
-        if text is not None:
-            self._text_counts += counts_by_group(text, weight, len(self._texts))
+    def add(self, weight: Tensor, outside: Tensor, size: Tensor, group: dict[str, Tensor], text: Tensor | None) -> None:
+        """Count tokens with A ≠ 0, [N]: their weights, whether they are outside, |A|·r, groups, and the places of their texts."""
+        groups = group if text is None else group | {_TEXTS: group[SIGN] * len(self._texts) + text}
+        for name, places in groups.items():
+            count = len(self._counts[name])
+            self._counts[name] += counts_by_group(places, weight, count)
+            self._outside[name] += torch.bincount(places[outside], minlength=count)
         self._plain += size.sum(dtype=torch.float64).item()
         self._changed += (size * (weight - 1).abs()).sum(dtype=torch.float64).item()
 
     def compute(self) -> Hits:
-        by = {name: make_groups(_LABELS[name], counts) for name, counts in self._counts.items()}
-        everything = self._counts[_SIGN].sum(dim=0, keepdim=True)
+        counts, outside = self._counts, self._outside
+        everything = make_groups(["all"], counts[SIGN].sum(dim=0, keepdim=True), outside[SIGN].sum(dim=0, keepdim=True))
+        text_counts = counts[_TEXTS].view(len(SIGN_GROUPS), -1, len(KINDS))
+        text_outside = outside[_TEXTS].view(len(SIGN_GROUPS), -1)
         return Hits(
             delta=getattr(self.objective, field) if (field := delta_field(self.objective)) else None,
             strength=self._changed / (self._plain or 1),
-            all=next(iter(make_groups(["all"], everything)), Group("all", 0, dict.fromkeys(KINDS, 0.0), 0.0)),
-            by=by,
-            texts=most_hit(self._texts, self._text_counts),
+            all=everything[0] if everything else Group("all", 0, dict.fromkeys(KINDS, 0.0), 0.0),
+            by={name: make_groups(labels, counts[name], outside[name]) for name, labels in GROUPINGS.items()},
+            texts=most_hit(self._texts, text_counts.sum(dim=0), text_outside.sum(dim=0)),
+            texts_by_sign={
+                sign: most_hit(self._texts, text_counts[place], text_outside[place])
+                for place, sign in enumerate(SIGN_GROUPS.values())
+            },
         )

@@ -29,7 +29,7 @@ def sums(batch: TokenBatch, dtype: torch.dtype) -> dict[str, Tensor]:
     counted = batch.mask
     divergence = torch.where(counted, batch.shift.abs(), 0.0).to(dtype)
     bins = divergence_bins(divergence)
-    bucket = find_bucket(batch)
+    bucket = find_bucket(batch.anchor_prob)
     parts = {
         "histogram_bucket": histogram(bucket * _BINS + bins, len(BUCKETS) * _BINS, counted, dtype),
         "divergence_bucket": torch.zeros(len(BUCKETS), dtype=dtype, device=bins.device).scatter_add_(
@@ -50,7 +50,7 @@ def extremes(batch: TokenBatch) -> dict[str, Tensor]:
     divergence = batch.shift.abs()
     # By its sign, a token is in the first, the second or, without advantage, none of the groups.
     sign = torch.where(batch.advantage > 0, 0, torch.where(batch.advantage < 0, 1, len(SIGNS)))
-    bucket = find_bucket(batch)
+    bucket = find_bucket(batch.anchor_prob)
     maxima = {}
     for name, factor in (("largest", 1), ("least", -1)):
         distance, log_ratio = (
@@ -67,10 +67,10 @@ def _largest(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return values.new_full((groups,), -torch.inf).scatter_reduce_(0, group.long(), values, "amax")
 
 
-def find_bucket(batch: TokenBatch) -> Tensor:
+def find_bucket(behavior_prob: Tensor) -> Tensor:
     """The place of each token's μ among :data:`BUCKETS`, flat; the last one takes a μ that rounding puts above 1."""
-    edges = batch.anchor_prob.new_tensor([*BUCKETS.values()][:-1])
-    return torch.bucketize(batch.anchor_prob.flatten(), edges, out_int32=True)
+    edges = behavior_prob.new_tensor([*BUCKETS.values()][:-1])
+    return torch.bucketize(behavior_prob.flatten(), edges, out_int32=True)
 
 
 def scalars(total: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from drpo.metrics.effects import EFFECTS, SIGNS
-from drpo.metrics.groups import BUCKETS
 from drpo.metrics.histograms import WEIGHT_EDGES
+from drpo.report.groups import SIGN_GROUPS
 from drpo.report.read import RunData
 
 # Okabe and Ito's colours; a dash for each series and a marker for each run, so that little depends on colour.
@@ -27,13 +27,6 @@ MOST_WEIGHT_TICKS = 9
 
 STATISTICS = {"mean": "mean", "p99": "99 % quantile", "max": "maximum"}
 """What the statistics of |π − μ| are called."""
-
-SIGN_GROUPS = dict(zip(SIGNS, ("A > 0", "A < 0"), strict=True))
-MU_GROUPS = {
-    bucket: f"μ {low:g} to {high:g}"
-    for (bucket, high), low in zip(BUCKETS.items(), (0.0, *BUCKETS.values()), strict=False)
-}
-"""What the groups of tokens are called."""
 
 
 def style(

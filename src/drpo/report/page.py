@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from drpo.metrics.untrained import describe_untrained
 from drpo.report import figures
 from drpo.report.figures import over_rollouts
+from drpo.report.groups import MU_GROUPS, SIGN_GROUPS, groups_table
 from drpo.report.html import Number, document, section, table, write_page
 from drpo.report.read import RunData, read_run
 from drpo.report.tokens import LEGEND, texts_table
@@ -76,12 +77,12 @@ _FIGURES: tuple[tuple[str, str, Draw], ...] = (
     (
         "Distance by the sign of the advantage",
         "|π − μ| at the last update of each rollout.",
-        _mean_distances({f"divergence/mean_{group}": label for group, label in figures.SIGN_GROUPS.items()}),
+        _mean_distances({f"divergence/mean_{group}": label for group, label in SIGN_GROUPS.items()}),
     ),
     (
         "Distance by the probability of the token",
         "|π − μ| at the last update of each rollout, by μ.",
-        _mean_distances({f"divergence/mean_{group}": label for group, label in figures.MU_GROUPS.items()}),
+        _mean_distances({f"divergence/mean_{group}": label for group, label in MU_GROUPS.items()}),
     ),
     (
         "Strength of the regulariser",
@@ -196,12 +197,14 @@ def _origins(runs: Sequence[RunData]) -> str:
 
 def _trained_tokens(runs: Sequence[RunData]) -> str:
     parts = [
-        f"<h3>{escape(run.name)}</h3>{texts_table(run.trained.texts)}"
+        f"<h3>{escape(run.name)}</h3>"
+        + "".join(groups_table(title, groups) for title, groups in run.trained.by.items())
+        + texts_table(run.trained.texts)
         + "".join(completion.to_html() for completion in run.trained.completions)
         for run in runs
         if run.trained.texts
     ]
-    note = "Of the tokens with A ≠ 0 in all rollouts, those that the objective zeroed or reversed (outside) or attenuated most often, and the completions with the weights farthest from 1."
+    note = "Of the tokens with A ≠ 0 in all rollouts: shares by group, those that the objective zeroed or reversed (outside) or attenuated most often, and the completions with the weights farthest from 1."
     return section("Tokens that the objective changed most", note, LEGEND + "".join(parts) if parts else "")
 
 

@@ -14,64 +14,24 @@ import torch
 from torch import Tensor
 
 from drpo.metrics.effects import EFFECTS, KINDS, UNCHANGED, counts_by_group, kinds
-from drpo.report.html import table
+from drpo.report.groups import GROUPINGS, Group, count_halted, find_groups, groups_table, make_groups
 
 COMPLETIONS_SHOWN = 8
 TEXTS_SHOWN = 20
 
-_OUTSIDE = [KINDS.index("zeroed"), KINDS.index("reversed")]
 
-
-@dataclass(frozen=True)
-class Group:
-    """Tokens with A ≠ 0 that have something in common.
-
-    Args:
-        label: what they have in common.
-        tokens: how many they are.
-        shares: of them, by :data:`drpo.metrics.effects.KINDS`.
-        outside: the share that the objective does not let move on: zeroed or reversed.
-    """
-
-    label: str
-    tokens: int
-    shares: dict[str, float]
-    outside: float
-
-
-def make_groups(labels: Sequence[str], counts: Tensor) -> list[Group]:
-    """The groups that have tokens.
-
-    Args:
-        labels: of the groups.
-        counts: tokens of each group and kind, [groups, kinds].
-    """
-    groups = []
-    for label, row in zip(labels, counts.tolist(), strict=True):
-        if tokens := sum(row):
-            shares = {kind: count / tokens for kind, count in zip(KINDS, row, strict=True)}
-            groups.append(Group(label, tokens, shares, sum(row[kind] for kind in _OUTSIDE) / tokens))
-    return groups
-
-
-def most_hit(texts: Sequence[str], counts: Tensor, at_most: int = TEXTS_SHOWN) -> list[Group]:
-    """The texts that are outside the region most often, then those that are attenuated most often; none that is unchanged."""
-    outside, changed = counts[:, _OUTSIDE].sum(dim=1), counts[:, 1:].sum(dim=1)
+def most_hit(texts: Sequence[str], counts: Tensor, outside: Tensor, at_most: int = TEXTS_SHOWN) -> list[Group]:
+    """The texts that are outside most often, then those that are changed most often; none that is neither. Arguments as :func:`make_groups`'s."""
+    changed = counts[:, 1:].sum(dim=1)
     # Stable, so that the second order decides among equals of the first.
     order = changed.argsort(descending=True, stable=True)
     order = order[outside[order].argsort(descending=True, stable=True)]
-    order = order[changed[order] > 0][:at_most]
-    return make_groups([texts[int(place)] for place in order], counts[order])
-
-
-def groups_table(title: str, groups: Sequence[Group]) -> str:
-    """As HTML: how many tokens a group has, and what share of them the objective hits, and how."""
-    rows = [[group.label, group.tokens, group.outside, *(group.shares[e] for e in EFFECTS)] for group in groups]
-    return table([title, "tokens", "outside", *EFFECTS], rows)
+    order = order[(changed + outside)[order] > 0][:at_most]
+    return make_groups([texts[int(place)] for place in order], counts[order], outside[order])
 
 
 def texts_table(texts: Sequence[Group]) -> str:
-    """The same of texts of tokens, with their spaces and what cannot be printed."""
+    """The table of texts of tokens, with their spaces and what cannot be printed."""
     return groups_table("token", [replace(text, label=repr(text.label)) for text in texts])
 
 
@@ -119,10 +79,12 @@ class TrainedTokens:
     """What the objective of a run did to the tokens it was trained on.
 
     Args:
+        by: groups of those with A ≠ 0, by what makes the groups.
         texts: those that it hit most often.
         completions: those with the weights farthest from 1, farthest first.
     """
 
+    by: dict[str, list[Group]]
     texts: list[Group]
     completions: list[WeighedCompletion]
 
@@ -134,21 +96,31 @@ def read_trained_tokens(rows: Iterable[dict[str, Any]]) -> TrainedTokens:
     """
     place: dict[str, int] = {}
     codes, weights = array("q"), array("f")
+    advantages, log_probs, positions = array("f"), array("f"), array("q")
     farthest: list[tuple[float, int, dict[str, Any]]] = []
     for number, row in enumerate(rows):
         if not row.get("advantage") or not row.get("weight"):
             continue
         codes.extend(place.setdefault(text, len(place)) for text in row["text"])
         weights.extend(row["weight"])
+        advantages.extend([row["advantage"]] * len(row["weight"]))
+        log_probs.extend(row["behavior_logp"])
+        positions.extend(range(1, len(row["weight"]) + 1))
         change = max(abs(1 - weight) for weight in row["weight"])
         if change > UNCHANGED:
             # The number decides between equals, the earlier row first.
             heapq.heappush(farthest, (change, -number, row))
             if len(farthest) > COMPLETIONS_SHOWN:
                 heapq.heappop(farthest)
-    counts = counts_by_group(torch.tensor(codes, dtype=torch.long), torch.tensor(weights), len(place))
+    weight = torch.tensor(weights)
+    group = find_groups(torch.tensor(advantages), torch.tensor(log_probs).exp(), torch.tensor(positions))
+    by = {}
+    for name, labels in GROUPINGS.items():
+        counts = counts_by_group(group[name], weight, len(labels))
+        by[name] = make_groups(labels, counts, count_halted(counts))
+    counts = counts_by_group(torch.tensor(codes, dtype=torch.long), weight, len(place))
     completions = [_weighed(row) for *_, row in sorted(farthest, key=lambda entry: entry[:2], reverse=True)]
-    return TrainedTokens(most_hit(list(place), counts), completions)
+    return TrainedTokens(by, most_hit(list(place), counts, count_halted(counts)), completions)
 
 
 def _weighed(row: dict[str, Any]) -> WeighedCompletion:
