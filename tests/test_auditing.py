@@ -44,6 +44,11 @@ def parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
+def noise(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that is never the same for a whole group, whatever the policy does."""
+    return torch.rand(len(completion_ids)).tolist()
+
+
 STALE = {"learning_rate": 1e-3, "audit_threshold": 1.0, "per_device_train_batch_size": 32, "max_steps": 4}
 
 
@@ -119,19 +124,21 @@ def test_tokens_that_do_not_count_are_not_in_the_gap() -> None:
     assert (mean, weight) == pytest.approx((0.1 / 0.245, 0.245))
 
 
+@pytest.mark.parametrize("rollouts", [12, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "settings", [{}, {"rollout_precision": "bf16"}, {"rollout_precision": "fp8"}, {"rollout_lag": 2}]
 )
 def test_a_sampler_with_the_weights_of_now_is_never_called_stale(
-    tmp_path: Path, problems: Dataset, settings: dict[str, Any]
+    tmp_path: Path, problems: Dataset, settings: dict[str, Any], rollouts: int
 ) -> None:
-    trainer = make_trainer(tmp_path, problems, reward_funcs=parity, **{**STALE, "max_steps": 24}, **settings)
+    given = {**STALE, "max_steps": 2 * rollouts, "reward_funcs": noise, **settings}
+    trainer = make_trainer(tmp_path, problems, **given)
     trainer.train()
     gaps, changes = (
         [row[name] for row in trainer.state.log_history if name in row] for name in ("audit/gap", "audit/change")
     )
     # With a lag, only the first rollout is sampled by the weights of now. A policy that samples has no others.
-    counts = {"": (12, 0), "rollout_precision": (12, 11), "rollout_lag": (1, 0)}
+    counts = {"": (rollouts, 0), "rollout_precision": (rollouts, rollouts - 1), "rollout_lag": (1, 0)}
     assert (len(gaps), len(changes)) == counts["".join(settings)]
     # A sampler without them would have been found.
     assert not changes or max(changes) > CLEAR * gaps[0]
