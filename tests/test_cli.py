@@ -364,6 +364,30 @@ def test_objectives_shows_one_on_a_page(drpo, name):
     assert {"sampler": "π over μ", "old": "π over π_old"}[objective.anchor] in text
 
 
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_objectives_shows_a_correction_on_a_page(drpo, name):
+    code, out, _ = drpo("objectives", name)
+    assert code == 0
+    text = " ".join(out.split())
+    correction = CORRECTIONS[name]
+    for part in (
+        correction.formula,
+        correction.region.beyond,
+        correction.region.edge.name,
+        correction.region.side.name,
+    ):
+        assert part in text
+    for field in dataclasses.fields(correction):
+        assert f"{field.name} = {field.default}" in text
+
+
+def test_objectives_says_of_each_where_its_region_ends(drpo):
+    text = " ".join(drpo("objectives")[1].split())
+    for kind in (*OBJECTIVES.values(), *CORRECTIONS.values()):
+        if kind.region is not None:
+            assert f"{kind.operator} where {kind.region.beyond}; scope: {kind.region.scope.name}" in text
+
+
 def test_objectives_shows_bounds_for_the_hyperparameters_asked_for(drpo):
     assert "w within     [−4, 6]" in drpo("objectives", "drpo", "--set", "delta=0.2")[1]
     assert "w within     no bounds" in drpo("objectives", "spo")[1]

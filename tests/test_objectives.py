@@ -845,6 +845,9 @@ def test_the_drpo_weight_of_a_diverging_token_is_that_of_the_published_threshold
     ("name", "hyperparameters", "message"),
     [
         ("drop", {}, "unknown objective 'drop'; did you mean 'dro' or 'drpo'"),
+        ("grpo", {}, "unknown objective 'grpo'; here that is ppo, with"),
+        ("luspo", {}, "here that is gspo with aggregation 'seq-mean-token-sum'. Known:"),
+        ("vaco", {}, "here that is a correction, correction 'vaco'"),
         ("PPO", {}, r"unknown objective 'PPO'.*Known: .*ppo"),
         ("drpo", {"delt": 0.2}, "unknown hyperparameter of drpo 'delt'; did you mean 'delta'"),
         ("ppo", {"clip_hi": 0.2}, "unknown hyperparameter of ppo 'clip_hi'; did you mean 'clip_high'"),

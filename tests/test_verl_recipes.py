@@ -72,6 +72,20 @@ def test_an_objective_anchored_on_the_old_policy_keeps_its_anchor_and_correction
     assert composed("objective=ppo", "anchor=sampler").algorithm.rollout_correction.bypass_mode
 
 
+@pytest.mark.parametrize(
+    ("correction", "mode", "threshold"),
+    [
+        ("{name: sequence_mean_k3, delta: 0.04}", "seq_mean_k3", 0.04),
+        ("{name: sequence_max_k3, delta: 0.3}", "seq_max_k3", 0.3),
+        # Of r between 0.8 and 1.6; verl's k1 is of μ/π_old.
+        ("{name: sequence_geometric, low: 0.8, high: 1.6}", "seq_mean_k1", "0.625_1.25"),
+    ],
+)
+def test_a_mask_of_sequences_is_verl_s_rejection(correction: str, mode: str, threshold: Any) -> None:
+    chosen = composed("objective=ppo", f"correction={correction}").algorithm.rollout_correction
+    assert (chosen.rollout_is, chosen.rollout_rs, chosen.rollout_rs_threshold) == (None, mode, threshold)
+
+
 def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
     config = composed(more=("trainer.n_gpus_per_node=4", "actor_rollout_ref.rollout.name=sglang"))
     assert (config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.name) == (4, "sglang")
@@ -102,6 +116,7 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["objective=icepop"], "expected loss_mode ppo with"),
         (["objective=drpo", "anchor=old"], "takes its ratio against the sampler's"),
         (["objective=ppo", "correction=sequence_mask"], "verl has no sequence_mask"),
+        (["objective=drpo", "correction=sequence_mean_k3"], "rollout_rs=seq_mean_k3 is not applied in bypass mode"),
     ],
 )
 def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str], message: str) -> None:

@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from drpo.objectives import CORRECTIONS, OBJECTIVES, SYMBOLS, Objective, TopKObjective
+from drpo.objectives import CORRECTIONS, OBJECTIVES, SYMBOLS, Correction, Objective, TopKObjective
 from drpo.objectives.regions import Operator, Region
 
 ANCHORS = {"sampler": "the log-probs of the sampler", "old": "the trainer's policy when the rollout began"}
@@ -45,7 +46,6 @@ def page(name: str, objective: Objective) -> RenderableType:
     """One objective: what it is, its formula, weight, bounds, anchor and fields."""
     kind = type(objective)
     low, high = objective.weight_bounds
-    table = Table.grid(padding=(0, 2))
     rows = {
         "maximises": kind.formula,
         "weight w": kind.weight,
@@ -60,17 +60,31 @@ def page(name: str, objective: Objective) -> RenderableType:
     if kind.region is not None:
         rows["region"] = describe_region(kind.region, kind.operator)
     rows["source"] = kind.source
+    return _page(name, kind, rows, {field.name: getattr(objective, field.name) for field in fields(objective)})
+
+
+def correction_page(name: str, kind: type[Correction]) -> RenderableType:
+    """One correction: what it is, its formula, region and fields."""
+    rows = {
+        "weight": kind.formula,
+        "between": kind.region.edge.name,
+        "region": describe_region(kind.region, kind.operator),
+        "for": "objectives anchored on π_old" if kind.operator == "weight" else "any objective but the top-K ones",
+    }
+    return _page(name, kind, rows, {field.name: field.default for field in fields(kind)})
+
+
+def _page(name: str, kind: type, rows: dict[str, str], values: dict[str, Any]) -> RenderableType:
+    table, hyperparameters = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2))
     for label, text in rows.items():
         table.add_row(Text(label, style="dim"), Text(text))
     described = describe_fields(kind)
-    hyperparameters = Table.grid(padding=(0, 2))
-    for field in fields(objective):
-        value = f"{field.name} = {getattr(objective, field.name)}"
-        hyperparameters.add_row(Text(value, style="bold"), Text(described[field.name]))
+    for field, value in values.items():
+        hyperparameters.add_row(Text(f"{field} = {value}", style="bold"), Text(described[field]))
     description = _without_arguments(inspect.getdoc(kind) or "")
     title = Text.assemble((name, "bold"), f"  {kind.__module__}.{kind.__name__}")
     body: Sequence[RenderableType] = [title, "", Text(description), "", table, "", hyperparameters]
-    return Group(*body) if fields(objective) else Group(*body[:-2])
+    return Group(*body) if values else Group(*body[:-2])
 
 
 def describe_region(region: Region, operator: Operator) -> str:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 def chosen_objectives(names: list[str], overrides: list[str]) -> dict[str, Objective]:
     """Objectives by name, with hyperparameters from ``[NAME.]FIELD=VALUE``."""
-    from drpo.objectives import OBJECTIVES, make_objective
+    from drpo.objectives import ELSEWHERE, OBJECTIVES, make_objective
     from drpo.registry import unknown_name
 
     for name in names:
         if name not in OBJECTIVES:
-            raise UserError(unknown_name("objective", name, OBJECTIVES))
+            raise UserError(unknown_name("objective", name, OBJECTIVES, ELSEWHERE))
     known = {name: [field.name for field in fields(OBJECTIVES[name])] for name in names}
     chosen: dict[str, dict[str, int | float]] = {name: {} for name in names}
     for override in overrides:
@@ -51,7 +51,7 @@ def chosen_objectives(names: list[str], overrides: list[str]) -> dict[str, Objec
 
 
 def objectives(
-    name: Annotated[str | None, typer.Argument(help="One objective.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="One objective or correction.", show_default=False)] = None,
     overrides: Overrides = None,
 ) -> None:
     """List the objectives: what each maximises, its hyperparameters, anchor and source; or all there is to say of one.
@@ -62,13 +62,16 @@ def objectives(
 
       drpo objectives drpo --set delta=0.2
     """
-    from drpo.cli.catalogue import overview, page
+    from drpo.cli.catalogue import correction_page, overview, page
+    from drpo.objectives import CORRECTIONS
 
     console = Console(highlight=False)
     if name is None:
         if overrides:
             raise UserError(f"--set {overrides[0]}: expected with the NAME of an objective")
         console.print(overview())
+    elif name in CORRECTIONS and not overrides:
+        console.print(correction_page(name, CORRECTIONS[name]))
     else:
         console.print(page(name, chosen_objectives([name], overrides or [])[name]))
 

@@ -87,7 +87,7 @@ def _region(region: Region) -> str:
     parts = (
         section(
             f"Which δ for {region.objective}",
-            f"Outside are the tokens with A ≠ 0 and {escape(region.outside)}. Strength: the part of the plain policy gradient that the objective takes away or adds. A text that is outside often: its share of the tokens outside, and how many of its own are.",
+            f"Outside are the tokens with A ≠ 0 and {region.outside}. Strength: the part of the plain policy gradient that the objective takes away or adds. A text that is outside often: its share of the tokens outside, and how many of its own are.",
             figures.outside(region),
         ),
         table(DELTA_COLUMNS, delta_rows(region)),

@@ -80,6 +80,23 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+ELSEWHERE = {
+    "grpo": "ppo, with advantage 'mean-std' where rewards are divided by their standard deviation",
+    "dapo": "ppo with aggregation 'token-mean', and dynamic_sampling_rounds",
+    "dr_grpo": "ppo with aggregation 'seq-mean-token-sum-norm' and a horizon",
+    "bnpo": "ppo with aggregation 'token-mean'",
+    "luspo": "gspo with aggregation 'seq-mean-token-sum'",
+    "sao": "rollout_is with clip_low 0.3 and clip_high 5",
+    "dppo": "dppo_tv or dppo_kl",
+    "vanilla": "ppo_dual_clip",
+    "geo_mean": "gmpo",
+    "reinforce": "pg",
+    "tis": "a correction, correction 'token_truncate'",
+    **{name: f"a correction, correction {name!r}" for name in CORRECTIONS},
+}
+"""What other frameworks and papers call an objective, and what does the same here."""
+
+
 def make_objective(name: str, **hyperparameters: Any) -> Objective:
     """The objective called ``name``, with its own defaults where nothing is given.
 
@@ -87,7 +104,7 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
         ValueError: an unknown name or hyperparameter (the message lists the choices and the
             nearest match), or a value out of range.
     """
-    return make("objective", OBJECTIVES, name, hyperparameters)
+    return make("objective", OBJECTIVES, name, hyperparameters, ELSEWHERE)
 
 
 __all__ = [
@@ -100,6 +117,7 @@ __all__ = [
     "DRPOK3",
     "DRPOKL",
     "DRPOTV",
+    "ELSEWHERE",
     "GMPO",
     "GSPO",
     "IPO",

@@ -6,8 +6,8 @@ from typing import Any
 
 from drpo.rollout.sampling import FILTERS
 
-_NO_REFERENCE = "no reference model is kept; the objective keeps π near μ by itself"
-_NO_ENTROPY_BONUS = "there is no entropy bonus"
+_NO_REFERENCE = "no reference model is kept: the objective bounds how far a rollout's updates go from μ, and nothing here how far a run goes from its start; leave it out"
+_NO_ENTROPY_BONUS = "its gradient goes through the whole vocabulary, which the fused loss does not keep; objective='clip_cov' or 'kl_cov' keeps the entropy up by its tokens"
 _OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with objective= and objective_kwargs="
 _OTHER_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
 _NO_LOG_PROBS = "it returns no log-probs, and the ratio needs those of the sampler"
@@ -26,7 +26,7 @@ REFUSED: dict[str, str] = {
     "multi_objective_aggregation": "rewards are summed with reward_weights before the group baseline is taken",
     "vllm_importance_sampling_correction": "set correction='token_truncate', for an objective anchored on the old policy",
     "vllm_importance_sampling_mode": "set correction= ('token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask')",
-    "off_policy_mask_threshold": "the objective itself limits off-policy tokens",
+    "off_policy_mask_threshold": "set correction='opsm', correction_kwargs={'delta': ...}",
     "top_entropy_quantile": "every completion token is trained on",
     **dict.fromkeys(
         ("beta", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_bias_correction_kl"),

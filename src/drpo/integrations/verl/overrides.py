@@ -44,6 +44,13 @@ _OTHER_PRECISIONS = {
     "fp8": "verl trains in FP8 with Megatron alone",
 }
 
+_REJECTIONS = {
+    "sequence_max_k3": "seq_max_k3",
+    "sequence_mean_k3": "seq_mean_k3",
+    "sequence_geometric": "seq_mean_k1",
+}
+"""Corrections that are one of verl's ``rollout_rs``, whose tokens leave the denominators of the loss too."""
+
 _ADVANTAGES = {
     "mean": ("grpo", False),
     "mean-std": ("grpo", True),
@@ -191,8 +198,13 @@ def _correction(recipe: Recipe) -> dict[str, Any]:
         return {"rollout_is": level, "rollout_is_threshold": made.cap}
     if level == "token":
         return {"rollout_is": level, "rollout_is_threshold": f"'{made.low}_{made.high}'"}
+    if mode := _REJECTIONS.get(recipe.correction.name):
+        # verl's bounds are those of μ/π_old.
+        threshold = f"'{1 / made.high}_{1 / made.low}'" if mode == "seq_mean_k1" else made.delta
+        return {"rollout_is": None, "rollout_rs": mode, "rollout_rs_threshold": threshold}
     raise UserError(
-        f"correction: verl has no {recipe.correction.name}; expected token_truncate, token_mask or sequence_truncate"
+        f"correction: verl has no {recipe.correction.name}; expected token_truncate, token_mask, sequence_truncate, "
+        f"{', '.join(_REJECTIONS)}"
     )
 
 
