@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from drpo.errors import TrainingStoppedError
+from drpo.trainer.checkpoint import checkpoints_in
 from drpo.trainer.collapse import StopOnCollapse
 from support.rollouts import alternating_reward, config, make_trainer, weights
 
@@ -159,19 +160,22 @@ def test_rollouts_in_collapse_are_counted_however_seldom_the_log_is_written() ->
         StopOnCollapse(5).on_log(arguments, state, TrainerControl())
 
 
-def test_the_checkpoint_from_before_a_collapse_is_named(tmp_path: Path, problems: Dataset) -> None:
+def test_the_best_checkpoint_from_before_a_collapse_is_kept_and_named(tmp_path: Path, problems: Dataset) -> None:
     calls = []
 
     def falls(completion_ids: list[list[int]], **_: Any) -> list[float]:
         calls.append(0)
-        # In turns, so that each group has advantages: a mean of 0.5 for three rollouts, then of 0.05.
-        return [(place % 2) * (1.0 if len(calls) <= 3 else 0.1) for place in range(len(completion_ids))]
+        # In turns, so that each group has advantages: of the rollouts' means, the second is the best, the last ones fall.
+        best = {1: 0.8, 2: 1.0}.get(len(calls), 0.7 if len(calls) <= 4 else 0.1)
+        return [(place % 2) * best for place in range(len(completion_ids))]
 
-    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 40}
-    trainer = make_trainer(tmp_path, problems, reward_funcs=falls, callbacks=[StopOnCollapse(3)], **saving)
-    # The third rollout's updates are the fifth and the sixth, the sixth rollout's first one is the eleventh.
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 40, "save_total_limit": 2}
+    trainer = make_trainer(tmp_path, problems, reward_funcs=falls, callbacks=[StopOnCollapse(4)], **saving)
+    # A rollout has two updates: the second one's checkpoint is the fourth, and the eighth rollout's first is the fifteenth.
     with pytest.raises(
-        TrainingStoppedError, match=rf"for 3 rollouts, last 0\.05; {tmp_path}/checkpoint-4 is from before"
+        TrainingStoppedError,
+        match=rf"0\.05; it fell after update 7, and the best checkpoint is {tmp_path}/checkpoint-4$",
     ):
         trainer.train()
-    assert trainer.state.global_step == 11
+    assert trainer.state.global_step == 15
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-14"]

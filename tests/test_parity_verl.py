@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_rejection_mask
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights, compute_rollout_rejection_mask
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from builders import random_tensors
@@ -133,3 +133,27 @@ def test_what_sequence_masks_drop_is_what_verl_rejects(
     ours = make_correction(name, **hyperparameters).weight(batch)
     assert torch.equal(ours * mask, theirs)
     assert 0.1 < theirs.sum() / mask.sum() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters", "rollout_is", "threshold"),
+    [
+        ("token_truncate", {"cap": 1.2}, "token", 1.2),
+        ("token_mask", {"low": 0.8, "high": 1.2}, "token", "0.8_1.2"),
+        ("sequence_truncate", {"cap": 1.2}, "sequence", 1.2),
+        ("sequence_mask", {"low": 0.5, "high": 2.0}, "sequence", "0.5_2.0"),
+    ],
+)
+def test_weights_by_the_mismatch_are_those_of_verl(
+    name: str, hyperparameters: dict[str, float], rollout_is: str, threshold: float | str
+) -> None:
+    given = random_tensors(seed=1, shape=(200, 12), spread=0.3)
+    mask = given["mask"]
+    logp, behavior_logp = (given[name].detach().nan_to_num(-1.0) for name in ("logp", "behavior_logp"))
+    theirs, _ = compute_rollout_correction_weights(logp - behavior_logp, mask.double(), rollout_is, threshold)
+    batch = TokenBatch(logp, behavior_logp, torch.ones(200), mask, logp, anchor="old")
+    correction = make_correction(name, **hyperparameters)
+    torch.testing.assert_close(correction.weight(batch) * mask, theirs, rtol=1e-9, atol=1e-15)
+    outside = correction.is_outside(batch).expand_as(mask)[mask]
+    assert outside.any()
+    assert not outside.all()

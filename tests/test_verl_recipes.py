@@ -115,7 +115,7 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["objective=drpo_topk"], "needs log-probs of the sampler's likeliest tokens"),
         (["objective=icepop"], "expected loss_mode ppo with"),
         (["objective=drpo", "anchor=old"], "takes its ratio against the sampler's"),
-        (["objective=ppo", "correction=sequence_mask"], "verl has no sequence_mask"),
+        (["objective=ppo", "correction=kpop"], "verl has no kpop"),
         (["objective=drpo", "correction=sequence_mean_k3"], "rollout_rs=seq_mean_k3 is not applied in bypass mode"),
     ],
 )

@@ -1,7 +1,10 @@
-"""Training that collapses is stopped, and the checkpoint from before it is named."""
+"""Training that collapses is stopped, and the best checkpoint from before it is kept and named."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ from drpo.trainer.checkpoint import checkpoints_in, update_of
 
 
 class StopOnCollapse(TrainerCallback):
-    """Stops training once the reward has stayed below half of its best.
+    """Stops training once the reward has stayed below half of its best, and keeps the best checkpoint whatever is deleted.
+
+    A checkpoint's reward is the mean of those logged since the one before it. With ``load_best_model_at_end`` the best is
+    Transformers' own.
 
     The best and what came after it are read from the trainer's log, which a checkpoint holds too; with ``logging_steps``
     above 1 these are means over some rollouts. A best reward of at most 0 has no half: training goes on.
@@ -23,6 +29,12 @@ class StopOnCollapse(TrainerCallback):
 
     def __init__(self, rollouts: int) -> None:
         self._rollouts = rollouts
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remember the best checkpoint, which Transformers and this library do not delete."""
+        if not args.load_best_model_at_end:
+            best = _find_best(Path(args.output_dir), state.log_history)
+            state.best_model_checkpoint = best and str(best)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the rewards logged so far.
@@ -38,15 +50,26 @@ class StopOnCollapse(TrainerCallback):
         last, last_update = rewards[-1]
         if last_update - held < self._rollouts * args.updates_per_rollout:
             return
+        best_checkpoint = _find_best(Path(args.output_dir), state.log_history, until=held)
+        where = f"the best checkpoint is {best_checkpoint}" if best_checkpoint else "no checkpoint is from before it"
         raise TrainingStoppedError(
             f"the reward has been below half of its best ({best:.3g} at update {best_update}) for {self._rollouts} rollouts, "
-            f"last {last:.3g}; {_name_checkpoint(Path(args.output_dir), held)}"
+            f"last {last:.3g}; it fell after update {held}, and {where}"
         )
 
 
-def _name_checkpoint(folder: Path, update: int) -> str:
-    """The newest checkpoint that was written up to an update, for a message."""
-    before = [checkpoint for checkpoint in checkpoints_in(folder) if update_of(checkpoint) <= update]
-    if not before:
-        return f"no checkpoint is from before it fell, after update {update}"
-    return f"{before[-1]} is from before it fell, after update {update}"
+def _find_best(folder: Path, log: Sequence[dict[str, Any]], until: float = math.inf) -> Path | None:
+    """The checkpoint up to an update with the highest mean reward since the one before it, the latest of equals."""
+    best, best_reward, since = None, -math.inf, 0
+    for checkpoint in checkpoints_in(folder):
+        if update_of(checkpoint) > until:
+            break
+        rewards = [
+            row["reward"]
+            for row in log
+            if row.get("reward") is not None and since < row["step"] <= update_of(checkpoint)
+        ]
+        since = update_of(checkpoint)
+        if rewards and (reward := statistics.fmean(rewards)) >= best_reward:
+            best, best_reward = checkpoint, reward
+    return best

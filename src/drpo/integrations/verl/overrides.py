@@ -196,7 +196,7 @@ def _correction(recipe: Recipe) -> dict[str, Any]:
     level, _, kind = recipe.correction.name.partition("_")
     if kind == "truncate":
         return {"rollout_is": level, "rollout_is_threshold": made.cap}
-    if level == "token":
+    if kind == "mask":
         return {"rollout_is": level, "rollout_is_threshold": f"'{made.low}_{made.high}'"}
     if mode := _REJECTIONS.get(recipe.correction.name):
         # verl's bounds are those of μ/π_old.
@@ -204,7 +204,7 @@ def _correction(recipe: Recipe) -> dict[str, Any]:
         return {"rollout_is": None, "rollout_rs": mode, "rollout_rs_threshold": threshold}
     raise UserError(
         f"correction: verl has no {recipe.correction.name}; expected token_truncate, token_mask, sequence_truncate, "
-        f"{', '.join(_REJECTIONS)}"
+        f"sequence_mask, {', '.join(_REJECTIONS)}"
     )
 
 
