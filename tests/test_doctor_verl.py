@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -208,6 +209,25 @@ WRONG = [
         ["reward.custom_reward_function.path=no_reward.py"], "warning", "path=no_reward.py: no such file", "every node", id="reward"
     ),
     pytest.param(
+        ["reward.custom_reward_function.name=compute_scor"],
+        "stop", "cannot load compute_scor from pkg://drpo.integrations.verl.grader", "a function that", id="reward-name",
+    ),
+    pytest.param(
+        ["reward.custom_reward_function.path=pkg://drpo.integrations.verl.gradr"],
+        "stop", "cannot load compute_score from pkg://drpo.integrations.verl.gradr", "a function that", id="reward-module",
+    ),
+    pytest.param(
+        ["reward.custom_reward_function.path=null"],
+        "warning", "is not set: verl scores the data sources that it knows", "pkg://drpo.integrations.verl.grader", id="no-reward",
+    ),
+    pytest.param(
+        ["trainer.v1.trainer_mode=fully"], "stop", "unknown trainer 'fully'", "trainer_mode=sync", id="trainer-mode"
+    ),
+    pytest.param(
+        ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=2"],
+        "stop", "parameter_sync_step=2 updates of 16 prompts are not the 64", "parameter_sync_step=4", id="sync-step",
+    ),
+    pytest.param(
         ["+actor_rollout_ref.actor.megatron.tensor_model_parallel_size=2"],
         "stop", "actor.megatron: is not read with actor_rollout_ref.actor.strategy=fsdp2", "fsdp_config", id="megatron-in-fsdp",
     ),
@@ -314,6 +334,19 @@ def test_what_cannot_be_examined_is_said_in_one_line(
         path.write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         examine_file(path, overrides, workers=False)
+
+
+def test_a_hyperparameter_that_is_there_already_is_said_to_want_two_pluses() -> None:
+    with pytest.raises(UserError, match=r"does not compose .*'\+\+\S+hyperparameters\.delta=0\.2'"):
+        found("qwen3-4b-base", f"+{LOSS}.hyperparameters.delta=0.2")
+
+
+def test_the_doctor_s_own_ray_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "drpo", "doctor", "--verl", str(RECIPES / "qwen3-4b-base.yaml")]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert "a Ray worker has loss drpo" in ended.stdout, ended.stderr
+    assert not (tmp_path / ".ray").exists()
 
 
 def test_a_configuration_that_verl_has_composed_is_read_too(tmp_path: Path) -> None:

@@ -429,7 +429,10 @@ def test_a_run_of_verl_says_what_its_rows_are_of(tmp_path: Path) -> None:
     note = "verl logs the updates of a rollout together"
     assert note not in render([read_run(folder)])
     write_json(folder.info, {**json.loads(folder.info.read_text()), "engine": {"verl": "0.9.1", "ray": "2.60.0"}})
-    assert note in render([read_run(folder)])
+    page = render([read_run(folder)])
+    assert note in page
+    assert "at the last update of each rollout" not in page
+    assert "π/μ of the sampled tokens as the mean over the updates of each rollout" in page
 
 
 @pytest.mark.parametrize("missing", ["run.json", "recipe.yaml"])

@@ -322,7 +322,7 @@ def complete(folder: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda run: None, "holds no checkpoint to resume from; start again with --overwrite"),
+        (lambda run: None, "holds no checkpoint to resume from; expected a run from the start in another"),
         (
             lambda run: add_checkpoint(run, "global_step_4"),
             "holds no checkpoint of DRPOTrainer to resume from, but .*global_step_4$",

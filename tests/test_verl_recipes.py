@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -22,6 +23,7 @@ from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
 from drpo.files import read_jsonl
+from drpo.integrations.verl.cpu.settings import overrides as on_cpu
 from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.overrides import _REFUSED, as_arguments, overrides
 from drpo.integrations.verl.train import Log, plan
@@ -37,6 +39,12 @@ def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
     """What verl's trainer would start with."""
     told = overrides(load_recipe(None, settings), FOLDER, train_rows=1000, prompt_length=40, plain=True)
     return compose_main_ppo(as_arguments(told, more), more)
+
+
+def test_a_laptop_is_a_platform_of_verl() -> None:
+    config = composed(more=tuple(on_cpu(workers=2)))
+    assert (config.trainer.device, config.trainer.n_gpus_per_node) == ("cpu", 2)
+    assert (config.actor_rollout_ref.rollout.name, config.ray_kwargs.ray_init.num_gpus) == ("transformers", 2)
 
 
 def test_a_recipe_means_the_same_in_verl() -> None:
@@ -107,6 +115,7 @@ def test_a_setting_of_verl_s_wins_over_the_recipe() -> None:
         (["reward_timeout=60"], "reward_timeout: verl calls rewards in workers of its own"),
         (["rollout_precision=int8"], "rollout_precision: verl's sampler has a dtype of its own"),
         (["record_rollouts=true"], "record_rollouts: verl has no log of trained tokens"),
+        (["reward={name: overlong, limit: 20, buffer: 5}"], "reward: overlong needs the tokens of a completion"),
         (["stop_on_collapse=5"], "stop_on_collapse: verl's trainer runs to its end"),
         (["trainer.weight_decay=abc"], "trainer.weight_decay: got 'abc'; expected a number"),
         (["trainer.max_grad_norm=null"], "trainer.max_grad_norm: got None; expected a number"),
@@ -133,7 +142,7 @@ def test_what_verl_would_not_do_as_the_recipe_says_is_refused(settings: list[str
         (["--engine", "verl", "--set", "reward=no_such_module:reward"], "reward: cannot load 'no_such_module:reward'"),
         pytest.param(
             ["--engine", "verl"],
-            "--engine verl: there is no GPU here and no Ray cluster",
+            "--engine verl: there is no GPU here and no Ray cluster.*expected .*--engine verl-cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
         (["--engine", "verl", "--verl", "trainer.logger=[console]"], r"trainer.logger=\['console'\]: leaves out file"),
@@ -309,3 +318,8 @@ def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:
     assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
     assert rows[0]["prompt"][0]["role"] == "user"
     assert rows[0]["reward_model"]["ground_truth"].lstrip("-").isdecimal()
+    table = tmp_path / "verl" / "train.parquet"
+    assert (
+        CliRunner().invoke(app, ["data", "verl", "arithmetic", "--problems", "3", "--out", str(table)]).exit_code == 0
+    )
+    assert pq.read_table(table).to_pylist() == rows

@@ -14,10 +14,10 @@ import pytest
 
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.files import read_jsonl
+from drpo.integrations.verl.cpu.settings import environment, overrides
 from drpo.recipes import FOLDER
 from drpo.report.read import read_run
 from drpo.run.folder import RunFolder
-from support.verl_cpu.settings import environment, overrides
 
 pytestmark = pytest.mark.long
 RECIPE = FOLDER / "arithmetic.yaml"
@@ -91,10 +91,9 @@ def test_drpo_learns_in_verl_s_trainer(tmp_path: Path, workers: int) -> None:
 
 def test_drpo_train_runs_a_recipe_in_verl_and_the_report_reads_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    told = [part for override in overrides() for part in ("--verl", override)]
     recipe = ["--set=rollouts=4", "--set=evaluate_every=2", "--set=checkpoint_every=2", "--set=heldout_problems=40"]
-    command = [sys.executable, "-m", "drpo", "train", "--engine=verl", *recipe, f"--output={folder}", *told]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    command = [sys.executable, "-m", "drpo", "train", "--engine=verl-cpu", *recipe, f"--output={folder}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     log = folder / "verl" / "output.log"
     assert done.returncode == 0, done.stderr[-2000:] + (log.read_text()[-3000:] if log.is_file() else "")
     run = read_run(RunFolder(folder))
@@ -102,6 +101,9 @@ def test_drpo_train_runs_a_recipe_in_verl_and_the_report_reads_it(tmp_path: Path
     assert [row["rollout"] for row in run.evaluations] == [0, 2, 4]
     assert run.evaluations[0]["completions"] == 40 * 4
     assert run.summary["rollouts"] == 4
+    assert {"verl", "ray"} <= set(run.info["engine"])
+    # Without a terminal a line a rollout.
+    assert [f"rollout {rollout}/4" in done.stderr + done.stdout for rollout in range(1, 5)] == [True] * 4
     # As many tokens as were sampled, of which 128 sequences have two at least.
     assert all(sum(row["divergence_histogram"]) > 2 * 128 for row in run.metrics)
     assert 0 < run.metrics[-1]["divergence/p99"] < 1
@@ -111,10 +113,9 @@ def test_drpo_train_runs_a_recipe_in_verl_and_the_report_reads_it(tmp_path: Path
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """``drpo train`` of four rollouts with a checkpoint each, in verl on this machine's CPU."""
-    told = [part for override in overrides() for part in ("--verl", override)]
     recipe = ["--set=rollouts=4", "--set=evaluate_every=2", "--set=checkpoint_every=1", "--set=heldout_problems=40"]
-    command = [sys.executable, "-m", "drpo", "train", "--engine=verl", *recipe, f"--output={folder}", *told, *arguments]
-    return subprocess.Popen(command, cwd=folder.parent, env=environment(), stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "drpo", "train", "--engine=verl-cpu", *recipe, f"--output={folder}", *arguments]
+    return subprocess.Popen(command, cwd=folder.parent, stderr=subprocess.PIPE)
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -147,7 +148,7 @@ def test_a_run_in_verl_that_is_ended_leaves_its_rows_and_nothing_running_and_goe
         assert time.monotonic() < ended + 30, left
         time.sleep(0.5)
     again = [sys.executable, "-m", "drpo", "train", "--resume", f"--output={folder}"]
-    done = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["rollout"] for row in read_jsonl(folder.metrics)] == [1, 2, 3, 4]
     assert [row["rollout"] for row in read_jsonl(folder.evaluations)] == [0, 2, 4]

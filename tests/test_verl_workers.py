@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drpo.integrations.verl.cpu.settings import environment
 from support import rollouts
-from support.verl_cpu.settings import environment
 
 SUPPORT = Path(__file__).parent / "support"
 MODULE = "drpo.integrations.verl"

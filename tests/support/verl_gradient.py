@@ -1,6 +1,6 @@
 """The update of rollouts.py through verl's FSDP2 engine on the CPU; saves the gradient by size of micro-batch.
 
-python verl_gradient.py FOLDER LOSS_MODE MICRO_BATCH_SIZE... writes FOLDER/MICRO_BATCH_SIZE.safetensors of each, in the environment of verl_cpu.settings.
+python verl_gradient.py FOLDER LOSS_MODE MICRO_BATCH_SIZE... writes FOLDER/MICRO_BATCH_SIZE.safetensors of each, in the environment of drpo.integrations.verl.cpu.
 """
 
 from __future__ import annotations

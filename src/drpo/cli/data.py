@@ -135,7 +135,7 @@ def for_verl(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The .jsonl file for verl.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The .jsonl or .parquet file for verl.", show_default=False)],
     template: Template = None,
     size: Annotated[int, typer.Option("--problems", help="Of a built-in task.", min=1)] = 10_000,
     heldout: Annotated[bool, typer.Option("--heldout", help="A built-in task's held-out problems.")] = False,
@@ -152,8 +152,8 @@ def for_verl(
     from drpo.data.problems import BUILTIN_TASKS, builtin_problems
     from drpo.integrations.verl.problems import write_rows
 
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out {out}: expected a name that ends in .jsonl")
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--out {out}: expected a name that ends in .jsonl or .parquet")
     check_template(template)
     if path in BUILTIN_TASKS:
         problems = builtin_problems("heldout" if heldout else "train", size, 0, path)

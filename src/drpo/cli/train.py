@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drpo.run.recipe import Recipe
 
 
-ENGINES = ("trl", "verl")
+ENGINES = ("trl", "verl", "verl-cpu")
 
 
 def train(
@@ -37,7 +37,9 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in the folder, from its last checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
-    engine: Annotated[str, typer.Option(help="trl, or verl on Ray; of a run that is resumed, its own.")] = "trl",
+    engine: Annotated[
+        str, typer.Option(help="trl, verl on Ray, or verl-cpu to try that on a CPU; of a run that is resumed, its own.")
+    ] = "trl",
     verl: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="A setting of verl's own trainer. Repeatable.", show_default=False),
@@ -64,6 +66,10 @@ def train(
     if resume and folder.verl_settings is not None:
         engine = "verl"
     _check_engine(engine, verl or [])
+    if engine == "verl-cpu":
+        from drpo.integrations.verl.cpu.settings import overrides as on_cpu
+
+        engine, verl = "verl", [*on_cpu(), *(verl or [])]
     if resume and overwrite:
         raise UserError("--resume and --overwrite: expected one of them")
     if resume:
@@ -144,7 +150,7 @@ def _check_engine(engine: str, settings: list[str]) -> None:
 
     if engine not in ENGINES:
         raise UserError(f"--engine: {unknown_name('engine', engine, ENGINES)}")
-    if settings and engine != "verl":
+    if settings and engine == "trl":
         raise UserError(f"--verl {settings[0]}: expected with --engine verl")
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from drpo.doctor.findings import Finding, Verdict
 from drpo.doctor.recipe import ANCHORS, describe_objective
-from drpo.doctor.verl_values import ACTOR, CORRECTION, LOSS, ROLLOUT, check_values
+from drpo.doctor.verl_machine import check_chat_template, check_paths, check_reward
+from drpo.doctor.verl_values import ACTOR, CORRECTION, LOSS, ROLLOUT, check_values, get
 from drpo.doctor.verl_worker import check_worker
 from drpo.errors import UserError
 from drpo.registry import unknown_name
@@ -40,9 +41,9 @@ def examine_file(path: Path, overrides: Sequence[str] = (), *, workers: bool = T
     if not _is_of_verl(config):
         raise UserError(f"--verl {path}: has no {LOSS}; expected a configuration of verl's PPO trainer")
     findings = examine_config(config)
-    mode = _get(config, f"{LOSS}.loss_mode")
+    mode = get(config, f"{LOSS}.loss_mode")
     if workers and mode in LOSS_MODES and all(finding.verdict != "stop" for finding in findings):
-        findings += check_worker(mode, _get(config, "actor_rollout_ref.model.external_lib"))
+        findings += check_worker(mode, get(config, "actor_rollout_ref.model.external_lib"))
     return findings
 
 
@@ -52,7 +53,7 @@ def examine_config(config: Any) -> list[Finding]:
         return wrong
     checks = (
         *(_check_loss, _check_settings, _check_anchor, _check_routers, _check_update, _check_micro_batches),
-        *(_check_paths, _check_chat_template),
+        *(_check_trainer, check_paths, check_reward, check_chat_template),
     )
     findings = [finding for check in checks for finding in check(config)]
     if all(finding.verdict != "stop" for finding in findings):
@@ -65,15 +66,9 @@ def _is_of_verl(config: Any) -> bool:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return isinstance(config, DictConfig) and _get(config, LOSS) is not None
+        return isinstance(config, DictConfig) and get(config, LOSS) is not None
     except OmegaConfBaseException:  # an interpolation that leads nowhere
         return False
-
-
-def _get(config: Any, key: str) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.select(config, key, throw_on_missing=False)
 
 
 def _check_loss(config: Any) -> Iterator[Finding]:
@@ -85,7 +80,7 @@ def _check_loss(config: Any) -> Iterator[Finding]:
     from drpo.integrations.verl import LOSS_MODES
     from drpo.integrations.verl.config import objective_of
 
-    mode = str(_get(config, f"{LOSS}.loss_mode"))
+    mode = str(get(config, f"{LOSS}.loss_mode"))
     if mode not in POLICY_LOSS_REGISTRY:
         yield Finding("stop", f"{LOSS}.loss_mode: {unknown_name('loss_mode', mode, POLICY_LOSS_REGISTRY)}")
         return
@@ -166,17 +161,17 @@ _SETTINGS = (
 
 def _check_settings(config: Any) -> Iterator[Finding]:
     for setting in _SETTINGS:
-        if (value := _get(config, setting.key)) not in setting.right:
+        if (value := get(config, setting.key)) not in setting.right:
             yield Finding(setting.verdict, f"{setting.key}={value}: {setting.why}", f"{setting.key}={setting.right[0]}")
-    strategy = str(_get(config, f"{ACTOR}.strategy"))
-    if strategy.startswith("fsdp") and _get(config, f"{ACTOR}.megatron"):
+    strategy = str(get(config, f"{ACTOR}.strategy"))
+    if strategy.startswith("fsdp") and get(config, f"{ACTOR}.megatron"):
         yield Finding(
             "stop",
             f"{ACTOR}.megatron: is not read with {ACTOR}.strategy={strategy}",
             f"{ACTOR}.fsdp_config, or --config-name of a recipe with Megatron",
         )
-    temperature = _get(config, f"{ROLLOUT}.temperature")
-    if temperature != 1 and _get(config, f"{ROLLOUT}.logprobs_mode") == "raw_logprobs":
+    temperature = get(config, f"{ROLLOUT}.temperature")
+    if temperature != 1 and get(config, f"{ROLLOUT}.logprobs_mode") == "raw_logprobs":
         yield Finding(
             "stop",
             f"{ROLLOUT}.logprobs_mode=raw_logprobs are log-probs at temperature 1, and tokens are drawn at {temperature:g}",
@@ -188,21 +183,21 @@ _CORRECTIONS = ("token", "sequence")
 
 
 def _check_anchor(config: Any) -> Iterator[Finding]:
-    bypass = _get(config, f"{CORRECTION}.bypass_mode")
-    if bypass and not _get(config, f"{ROLLOUT}.calculate_log_probs"):
+    bypass = get(config, f"{CORRECTION}.bypass_mode")
+    if bypass and not get(config, f"{ROLLOUT}.calculate_log_probs"):
         yield Finding(
             "stop",
             "bypass_mode takes the sampler's log-probs for the old policy's, and the sampler returns none",
             f"{ROLLOUT}.calculate_log_probs=True",
         )
-    rollout_is = _get(config, f"{CORRECTION}.rollout_is")
+    rollout_is = get(config, f"{CORRECTION}.rollout_is")
     if rollout_is not in (*_CORRECTIONS, None):
         yield Finding(
             "stop",
             f"{CORRECTION}.rollout_is: {unknown_name('rollout_is', str(rollout_is), _CORRECTIONS)}",
             f"{CORRECTION}.rollout_is=token, or null",
         )
-    elif rollout_is and not bypass and not _get(config, f"{ROLLOUT}.calculate_log_probs"):
+    elif rollout_is and not bypass and not get(config, f"{ROLLOUT}.calculate_log_probs"):
         yield Finding(
             "stop",
             f"{CORRECTION}.rollout_is={rollout_is} weighs by the sampler's log-probs, and the sampler returns none",
@@ -213,14 +208,14 @@ def _check_anchor(config: Any) -> Iterator[Finding]:
 
 def _check_routers(config: Any) -> Iterator[Finding]:
     """Whether what records the experts of a mixture, and what replays them, belong together."""
-    mode_key = f"{ACTOR}.{_get(config, f'{ACTOR}.strategy')}.router_replay.mode"
+    mode_key = f"{ACTOR}.{get(config, f'{ACTOR}.strategy')}.router_replay.mode"
     recording_key = f"{ROLLOUT}.enable_rollout_routing_replay"
-    mode, is_recorded = _get(config, mode_key) or "disabled", _get(config, recording_key)
+    mode, is_recorded = get(config, mode_key) or "disabled", get(config, recording_key)
     if mode == "R3" and not is_recorded:
         yield Finding(
             "stop", f"{mode_key}=R3 replays the sampler's experts, which it does not return", f"{recording_key}=True"
         )
-    elif mode == "R2" and _get(config, f"{CORRECTION}.bypass_mode"):
+    elif mode == "R2" and get(config, f"{CORRECTION}.bypass_mode"):
         yield Finding(
             "stop",
             f"{mode_key}=R2 replays the experts of the pass that recomputes old log-probs, which bypass_mode leaves out",
@@ -235,8 +230,8 @@ def _check_routers(config: Any) -> Iterator[Finding]:
 
 
 def _check_update(config: Any) -> Iterator[Finding]:
-    prompts, samples = _get(config, "data.train_batch_size"), _get(config, f"{ROLLOUT}.n")
-    batch, epochs = _get(config, f"{ACTOR}.ppo_mini_batch_size"), _get(config, f"{ACTOR}.ppo_epochs")
+    prompts, samples = get(config, "data.train_batch_size"), get(config, f"{ROLLOUT}.n")
+    batch, epochs = get(config, f"{ACTOR}.ppo_mini_batch_size"), get(config, f"{ACTOR}.ppo_epochs")
     updates = prompts // batch * epochs
     if prompts % batch:
         yield Finding(
@@ -256,30 +251,30 @@ def _check_update(config: Any) -> Iterator[Finding]:
             "one update a rollout: π is what sampled, up to the engines' rounding, and a trust region has nothing to bound",
             f"{ACTOR}.ppo_mini_batch_size={max(1, prompts // 4)}",
         )
-    if _get(config, "algorithm.adv_estimator") == "grpo":
+    if get(config, "algorithm.adv_estimator") == "grpo":
         if samples == 1:
             yield Finding("stop", "one sample a prompt: every advantage is 0", f"{ROLLOUT}.n=8")
-        if _get(config, "algorithm.norm_adv_by_std_in_grpo"):
+        if get(config, "algorithm.norm_adv_by_std_in_grpo"):
             yield Finding(
                 "warning",
                 "advantages are divided by their group's standard deviation; the paper centers them only",
                 "algorithm.norm_adv_by_std_in_grpo=False",
             )
-    is_by_horizon = _get(config, f"{ACTOR}.loss_agg_mode") == "seq-mean-token-sum-norm"
-    if is_by_horizon and not _get(config, f"{ACTOR}.loss_scale_factor"):
+    is_by_horizon = get(config, f"{ACTOR}.loss_agg_mode") == "seq-mean-token-sum-norm"
+    if is_by_horizon and not get(config, f"{ACTOR}.loss_scale_factor"):
         yield Finding(
             "warning",
             "seq-mean-token-sum-norm divides by the padded length of each micro-batch, which differs between them",
-            f"{ACTOR}.loss_scale_factor={_get(config, 'data.max_response_length')}",
+            f"{ACTOR}.loss_scale_factor={get(config, 'data.max_response_length')}",
         )
 
 
 def _check_micro_batches(config: Any) -> Iterator[Finding]:
     """Whether an update splits into micro-batches of FSDP's ranks, which verl finds out after the first rollout."""
-    parallel = _get(config, f"{ACTOR}.ulysses_sequence_parallel_size") or 1
-    longest = _get(config, "data.max_prompt_length") + _get(config, "data.max_response_length")
-    if _get(config, f"{ACTOR}.use_dynamic_bsz"):
-        limit = _get(config, f"{ACTOR}.ppo_max_token_len_per_gpu")
+    parallel = get(config, f"{ACTOR}.ulysses_sequence_parallel_size") or 1
+    longest = get(config, "data.max_prompt_length") + get(config, "data.max_response_length")
+    if get(config, f"{ACTOR}.use_dynamic_bsz"):
+        limit = get(config, f"{ACTOR}.ppo_max_token_len_per_gpu")
         if limit * parallel < longest:
             yield Finding(
                 "stop",
@@ -288,10 +283,10 @@ def _check_micro_batches(config: Any) -> Iterator[Finding]:
                 f"{ACTOR}.ppo_max_token_len_per_gpu={-(-longest // parallel)}",
             )
         return
-    size = _get(config, f"{ACTOR}.ppo_micro_batch_size_per_gpu")
-    ranks = max(1, _get(config, "trainer.n_gpus_per_node") * _get(config, "trainer.nnodes") // parallel)
-    update = _get(config, f"{ACTOR}.ppo_mini_batch_size") * _get(config, f"{ROLLOUT}.n")
-    if size and str(_get(config, f"{ACTOR}.strategy")).startswith("fsdp") and update // ranks % size:
+    size = get(config, f"{ACTOR}.ppo_micro_batch_size_per_gpu")
+    ranks = max(1, get(config, "trainer.n_gpus_per_node") * get(config, "trainer.nnodes") // parallel)
+    update = get(config, f"{ACTOR}.ppo_mini_batch_size") * get(config, f"{ROLLOUT}.n")
+    if size and str(get(config, f"{ACTOR}.strategy")).startswith("fsdp") and update // ranks % size:
         yield Finding(
             "stop",
             f"{ACTOR}.ppo_micro_batch_size_per_gpu={size} does not divide the {update // ranks} samples of an update on each "
@@ -300,32 +295,28 @@ def _check_micro_batches(config: Any) -> Iterator[Finding]:
         )
 
 
-def _check_paths(config: Any) -> Iterator[Finding]:
-    """What is on this machine: the verl job may run on another one, so nothing stops here."""
-    for key in ("actor_rollout_ref.model.path", "reward.custom_reward_function.path"):
-        path = str(_get(config, key) or "")
-        is_name = "reward" not in key and not path.startswith((".", "~", "/"))
-        if path and "://" not in path and not is_name and not Path(path).expanduser().exists():
-            yield Finding("warning", f"{key}={path}: no such file on this machine", "a path that every node has")
+def _check_trainer(config: Any) -> Iterator[Finding]:
+    """Whether verl has the trainer, and whether a trainer beside its sampler gets as many prompts as it trains on."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-
-def _check_chat_template(config: Any) -> Iterator[Finding]:
-    """Whether prompts can be written, where the model is on this machine."""
-    from transformers import AutoTokenizer
-
-    from drpo.integrations.verl.overrides import PLAIN_TEMPLATE
-
-    path, template = (_get(config, f"actor_rollout_ref.model.{name}") for name in ("path", "custom_chat_template"))
-    folder = Path(str(path or "")).expanduser()
-    if template or not (folder / "tokenizer_config.json").is_file():
-        return
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not tokenizer.chat_template:
+    mode = str(get(config, "trainer.v1.trainer_mode") or "sync")
+    if mode not in TRAINER_REGISTRY:
         yield Finding(
             "stop",
-            f"actor_rollout_ref.model.path={path}: its tokenizer has no chat template, by which verl writes every prompt",
-            f"actor_rollout_ref.model.custom_chat_template={PLAIN_TEMPLATE} for prompts as they stand",
+            f"trainer.v1.trainer_mode: {unknown_name('trainer', mode, TRAINER_REGISTRY)}",
+            "trainer.v1.trainer_mode=sync",
         )
+    elif mode == "separate_async":
+        key = "trainer.v1.separate_async.parameter_sync_step"
+        prompts, batch, steps = (
+            get(config, name) for name in ("data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size", key)
+        )
+        if prompts != steps * batch:
+            yield Finding(
+                "stop",
+                f"{key}={steps} updates of {batch} prompts are not the {prompts} of data.train_batch_size",
+                f"{key}={prompts // batch}",
+            )
 
 
 def _check_as_verl_does(config: Any) -> Iterator[Finding]:

@@ -49,6 +49,13 @@ _OPTIONAL = {
 }
 
 
+def get(config: Any, key: str) -> Any:
+    """A setting by its dotted name; None where it is not there."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(config, key, throw_on_missing=False)
+
+
 def check_values(config: Any) -> Iterator[Finding]:
     """Settings that are missing or of another kind; of those within one that is wrong nothing is said."""
     from omegaconf import OmegaConf

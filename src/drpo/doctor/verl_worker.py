@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,10 @@ def ask_worker(mode: str, library: Any) -> tuple[bool, str]:
     import ray
 
     own = not ray.is_initialized()
+    # Ray keeps a token in the home folder for clusters that have one; this one is gone in a moment.
+    has_mode = "RAY_AUTH_MODE" in os.environ
     if own:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
 
     def look() -> tuple[bool, str]:
@@ -44,3 +48,5 @@ def ask_worker(mode: str, library: Any) -> tuple[bool, str]:
     finally:
         if own:
             ray.shutdown()
+            if not has_mode:
+                del os.environ["RAY_AUTH_MODE"]

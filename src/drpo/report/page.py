@@ -105,7 +105,7 @@ def render(runs: Sequence[RunData]) -> str:
         _overview(runs),
         _evaluations(runs),
         _origins(runs),
-        *(section(title, note, draw(runs)) for title, note, draw in _FIGURES),
+        *(section(title, _caption(note, runs), draw(runs)) for title, note, draw in _FIGURES),
         _trained_tokens(runs),
         _samples(runs),
         _configuration(runs),
@@ -139,10 +139,21 @@ def _objective(run: RunData) -> str:
     return " × ".join(calls) + (f", anchor: {recipe.anchor}" if recipe.anchor else "")
 
 
+def _is_of_verl(run: RunData) -> bool:
+    return "verl" in run.info.get("engine", {})
+
+
+def _caption(note: str, runs: Sequence[RunData]) -> str:
+    """What a figure says of its rows, which are the means of a rollout's updates where verl's trainer made them."""
+    if not all(map(_is_of_verl, runs)):
+        return note
+    return note.replace("t the last update of each rollout", "s the mean over the updates of each rollout")
+
+
 def _notes(run: RunData) -> str:
     """What the audit found, whether there was anything to train on, and what a row of the log is where that differs."""
     notes = []
-    if "verl" in run.info.get("engine", {}):
+    if _is_of_verl(run):
         notes.append(
             "verl logs the updates of a rollout together: what is captioned as of the last update is the mean over all of "
             "them, and a maximum their largest."

@@ -144,7 +144,9 @@ class RunFolder:
         if self.verl_settings is None and not checkpoints_in(self.checkpoints):
             if others := sorted(self.checkpoints.glob("*")):
                 raise UserError(f"--output {self}: holds no checkpoint of DRPOTrainer to resume from, but {others[-1]}")
-            raise UserError(f"--output {self}: holds no checkpoint to resume from; start again with --overwrite")
+            raise UserError(
+                f"--output {self}: holds no checkpoint to resume from; expected a run from the start in another --output"
+            )
         return load_recipe(self.recipe)
 
     @contextmanager

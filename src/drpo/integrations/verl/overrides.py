@@ -88,6 +88,11 @@ def overrides(
         value = getattr(recipe, name)
         if value and value != Recipe.model_fields[name].default:
             raise UserError(f"{name}: {why}; leave it out")
+    if any(spec.name == "overlong" for spec in recipe.reward):
+        raise UserError(
+            "reward: overlong needs the tokens of a completion, and verl gives a reward its text; expected verl's own "
+            "(--verl reward.reward_manager.name=dapo, docs/verl.md)"
+        )
     if recipe.aggregation == "prompt-mean":
         raise UserError("aggregation: verl has no prompt-mean; expected one of its own loss_agg_mode")
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"

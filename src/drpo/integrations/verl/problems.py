@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from drpo.data.problems import Problem
 from drpo.files import replace_jsonl, replacing
 
 
 def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
-    """Write problems as verl reads them, a conversation and a reference answer each; returns how many."""
+    """Write problems as verl reads them, a conversation and a reference answer each, as JSON Lines or .parquet; returns how many."""
     rows = [
         {
             "data_source": source,
@@ -23,5 +26,8 @@ def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
     ]
     with replacing(path, "--out") as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_jsonl(partial, rows)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), partial)
+        else:
+            replace_jsonl(partial, rows)
     return len(rows)

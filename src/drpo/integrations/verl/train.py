@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.errors import TrainingInterruptedError, UserError
 from drpo.files import append_jsonl, read_jsonl, write_json
+from drpo.integrations.verl.cpu.settings import ENVIRONMENT
 from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, changed, overrides
@@ -146,7 +147,7 @@ def _check_devices(config: Any) -> None:
     if config.trainer.device == "cuda" and not (torch.cuda.is_available() or is_elsewhere or settings.get("num_gpus")):
         raise UserError(
             "--engine verl: there is no GPU here and no Ray cluster, and verl would wait for one; expected RAY_ADDRESS of "
-            "a cluster, or the CPU as its platform (docs/verl.md, verl on a laptop)"
+            "a cluster, or --engine verl-cpu, which tries verl's trainer out on this machine's CPU"
         )
 
 
@@ -159,6 +160,7 @@ def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
         TrainingInterruptedError: a signal stopped this process.
     """
     _check_devices(planned.config)
+    environment = os.environ | (ENVIRONMENT if planned.config.trainer.device == "cpu" else {})
     recipe, folder = planned.recipe, planned.folder
     own, updates = folder.path.absolute() / "verl", recipe.updates_per_rollout
     with folder.locked(), Progress(recipe.rollouts * updates, updates, show=True) as progress:
@@ -187,7 +189,7 @@ def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
             with (own / "output.log").open("ab") as output:
                 code = run_to_its_end(
                     [sys.executable, "-m", "verl.trainer.main_ppo", *planned.arguments],
-                    os.environ | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
+                    environment | {"VERL_FILE_LOGGER_PATH": str(own / "log.jsonl")},
                     output,
                     log.take,
                 )

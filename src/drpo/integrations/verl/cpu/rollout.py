@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 import ray
@@ -27,7 +28,7 @@ class Server:
 
     def __init__(self, path: str, max_tokens: int, seed: int) -> None:
         torch.manual_seed(seed)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._max_tokens = max_tokens
         self._waiting: dict[float, list[tuple[list[int], asyncio.Future]]] = {}
         self._steps: int | None = None
@@ -58,7 +59,7 @@ class Server:
                 **(drawn if temperature > 0 else {"do_sample": False}),
             )  # fmt: skip
         completions = [self._until_end(row) for row in output[:, longest:].tolist()]
-        log_probs = recorder.log_probs([len(ids) for ids in completions])
+        log_probs = recorder.log_probs([len(ids) for ids in completions]) or []
         for (_, done), ids, row in zip(requests, completions, log_probs, strict=True):
             done.set_result(
                 TokenOutput(
@@ -83,9 +84,13 @@ class Server:
 
 
 class Replica(RolloutReplica):
+    servers: list[Any]
+    _server_handle: Any
+
     async def launch_servers(self) -> None:
         config = self.config
-        server = Server.options(name=_name(self.replica_rank), num_cpus=1, max_concurrency=self.max_concurrency).remote(
+        actor: Any = Server
+        server = actor.options(name=_name(self.replica_rank), num_cpus=1, max_concurrency=self.max_concurrency).remote(
             self.model_config.path, config.response_length, config.seed + self.replica_rank
         )
         await server.nothing.remote()
@@ -96,13 +101,15 @@ class Replica(RolloutReplica):
 class Adapter(BaseRollout):
     """What a training worker sends its weights through; the first of each replica's ranks has the server."""
 
-    async def update_weights(self, weights: Any, global_steps: int | None = None, **_: Any) -> None:
+    async def update_weights(
+        self, weights: Any, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs: Any
+    ) -> None:
         # Every rank takes part in gathering the shards.
         full = {name: tensor.detach().clone() async for name, tensor in _as_async(weights)}
         rank = torch.distributed.get_rank()
         per_replica = self.config.tensor_model_parallel_size
         if rank % per_replica == 0:
-            server = ray.get_actor(_name(rank // per_replica))
+            server: Any = ray.get_actor(_name(rank // per_replica))
             await server.load.remote(full, global_steps)
 
     async def resume(self, tags: list[str]) -> None: ...
@@ -110,8 +117,8 @@ class Adapter(BaseRollout):
     async def release(self) -> None: ...
 
 
-async def _as_async(items: Any) -> Any:
-    if hasattr(items, "__aiter__"):
+async def _as_async(items: Any) -> AsyncIterator[tuple[str, torch.Tensor]]:
+    if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
     else:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+ENVIRONMENT = {
+    "VERL_USE_EXTERNAL_MODULES": "drpo.integrations.verl.cpu.plugin",
+    "VERL_PLATFORM": "cpu",
+    # The engines are registered for "cuda"; what they compute on is the platform's device.
+    "VERL_ENGINE_DEVICE": "cuda",
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What verl and its workers have to find in theirs."""
 
 
 def environment() -> dict[str, str]:
-    """This process's, with verl's plug-in in it."""
-    folder = str(Path(__file__).parents[1])
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")])),
-        "VERL_USE_EXTERNAL_MODULES": "verl_cpu.plugin",
-        "VERL_PLATFORM": "cpu",
-        # The engines are registered for "cuda"; what they compute on is the platform's device.
-        "VERL_ENGINE_DEVICE": "cuda",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    """This process's, with that in it."""
+    return os.environ | ENVIRONMENT
 
 
 def overrides(workers: int = 1) -> list[str]:

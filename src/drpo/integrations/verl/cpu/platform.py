@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -33,8 +33,19 @@ class _Device(ModuleType):
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    device_name = vendor_name = "cpu"
-    device_module = _Device()
+    _device = _Device()
+
+    @property
+    def device_name(self) -> str:
+        return "cpu"
+
+    @property
+    def vendor_name(self) -> str:
+        return "cpu"
+
+    @property
+    def device_module(self) -> Any:
+        return self._device
 
     def is_available(self) -> bool:
         return True
@@ -89,9 +100,8 @@ class PlatformCPU(PlatformBase):
     def is_ipc_supported(self) -> bool:
         return False
 
-    @contextmanager
     def nvtx_range(self, msg: str) -> Any:
-        yield
+        return nullcontext()
 
     def profiler_start(self) -> None: ...
 
