@@ -7,14 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
+import torch
 
+from drpo import TokenBatch
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.files import read_jsonl
-from drpo.integrations.verl.cpu.settings import environment, overrides
+from drpo.integrations.verl.cpu.settings import ENVIRONMENT, environment, overrides
+from drpo.metrics import TrustRegionMetrics
+from drpo.objectives import DRPO
 from drpo.recipes import FOLDER
 from drpo.report.read import read_run
 from drpo.run.folder import RunFolder
@@ -56,12 +62,16 @@ def on_the_builtin_task(folder: Path, rollouts: int) -> list[str]:
     ]
 
 
-def run(folder: Path, *more: str) -> list[dict[str, float]]:
+def run(folder: Path, *more: str, variables: Mapping[str, str] = MappingProxyType({})) -> list[dict[str, float]]:
     """What ``main_ppo`` logged, a row a rollout."""
     log = folder / "log.jsonl"
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *more]
     done = subprocess.run(
-        command, cwd=folder, env=environment() | {"VERL_FILE_LOGGER_PATH": str(log)}, capture_output=True, text=True
+        command,
+        cwd=folder,
+        env=environment() | {"VERL_FILE_LOGGER_PATH": str(log)} | variables,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads(line)["data"] for line in log.read_text().splitlines()]
@@ -87,6 +97,69 @@ def test_drpo_learns_in_verl_s_trainer(tmp_path: Path, workers: int) -> None:
     assert all(0 < row["actor/divergence/mean"] <= row["actor/divergence/max"] < 1 for row in trained)
     # 1 ± 1/delta is what the weight stays within.
     assert all(-4 <= row["actor/weight/mean"] <= 6 for row in trained)
+
+
+def test_what_two_workers_log_is_what_all_tokens_measure(tmp_path: Path) -> None:
+    (dump := tmp_path / "dump").mkdir()
+    rows = run(
+        tmp_path,
+        *on_the_builtin_task(tmp_path, rollouts=2),
+        *overrides(workers=2),
+        "hydra.searchpath=[pkg://drpo.integrations.verl.configs]",
+        "+drpo=loss",
+        "++actor_rollout_ref.actor.policy_loss.hyperparameters.delta=0.2",
+        "actor_rollout_ref.actor.policy_loss.histograms=true",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+        variables={
+            "VERL_USE_EXTERNAL_MODULES": f"{ENVIRONMENT['VERL_USE_EXTERNAL_MODULES']},support.verl_dump",
+            "PYTHONPATH": str(Path(__file__).parent),
+            "DUMP": str(dump),
+        },
+    )
+    trained = [row for row in rows if "actor/divergence/mean" in row]
+    # 64 sequences a rank and rollout in four updates of two micro-batches.
+    calls = [[torch.load(path) for path in sorted(dump.glob(f"{rank}-*.pt"))] for rank in range(2)]
+    assert [len(of_rank) for of_rank in calls] == [16, 16]
+    for rollout, row in enumerate(trained):
+        by_update = [[of_rank[8 * rollout + 2 * update :][:2] for of_rank in calls] for update in range(4)]
+        expected = [measure_update(of_ranks) for of_ranks in by_update]
+        for name in expected[0]:
+            values = [update[name] for update in expected]
+            value = max(values) if "max" in name else sum(values) / len(values)
+            assert row[f"actor/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+        tokens = sum(int(call["response_mask"].sum()) for update in by_update for rank in update for call in rank)
+        counts = [value for name, value in row.items() if name.startswith("actor/divergence_histogram/")]
+        assert round(4 * sum(counts)) == tokens
+    lengths = [sum(int(call["response_mask"].sum()) for call in of_rank[:2]) for of_rank in calls]
+    assert lengths[0] != lengths[1], "ranks have as many tokens, and a mean over ranks would do"
+
+
+def measure_update(of_ranks: list[list[dict[str, torch.Tensor]]]) -> dict[str, float]:
+    """Every metric of an update: means over all tokens and maxima of all, and of the others the mean of the ranks' own."""
+    per_rank = []
+    for calls in of_ranks:
+        measured = TrustRegionMetrics(by_group=False)
+        for call in calls:
+            tokens = TokenBatch(call["log_prob"], call["old_log_prob"], call["advantages"], call["response_mask"])
+            measured.update(tokens, DRPO(delta=0.2).gradient_weight(tokens))
+        per_rank.append(measured.compute().scalars)
+    names = sorted(set.union(*(set(scalars) for scalars in per_rank)))
+    expected = {name: sum(scalars.get(name, 0.0) for scalars in per_rank) / len(per_rank) for name in names}
+    every = [call for calls in of_ranks for call in calls]
+    logp, behavior_logp = (
+        torch.cat([call[name].double()[call["response_mask"].bool()] for call in every])
+        for name in ("log_prob", "old_log_prob")
+    )
+    log_ratio, distance = logp - behavior_logp, (logp.exp() - behavior_logp.exp()).abs()
+    return expected | {
+        "ratio/mean": log_ratio.exp().mean().item(),
+        "ratio/max": log_ratio.exp().max().item(),
+        "divergence/mean": distance.mean().item(),
+        "divergence/max": distance.max().item(),
+        "kl/k1": -log_ratio.mean().item(),
+        "kl/k3": (log_ratio.expm1() - log_ratio).mean().item(),
+        "chi_squared": log_ratio.expm1().square().mean().item(),
+    }
 
 
 def test_drpo_train_runs_a_recipe_in_verl_and_the_report_reads_it(tmp_path: Path) -> None:

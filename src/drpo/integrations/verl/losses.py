@@ -46,7 +46,9 @@ def policy_loss(
     MEASURED.add(tokens, weight, of=_sequences_of_an_update(info))
     # verl skips an update whose gradient is not finite, which that of a broken log-prob is with verl's own losses.
     loss = agg_loss(per_token, response_mask, loss_agg_mode, **info) * torch.where(is_broken.any(), torch.nan, 1.0)
-    return loss, MEASURED.take_micro_batch(config.policy_loss.histograms)
+    ranks, tokens_of_all = info.get("dp_size") or 1, info.get("batch_num_tokens")
+    update_tokens = None if tokens_of_all is None else int(tokens_of_all)
+    return loss, MEASURED.take_micro_batch(config.policy_loss.histograms, ranks, update_tokens)
 
 
 def _sequences_of_an_update(info: Mapping[str, Any]) -> int | None:

@@ -3,7 +3,9 @@
 verl takes the plain mean of a policy loss's metrics over the micro-batches of an update, whatever
 they hold, then over the ranks, then over the updates of a rollout (with :mod:`.maxima` the maximum of
 all where the name has "max" in it). So after k micro-batches, of which all tokens together measure
-R_k, the value given out is k·R_k − (k − 1)·R_{k−1}: the mean of the first k of these is R_k.
+R_k, the value given out is k·R_k − (k − 1)·R_{k−1}: the mean of the first k of these is R_k. A rank's
+mean over tokens counts by its share of the update's tokens, so that the mean over ranks is one over
+tokens; counts are added up.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from drpo.integrations.verl.maxima import is_maximum
 from drpo.metrics import TrustRegionMetrics
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
 from drpo.tokens import TokenBatch
+
+MEANS = ("ratio/mean", "divergence/mean", "kl/k1", "kl/k3", "chi_squared")
+"""Scalars that are means over all tokens."""
 
 HISTOGRAMS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 
@@ -49,20 +54,27 @@ class UpdateMetrics:
         self._sequences += len(tokens.mask)
         self._measured.update(tokens, weight)
 
-    def take_micro_batch(self, histograms: bool = False) -> dict[str, float]:
+    def take_micro_batch(
+        self, histograms: bool = False, ranks: int = 1, update_tokens: int | None = None
+    ) -> dict[str, float]:
         """What verl averages, after each micro-batch; always under the same names, since its ranks have to agree on them.
 
         A share of tokens of which there are none is 0.
 
         Args:
             histograms: whether counts of the histograms are among them, as ``divergence_histogram/000``.
+            ranks: over which verl takes the mean.
+            update_tokens: of all ranks; None where they are not known, and each is taken to have as many.
         """
         measured = self._measured.compute()
         now = {name: measured.scalars.get(name, 0.0) for name in _names()}
+        if update_tokens:
+            share = sum(measured.divergence_histogram) * ranks / update_tokens
+            now |= {name: share * now[name] for name in MEANS}
         if histograms:
             for name in HISTOGRAMS:
                 counts = getattr(measured, name)
-                now |= {f"{name}/{index:03d}": float(count) for index, count in enumerate(counts)}
+                now |= {f"{name}/{index:03d}": float(ranks * count) for index, count in enumerate(counts)}
         before, k = self._before, self._micro_batches + 1
         self._before, self._micro_batches = now, k
         return {
