@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 NEWEST := .venv-newest
+VERLS := .venv-verl
 
-.PHONY: demo test test-long test-newest check docs bench gpu format clean
+.PHONY: demo test test-long test-newest test-verl check docs bench gpu format clean
 
 # Everything is installed from constraints.txt, a set of versions known to work together.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -40,10 +41,24 @@ test-newest: $(NEWEST)/installed  ## the trainer's tests on the newest Transform
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(addprefix tests/test_,auditing.py behaviour.py checkpoint.py \
 		config.py dynamic_sampling.py filters.py policy_head.py rollout_trainer.py shared_prompts.py train.py trainer.py)
 
+# What is in .venv, under the Transformers and the TRL that verl's own extras pin.
+$(VERLS)/installed: $(VENV)/installed
+	test -x $(VERLS)/bin/python || $(PYTHON) -m venv $(VERLS)
+	$(VERLS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==5.9.0 trl==0.27.0
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(VERLS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_other.pth
+	touch $@
+
+PLUGIN := $(addprefix tests/test_,verl_losses.py parity_verl.py doctor_verl.py)
+test-verl: $(VERLS)/installed  ## the plug-in's tests beside verl's own pins, and without TRL; whether a resolver takes the two together
+	OMP_NUM_THREADS=1 $(VERLS)/bin/python -m pytest $(PLUGIN)
+	OMP_NUM_THREADS=1 $(BIN)/python -c "import sys, pytest; sys.modules['trl'] = None; sys.exit(pytest.main('$(PLUGIN)'.split()))"
+	$(BIN)/python -m pytest -m long tests/test_resolver.py
+
 test-long: $(VENV)/installed  ## what takes minutes, such as whole runs of verl's trainer; with SMOLLM2, of a real model
 	-$(MAKE) $(VLLM)/installed
 	$(BIN)/python -m pytest -m long -rs
-	$(MAKE) test-newest
+	$(MAKE) test-newest test-verl
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -66,4 +81,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(NEWEST) runs site
+	rm -rf $(VENV) $(VLLM) $(NEWEST) $(VERLS) runs site

@@ -13,8 +13,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # After what libraries read when they are imported.
+from datasets import Dataset
+
+from drpo.data.problems import builtin_problems
 from support.model_folder import here  # noqa: F401
-from support.rollouts import problems  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def problems() -> Dataset:
+    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 32, seed=0)])
 
 
 @pytest.fixture

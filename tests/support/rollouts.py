@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -104,11 +103,6 @@ def make_trainer(output: Path, problems: Dataset, kind: type[T] = DRPOTrainer, m
         processing_class=tokenizer,
         **extra,
     )
-
-
-@pytest.fixture(scope="session")
-def problems() -> Dataset:
-    return Dataset.from_list([vars(problem) for problem in builtin_problems("train", 32, seed=0)])
 
 
 def flat(gradient: dict[str, Tensor]) -> Tensor:
