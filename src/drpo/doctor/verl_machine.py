@@ -42,7 +42,7 @@ def check_chat_template(config: Any) -> Iterator[Finding]:
     """Whether prompts can be written, where the model is on this machine."""
     from transformers import AutoTokenizer
 
-    from drpo.integrations.verl.overrides import PLAIN_TEMPLATE
+    from drpo.integrations.verl.problems import PLAIN_TEMPLATE
 
     path, template = (get(config, f"actor_rollout_ref.model.{name}") for name in ("path", "custom_chat_template"))
     folder = Path(str(path or "")).expanduser()

@@ -13,12 +13,10 @@ from verl.trainer.config import RolloutCorrectionConfig
 from drpo.data.problems import BUILTIN_MODELS
 from drpo.errors import UserError
 from drpo.integrations.verl.config import LOSS_MODES, TARGET, PolicyLoss
+from drpo.integrations.verl.problems import PLAIN_TEMPLATE
 from drpo.run.options import check_option
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
-
-PLAIN_TEMPLATE = "'{{ messages[0].content }}'"
-"""The chat template of a model that has none: the prompt as it stands."""
 
 _FP32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 

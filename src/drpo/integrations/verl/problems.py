@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 from drpo.data.problems import Problem
 from drpo.files import replace_jsonl, replacing
 
+PLAIN_TEMPLATE = "'{{ messages[0].content }}'"
+"""The chat template of a model that has none: the prompt as it stands."""
+
 
 def write_rows(problems: Iterable[Problem], path: Path, source: str) -> int:
     """Write problems as verl reads them, a conversation and a reference answer each, as JSON Lines or .parquet; returns how many."""
