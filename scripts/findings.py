@@ -17,7 +17,19 @@ import torch
 from matplotlib.figure import Figure
 
 from drpo.files import iterate_jsonl
-from drpo.lab.grid import BESIDE, COMPARED, CORE, DELTAS, LEARNING_RATES, SETTINGS, TUNING_RATES, Run, best_rate, tuned
+from drpo.lab.grid import (
+    BESIDE,
+    COMPARED,
+    CORE,
+    DELTAS,
+    LEARNING_RATES,
+    PRESETS,
+    SETTINGS,
+    TUNING_RATES,
+    Run,
+    best_rate,
+    tuned,
+)
 from drpo.lab.runner import run_of
 from drpo.lab.statistics import area_under, estimate, has_collapsed, probability_of_improvement
 from drpo.metrics.histograms import WEIGHT_EDGES
@@ -104,6 +116,26 @@ def delta_table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def ablations_table(runs: dict[Run, Row]) -> str:
+    """The ablations beside their controls, by learning rate, and the probability that a run of an arm is better than one of drpo(0.2)."""
+    plan = PRESETS["arms"]({})
+    rates = sorted({run.learning_rate for run in plan})
+    names = [f"{rate:g}" for rate in rates]
+    lines = [_header("arm", [*names, *(f"{name}, over drpo(0.2)" for name in names)])]
+    rows: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for run in plan:
+        if run in runs:
+            rows[run.arm, run.learning_rate].append(runs[run])
+    for arm in dict.fromkeys(run.arm for run in plan):
+        cells = [_describe(rows[arm, rate]) for rate in rates]
+        for rate in rates:
+            control, ours = ([area_under(row["accuracy"]) for row in rows[name, rate]] for name in ("drpo(0.2)", arm))
+            better = probability_of_improvement(control, ours)
+            cells.append("" if arm == "drpo(0.2)" else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def settings_tables(runs: dict[Run, Row]) -> str:
     """Of each setting whose tuning is complete: every arm's tuning, and its other seeds so far at the rate that was chosen."""
     means = {run: area_under(row["accuracy"]) for run, row in runs.items()}
@@ -163,7 +195,9 @@ def with_tables(page: str, path: Path = RESULTS) -> str:
         ValueError: a marker is missing.
     """
     cells = read_cells(path)
-    tables = {name: make(cells) for name, make in TABLES.items()} | {"settings": settings_tables(read_runs(path))}
+    runs = read_runs(path)
+    tables = {name: make(cells) for name, make in TABLES.items()}
+    tables |= {"settings": settings_tables(runs), "ablations": ablations_table(runs)}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         start, stop = page.index(begin) + len(begin), page.index(end)

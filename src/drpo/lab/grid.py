@@ -93,6 +93,9 @@ def _dppo(delta: float) -> Arm:
     return Arm(f"dppo_tv({delta:g})", "dppo_tv", {"delta": delta})
 
 
+PENALTIES = ("drpo_kl", "drpo_tv", "drpo_k3")
+"""Of whom β takes the place of 1/δ."""
+
 DELTAS = (0.05, 0.1, 0.15, 0.2, 0.4, 1.0, 2.5, 12.5)
 
 ARMS = {
@@ -107,9 +110,7 @@ ARMS = {
         Arm("cispo", "cispo"),
         Arm("gspo", "gspo", options={"aggregation": "seq-mean-token-mean"}),
         Arm("drpo_unweighted", "drpo_unweighted", {"delta": 0.2}),
-        Arm("drpo_kl", "drpo_kl"),
-        Arm("drpo_tv", "drpo_tv"),
-        Arm("drpo_k3", "drpo_k3"),
+        *(Arm(f"{name}({beta:g})", name, {"beta": beta}) for name in PENALTIES for beta in (1 / 12.5, 1 / 0.2)),
         Arm("dppo_tv(0.15), anchor old", "dppo_tv", {"delta": 0.15}, {"anchor": "old"}),
         Arm("drpo(0.2), anchor old", "drpo", {"delta": 0.2}, {"anchor": "old"}),
     )
@@ -203,8 +204,8 @@ BESIDE = ("drpo(0.05)", "mask_drpo", "cispo", "gspo")
 """Arms that the comparison gives fewer seeds."""
 CONTROLS = ("ppo", "dppo_tv(0.15)", "drpo(0.2)")
 ABLATIONS = (
-    *("mask_drpo", "cispo", "gspo", "drpo_unweighted", "drpo_kl", "drpo_tv", "drpo_k3"),
-    *("dppo_tv(0.15), anchor old", "drpo(0.2), anchor old"),
+    *("mask_drpo", "cispo", "gspo", "drpo_unweighted"),
+    *(f"{name}({beta:g})" for name in PENALTIES for beta in (0.08, 5)),
 )
 
 Areas = Mapping[Run, float]
@@ -259,6 +260,13 @@ PRESETS: dict[str, Plan] = {
     # Seeds of their own: a base model is taught again where there is none, and differs between kinds of CPU, so that the
     # controls have to run beside the ablations.
     "arms": lambda _: grid(("fp32",), (*CONTROLS, *ABLATIONS), LEARNING_RATES[2:4], seeds=range(10, 13)),
+    # In fp32 the two anchors are one to rounding.
+    "anchors": lambda _: grid(
+        ("fp8-rollout",),
+        [f"{arm}{anchor}" for arm in CONTROLS[1:] for anchor in ("", ", anchor old")],
+        LEARNING_RATES[2:4],
+        seeds=range(10, 13),
+    ),
     "delta": lambda _: grid(
         ("fp32",), [f"{kind}({delta:g})" for kind in ("dppo_tv", "drpo") for delta in DELTAS], (1.4e-4,), seeds=range(5)
     ),
@@ -268,7 +276,7 @@ PRESETS: dict[str, Plan] = {
     ],
     "paper": _paper,
 }
-QUESTIONS = ("core", "settings", "map", "delta", "arms", "staleness", "real", "map-low-precision")
+QUESTIONS = ("core", "settings", "map", "delta", "arms", "anchors", "staleness", "real", "map-low-precision")
 """The presets that ``paper`` is made of, in the order in which they run."""
 
 
