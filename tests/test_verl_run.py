@@ -202,19 +202,40 @@ def processes_of(folder: Path) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "term", "int"])
+def find_process(folder: Path, whose: str) -> psutil.Process:
+    """verl's own driver of a run, or the Ray worker that trains in it."""
+    driver = next(
+        p for p in psutil.process_iter(["cmdline"]) if {"verl.trainer.main_ppo"} <= set(p.info["cmdline"] or [])
+    )
+    assert str(folder) in " ".join(driver.cmdline())
+    if whose == "driver":
+        return driver
+    return next(p for p in psutil.process_iter(["cmdline"]) if "WorkerDict" in " ".join(p.info["cmdline"] or []))
+
+
+@pytest.mark.parametrize(
+    ("whose", "number", "code"),
+    [
+        ("own", signal.SIGKILL, -9),
+        ("own", signal.SIGTERM, 143),
+        ("own", signal.SIGINT, 130),
+        ("driver", signal.SIGKILL, 1),
+        ("worker", signal.SIGKILL, 1),
+    ],
+)
 def test_a_run_in_verl_that_is_ended_leaves_its_rows_and_nothing_running_and_goes_on(
-    tmp_path: Path, heard: None, number: int
+    tmp_path: Path, heard: None, whose: str, number: int, code: int
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     process = start(folder.path)
     while len(read_jsonl(folder.metrics)) < 2:
         assert process.poll() is None
         time.sleep(0.2)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    (process if whose == "own" else find_process(folder.path, whose)).send_signal(number)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == code
     assert number == signal.SIGKILL or b"to go on: drpo train --resume" in said
+    assert whose == "own" or b"verl stopped with exit code" in said
     assert [row["rollout"] for row in read_jsonl(folder.metrics)][:2] == [1, 2]
     ended = time.monotonic()
     while left := processes_of(folder.path):
