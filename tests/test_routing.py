@@ -191,6 +191,9 @@ class TestTraining:
         for replay in (False, True):
             trainer, _ = self.train(tmp_path / str(replay), problems, rollout_precision="bf16", router_replay=replay)
             logs[replay] = trainer.state.log_history[0]
+            share = logs[replay]["routing/other_tokens"]
+            assert "; the mean is within" in (audited := str(trainer._audits.first))
+            assert audited.endswith(f" {share:.1%} of the tokens go to other experts than they did.")
         assert logs[False]["routing/other_tokens"] > 0.02
         assert 0 < logs[False]["routing/other_experts"] < logs[False]["routing/other_tokens"]
         gaps = [logs[replay]["audit/logp_difference_mean"] for replay in (False, True)]

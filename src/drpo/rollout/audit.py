@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ class Audit:
         threshold: of the mean, above which training stops.
         mismatches: differences between sampling and scoring that are known from the settings; one
             is enough to stop, however small the mean: greedy decoding, say, leaves no trace in it.
+        elsewhere: the share of tokens that the policy sends to another expert than the sampler did, in one layer at
+            least; None where no experts were recorded.
     """
 
     mean: float
@@ -44,6 +47,7 @@ class Audit:
     tokens: int
     threshold: float
     mismatches: tuple[str, ...] = ()
+    elsewhere: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -51,9 +55,12 @@ class Audit:
 
     def __str__(self) -> str:
         relation = "within" if self.mean <= self.threshold else "above"
+        experts = (
+            "" if self.elsewhere is None else f" {self.elsewhere:.1%} of the tokens go to other experts than they did."
+        )
         return (
             f"Audit of {self.tokens} sampled tokens before any update on them: |log π − log μ| mean {self.mean:.2g}, "
-            f"max {self.maximum:.2g}; the mean is {relation} the threshold of {self.threshold:g}."
+            f"max {self.maximum:.2g}; the mean is {relation} the threshold of {self.threshold:g}.{experts}"
         )
 
     def check(self, other_causes: Sequence[str]) -> None:
@@ -75,6 +82,8 @@ class Difference(NamedTuple):
     weight: float
     """Of the tokens in that."""
     tokens: int
+    elsewhere: float | None
+    """As :class:`Audit`'s."""
 
 
 def log_odds_sums(prob: Tensor, other: Tensor, counted: Tensor) -> Tensor:
@@ -105,13 +114,17 @@ class Differences:
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
 
-    def add(self, batch: TokenBatch) -> None:
+    def add(self, batch: TokenBatch, other_experts: Tensor | None = None) -> None:
+        """Add tokens, and the share of each one's experts that differ, [tokens that count, layers], where they are known."""
         logp = batch.logp.detach()
         difference = (logp - batch.behavior_logp).abs()
         largest = pad(difference.flatten(), (0, 1)).amax()
         sums = torch.stack([difference.sum(), largest, batch.mask.sum().to(difference)])
         log_odds = log_odds_sums(logp.exp(), batch.behavior_logp.exp(), batch.mask.bool())
-        self._parts.append(torch.cat([sums, log_odds]))
+        elsewhere = (
+            sums.new_tensor(torch.nan) if other_experts is None else (other_experts > 0).any(dim=1).sum().to(sums)
+        )
+        self._parts.append(torch.cat([sums, log_odds, elsewhere.view(1)]))
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -119,12 +132,14 @@ class Differences:
     def take(self, gather: Callable[[Tensor], Tensor]) -> Difference:
         """What was added on all ranks; forgotten here."""
         # Every rank sees the same numbers, so that all of them stop or none does.
-        parts = gather(torch.stack(self._parts)).view(-1, 5)
+        parts = gather(torch.stack(self._parts)).view(-1, 6)
         self._parts.clear()
-        total, largest, tokens, *_ = parts.unbind(dim=1)
+        total, largest, tokens, *_, elsewhere = parts.unbind(dim=1)
         count = int(tokens.sum().item())
         mean = total.sum().item() / max(1, count)
-        return Difference(mean, largest.max().item(), *log_odds_mean(parts[:, 3:]), count)
+        share = elsewhere.sum().item() / max(1, count)
+        elsewhere_share = None if math.isnan(share) else share
+        return Difference(mean, largest.max().item(), *log_odds_mean(parts[:, 3:5]), count, elsewhere_share)
 
 
 @dataclass(frozen=True)
@@ -157,7 +172,9 @@ class AuditedPolicy:
             is_fp32 = self.precision == self.rollout_precision == "fp32"
             threshold = EXACT_THRESHOLD if self.is_exact and is_fp32 else APPROXIMATE_THRESHOLD
         mismatches = sampling_mismatches(self.temperature, self.sampling or {}, self.replays_support)
-        return Audit(difference.mean, difference.maximum, difference.tokens, threshold, mismatches)
+        return Audit(
+            difference.mean, difference.maximum, difference.tokens, threshold, mismatches, difference.elsewhere
+        )
 
     def likely_causes(self) -> list[str]:
         """Why μ and π may disagree where the sampling settings do not say: first what can be seen, then what cannot be ruled out."""

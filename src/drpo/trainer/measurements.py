@@ -40,7 +40,7 @@ class Measurements:
         if mode == "train" and self._origins is not None:
             self._origins.update(batch, scored.sampled)
         if is_on_policy:
-            self.differences.add(scored.sampled)
+            self.differences.add(scored.sampled, scored.other_experts)
         if is_on_policy and scored.other_experts is not None:
             share = scored.other_experts
             sums = [(share > 0).any(dim=1).sum(), share.mean(dim=1).sum(), share.new_tensor(len(share))]
