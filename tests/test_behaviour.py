@@ -134,6 +134,15 @@ def test_nvfp4_keeps_the_numbers_that_it_has_and_rounds_others_to_the_nearest() 
 
 
 @pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("size", [1.0, 0.02, 0.002])
+def test_weights_are_rounded_alike_whatever_their_size(precision: str, size: float) -> None:
+    torch.manual_seed(0)
+    weight = size * torch.randn(64, 128)
+    error = (round_in_blocks(weight, precision, scaled_as_a_whole=True) - weight).norm() / weight.norm()
+    assert error < {"mxfp8": 0.04, "nvfp4": 0.11}[precision]
+
+
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
 def test_a_token_is_rounded_alike_in_any_batch(precision: str) -> None:
     states = torch.randn(4, 128) * torch.tensor([[0.01], [1.0], [3.0], [100.0]])
     together = round_in_blocks(states, precision)

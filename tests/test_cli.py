@@ -372,7 +372,7 @@ def test_objectives_shows_a_correction_on_a_page(drpo, name):
     correction = CORRECTIONS[name]
     for part in (
         correction.formula,
-        correction.region.beyond,
+        correction.region.where,
         correction.region.edge.name,
         correction.region.side.name,
     ):
@@ -385,7 +385,7 @@ def test_objectives_says_of_each_where_its_region_ends(drpo):
     text = " ".join(drpo("objectives")[1].split())
     for kind in (*OBJECTIVES.values(), *CORRECTIONS.values()):
         if kind.region is not None:
-            assert f"{kind.operator} where {kind.region.beyond}; scope: {kind.region.scope.name}" in text
+            assert f"{kind.operator} where {kind.region.where}; scope: {kind.region.scope.name}" in text
 
 
 def test_objectives_shows_bounds_for_the_hyperparameters_asked_for(drpo):

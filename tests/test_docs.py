@@ -92,7 +92,7 @@ def test_an_objective_has_its_row_with_file_anchor_and_defaults(name: str) -> No
     _, _, anchor, operator, outside, scope, side, *_ = re.split(r"(?<!\\)\|", row)
     assert anchor.strip().startswith({"sampler": "μ", "old": "π_old"}[objective.anchor])
     if (region := objective.region) is not None:
-        columns = [objective.operator, region.beyond.replace("|", "\\|"), region.scope.name, region.side.name]
+        columns = [objective.operator, region.where.replace("|", "\\|"), region.scope.name, region.side.name]
         assert [column.strip() for column in (operator, outside, scope, side)] == columns
 
 
@@ -103,7 +103,7 @@ def test_a_correction_has_its_row_with_its_region(name: str) -> None:
     _, _, edge, operator, outside, scope, side, default, *_ = re.split(r"(?<!\\)\|", row)
     assert edge.strip().startswith(correction.region.edge.name.split(",")[0])
     region = correction.region
-    columns = [correction.operator, region.beyond.replace("|", "\\|"), region.scope.name, region.side.name]
+    columns = [correction.operator, region.where.replace("|", "\\|"), region.scope.name, region.side.name]
     assert [column.strip() for column in (operator, outside, scope, side)] == columns
     assert default.strip().startswith("–".join(f"{field.default:g}" for field in dataclasses.fields(correction)))
 

@@ -179,3 +179,25 @@ def test_the_best_checkpoint_from_before_a_collapse_is_kept_and_named(tmp_path: 
         trainer.train()
     assert trainer.state.global_step == 15
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-14"]
+
+
+@pytest.mark.parametrize("kept", [(10, 20, 30, 40), (20, 40)])
+def test_the_best_checkpoint_is_the_same_whichever_others_are_there_and_known_again_in_a_run_that_goes_on(
+    tmp_path: Path, kept: tuple[int, ...]
+) -> None:
+    for update in kept:
+        (tmp_path / f"checkpoint-{update}").mkdir()
+    # Ten updates each at 0.1, 0.9, 0.6 and 0.55, of two a rollout.
+    state = TrainerState(global_step=40, max_steps=100)
+    state.log_history = [
+        {"step": 10 * window + step, "reward": reward}
+        for window, reward in enumerate((0.1, 0.9, 0.6, 0.55))
+        for step in range(1, 11)
+    ]
+    arguments = config(tmp_path, updates_per_rollout=2)
+    StopOnCollapse(5).on_train_begin(arguments, state, TrainerControl())
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-20")
+    # As training ends Transformers would delete the last one for it.
+    state.global_step = 100
+    StopOnCollapse(5).on_save(arguments, state, TrainerControl())
+    assert state.best_model_checkpoint is None

@@ -679,7 +679,8 @@ def test_opsm_drops_bad_sequences_that_the_policy_has_left(
         assert make_correction("opsm", delta=delta).weight(t).tolist() == [[expected] * 2]
 
 
-# What the weight is inside of the region where it is not 1, and outside where it is not 0.
+# What the weight is inside of the region where it is not 1, and outside where it is not 0. Masks take their weight from the
+# region, so that this holds the others to theirs; the reference of test_fuzz.py holds the weights of all.
 INSIDE: dict[str, Any] = {
     **dict.fromkeys(("gspo", "gmpo", "icepop"), lambda w: w > 0),
     **dict.fromkeys(("drpo", "spo"), lambda w: w >= 0),
@@ -713,6 +714,13 @@ def test_the_gradient_weight_changes_where_a_token_is_outside_of_the_region_and_
         assert OUTSIDE.get(name, lambda w: w == 0)(weight[outside]).all()
         assert outside.any()
         assert not outside.all()
+
+
+def test_a_region_beside_another_has_a_side_of_its_own_in_the_formula() -> None:
+    region = make_objective("ppo_dual_clip").region
+    assert region is not None
+    assert region.outside == "A(r − 1) > 0 and (r < 1 − clip_low or r > 1 + clip_high); or A < 0 and r > clip_dual"
+    assert region.where == "r < 1 − clip_low or r > 1 + clip_high; or A < 0 and r > clip_dual"
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

@@ -185,6 +185,40 @@ def test_an_update_whose_step_is_skipped_is_over_too() -> None:
     assert [called(config, **rows)[2] for rows in _split(tensors, [3, 5])] == first
 
 
+def test_the_mean_over_ranks_of_a_mean_over_tokens_is_one_over_the_tokens_of_all() -> None:
+    tensors, config = rollout(), actor(policy("drpo"))
+    ranks = _split(tensors, [2, 6])
+    tokens = [int(rows["response_mask"].sum()) for rows in ranks]
+    assert tokens[0] != tokens[1]
+    MEASURED.reset()
+    expected = called(config, **tensors)[2]
+    config.global_batch_info.update(
+        dp_size=2, batch_num_tokens=sum(tokens), global_batch_size=None, loss_scale_factor=None
+    )
+    logged = []
+    for rows in ranks:
+        MEASURED.reset()
+        logged.append(called(config, **rows)[2])
+    for name in ("ratio/mean", "divergence/mean", "kl/k1", "kl/k3", "chi_squared"):
+        mean = sum(metrics[f"actor/{name}"] for metrics in logged) / 2
+        assert mean == pytest.approx(expected[f"actor/{name}"], rel=1e-9), name
+
+
+@pytest.mark.parametrize(("ranks", "correction"), [(1, {}), (2, {"rollout_rs": "seq_mean_k3"})])
+def test_tokens_that_verl_counts_and_rejects_do_not_make_what_is_measured_smaller(
+    ranks: int, correction: dict[str, Any]
+) -> None:
+    tensors, config = rollout(), actor(policy("ppo", {"bypass_mode": False, **correction}))
+    MEASURED.reset()
+    expected = called(config, **tensors)[2]["actor/ratio/mean"]
+    MEASURED.reset()
+    counted = 2 * int(tensors["response_mask"].sum())
+    config.global_batch_info.update(
+        dp_size=ranks, batch_num_tokens=counted, global_batch_size=None, loss_scale_factor=None
+    )
+    assert called(config, **tensors)[2]["actor/ratio/mean"] == expected
+
+
 @pytest.mark.parametrize("broken", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("name", ["log_prob", "old_log_prob"])
 def test_a_broken_log_prob_makes_the_gradient_so_and_verl_skips_the_update(name: str, broken: float) -> None:

@@ -23,6 +23,7 @@ from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
 from drpo.files import read_jsonl
+from drpo.integrations.verl.cpu.rollout import Server
 from drpo.integrations.verl.cpu.settings import overrides as on_cpu
 from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.overrides import _REFUSED, as_arguments, overrides
@@ -323,3 +324,10 @@ def test_problems_become_rows_of_verl_s(tmp_path: Path) -> None:
         CliRunner().invoke(app, ["data", "verl", "arithmetic", "--problems", "3", "--out", str(table)]).exit_code == 0
     )
     assert pq.read_table(table).to_pylist() == rows
+
+
+def test_the_sampler_on_a_cpu_ends_at_any_of_the_model_s_ends() -> None:
+    server = Server.__ray_metadata__.modified_class
+    sampler = server.__new__(server)
+    sampler._ends = {1, 2}
+    assert [sampler._until_end(ids) for ids in ([5, 2, 0, 0], [5, 1, 2], [5, 6])] == [[5, 2], [5, 1], [5, 6]]

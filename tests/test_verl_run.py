@@ -18,7 +18,7 @@ import torch
 from drpo import TokenBatch
 from drpo.data.problems import BUILTIN_MODELS, builtin_problems
 from drpo.files import read_jsonl
-from drpo.integrations.verl.cpu.settings import ENVIRONMENT, environment, overrides
+from drpo.integrations.verl.cpu.settings import PLUGIN, environment, overrides
 from drpo.metrics import TrustRegionMetrics
 from drpo.objectives import DRPO
 from drpo.recipes import FOLDER
@@ -111,7 +111,7 @@ def test_what_two_workers_log_is_what_all_tokens_measure(tmp_path: Path) -> None
         "actor_rollout_ref.actor.policy_loss.histograms=true",
         "actor_rollout_ref.actor.optim.lr=1e-3",
         variables={
-            "VERL_USE_EXTERNAL_MODULES": f"{ENVIRONMENT['VERL_USE_EXTERNAL_MODULES']},support.verl_dump",
+            "VERL_USE_EXTERNAL_MODULES": f"{PLUGIN},support.verl_dump",
             "PYTHONPATH": str(Path(__file__).parent),
             "DUMP": str(dump),
         },

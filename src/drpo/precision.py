@@ -175,14 +175,18 @@ def _round_products(model: nn.Module, precision: str) -> None:
             and isinstance(module, nn.Linear)
             and not module.in_features % _BLOCKS[precision]
         ):
-            module.weight.data = round_in_blocks(module.weight, precision)
+            module.weight.data = round_in_blocks(module.weight, precision, scaled_as_a_whole=True)
             module.register_forward_pre_hook(round_activations)
 
 
-def round_in_blocks(tensor: Tensor, precision: str) -> Tensor:
+def round_in_blocks(tensor: Tensor, precision: str, *, scaled_as_a_whole: bool = False) -> Tensor:
     """The tensor [..., K] rounded to MXFP8 (e4m3, a power of two for each 32 numbers) or NVFP4 (e2m1, an e4m3 scale for each 16), by torchao; in its own dtype.
 
-    NVFP4's second scale, of a whole tensor, is 1: with one of its activations a token's would depend on its batch.
+    Args:
+        tensor: weights or activations.
+        precision: ``mxfp8`` or ``nvfp4``.
+        scaled_as_a_whole: whether NVFP4 has its second scale, one of the tensor, as for weights; with one of activations
+            what becomes of a token would depend on its batch.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     if precision == "mxfp8":
@@ -191,9 +195,10 @@ def round_in_blocks(tensor: Tensor, precision: str) -> Tensor:
 
         rounded: Any = MXTensor.to_mx(rows, torch.float8_e4m3fn, _BLOCKS[precision], ScaleCalculationMode.RCEIL)
     else:
-        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
-        rounded = NVFP4Tensor.to_nvfp4(rows)
+        scale = per_tensor_amax_to_scale(rows.abs().max()) if scaled_as_a_whole else None
+        rounded = NVFP4Tensor.to_nvfp4(rows, per_tensor_scale=scale)
     return rounded.dequantize(tensor.dtype).view_as(tensor)
 
 

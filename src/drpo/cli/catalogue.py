@@ -89,7 +89,7 @@ def _page(name: str, kind: type, rows: dict[str, str], values: dict[str, Any]) -
 
 def describe_region(region: Region, operator: Operator) -> str:
     """A region in one line: what is done where, over which scope, to the tokens of which side."""
-    return f"{operator} where {region.beyond}; scope: {region.scope.name}; side: {region.side.name}"
+    return f"{operator} where {region.where}; scope: {region.scope.name}; side: {region.side.name}"
 
 
 def describe_fields(kind: type) -> dict[str, str]:

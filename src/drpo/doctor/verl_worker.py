@@ -23,15 +23,12 @@ def check_worker(mode: str, library: Any) -> Iterator[Finding]:
 
 
 def ask_worker(mode: str, library: Any) -> tuple[bool, str]:
-    """Whether a Ray worker has a loss, and what fails there; a local Ray is started unless one runs."""
+    """Whether a Ray worker has a loss, and what fails there; a Ray of its own is started unless this process is in one."""
     import ray
 
     own = not ray.is_initialized()
-    # Ray keeps a token in the home folder for clusters that have one; this one is gone in a moment.
+    # Ray keeps a token in the home folder for its clusters; this one is gone in a moment, and nobody else's.
     has_mode = "RAY_AUTH_MODE" in os.environ
-    if own:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
 
     def look() -> tuple[bool, str]:
         try:
@@ -44,9 +41,12 @@ def ask_worker(mode: str, library: Any) -> tuple[bool, str]:
         return mode in POLICY_LOSS_REGISTRY, ""
 
     try:
+        if own:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init("local", num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
         return ray.get(ray.remote(look).options(num_cpus=1).remote())
     finally:
         if own:
             ray.shutdown()
             if not has_mode:
-                del os.environ["RAY_AUTH_MODE"]
+                os.environ.pop("RAY_AUTH_MODE", None)

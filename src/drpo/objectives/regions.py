@@ -213,16 +213,21 @@ class Region:
 
     @property
     def beyond(self) -> str:
-        """When the statistic is beyond a bound, in a formula."""
+        """When the statistic is beyond a bound, in a formula; of this region alone."""
         ends = ((sign, end) for sign, end in (("<", self.low), (">", self.high)) if end)
-        own = " or ".join(f"{self.measured} {sign} {end.written}" for sign, end in ends)
-        return f"{own}; or {self.beside.outside}" if self.beside else own
+        return " or ".join(f"{self.measured} {sign} {end.written}" for sign, end in ends)
+
+    @property
+    def where(self) -> str:
+        """That, and when a token is outside of the region beside this one, in a formula; :attr:`side` is said elsewhere."""
+        return f"{self.beyond}; or {self.beside.outside}" if self.beside else self.beyond
 
     @property
     def outside(self) -> str:
         """When a token is outside, in a formula."""
         beyond = f"({self.beyond})" if self.side.condition and " or " in self.beyond else self.beyond
-        return " and ".join(filter(None, [self.side.condition, beyond]))
+        own = " and ".join(filter(None, [self.side.condition, beyond]))
+        return f"{own}; or {self.beside.outside}" if self.beside else own
 
     def measure(self, batch: TokenBatch) -> Tensor:
         """The statistic over its scope, [B, T] or [B, 1]; without gradient."""
@@ -231,7 +236,7 @@ class Region:
         return total.exp() if self.statistic.in_logs else total
 
     def is_outside(self, batch: TokenBatch, owner: Any) -> Tensor:
-        """Which tokens are, [B, T], bool.
+        """Which tokens are, [B, T], bool. :meth:`Objective.is_outside` is what an objective goes by: a few say more there.
 
         Args:
             batch: the tokens.

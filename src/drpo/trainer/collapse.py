@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from drpo.trainer.checkpoint import checkpoints_in, update_of
 class StopOnCollapse(TrainerCallback):
     """Stops training once the reward has stayed below half of its best, and keeps the best checkpoint whatever is deleted.
 
-    A checkpoint's reward is the mean of those logged since the one before it. With ``load_best_model_at_end`` the best is
+    A checkpoint's reward is the mean over the last ``rollouts`` before it. With ``load_best_model_at_end`` the best is
     Transformers' own.
 
     The best and what came after it are read from the trainer's log, which a checkpoint holds too; with ``logging_steps``
@@ -30,11 +29,16 @@ class StopOnCollapse(TrainerCallback):
     def __init__(self, rollouts: int) -> None:
         self._rollouts = rollouts
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remember the best checkpoint of a run that goes on; what it was is not in the last one's own state."""
+        self.on_save(args, state, control)
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remember the best checkpoint, which Transformers and this library do not delete."""
+        """Remember the best checkpoint, which this library does not delete then."""
         if not args.load_best_model_at_end:
-            best = _find_best(Path(args.output_dir), state.log_history)
-            state.best_model_checkpoint = best and str(best)
+            best = self._find_best(args, state)
+            # With a best one Transformers deletes others as training ends, the last one too where one is kept.
+            state.best_model_checkpoint = str(best) if best and state.global_step < state.max_steps else None
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the rewards logged so far.
@@ -50,26 +54,24 @@ class StopOnCollapse(TrainerCallback):
         last, last_update = rewards[-1]
         if last_update - held < self._rollouts * args.updates_per_rollout:
             return
-        best_checkpoint = _find_best(Path(args.output_dir), state.log_history, until=held)
+        best_checkpoint = self._find_best(args, state, until=held)
         where = f"the best checkpoint is {best_checkpoint}" if best_checkpoint else "no checkpoint is from before it"
         raise TrainingStoppedError(
             f"the reward has been below half of its best ({best:.3g} at update {best_update}) for {self._rollouts} rollouts, "
             f"last {last:.3g}; it fell after update {held}, and {where}"
         )
 
-
-def _find_best(folder: Path, log: Sequence[dict[str, Any]], until: float = math.inf) -> Path | None:
-    """The checkpoint up to an update with the highest mean reward since the one before it, the latest of equals."""
-    best, best_reward, since = None, -math.inf, 0
-    for checkpoint in checkpoints_in(folder):
-        if update_of(checkpoint) > until:
-            break
-        rewards = [
-            row["reward"]
-            for row in log
-            if row.get("reward") is not None and since < row["step"] <= update_of(checkpoint)
-        ]
-        since = update_of(checkpoint)
-        if rewards and (reward := statistics.fmean(rewards)) >= best_reward:
-            best, best_reward = checkpoint, reward
-    return best
+    def _find_best(self, args: Any, state: Any, until: float = math.inf) -> Path | None:
+        """The checkpoint up to an update with the highest reward, the latest of equals."""
+        window = self._rollouts * args.updates_per_rollout
+        best, best_reward = None, -math.inf
+        for checkpoint in checkpoints_in(Path(args.output_dir)):
+            update = update_of(checkpoint)
+            rewards = [
+                row["reward"]
+                for row in state.log_history
+                if row.get("reward") is not None and update - window < row["step"] <= update <= until
+            ]
+            if rewards and (reward := statistics.fmean(rewards)) >= best_reward:
+                best, best_reward = checkpoint, reward
+        return best

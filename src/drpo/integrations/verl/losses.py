@@ -43,11 +43,13 @@ def policy_loss(
     if rollout_is_weights is not None:
         per_token, weight = per_token * rollout_is_weights, weight * rollout_is_weights
     info = config.global_batch_info
-    MEASURED.add(tokens, weight, of=_sequences_of_an_update(info))
+    MEASURED.add(tokens, weight, of=_sequences_of_an_update(info), counted=response_mask)
     # verl skips an update whose gradient is not finite, which that of a broken log-prob is with verl's own losses.
     loss = agg_loss(per_token, response_mask, loss_agg_mode, **info) * torch.where(is_broken.any(), torch.nan, 1.0)
     ranks, tokens_of_all = info.get("dp_size") or 1, info.get("batch_num_tokens")
-    update_tokens = None if tokens_of_all is None else int(tokens_of_all)
+    # verl counts the tokens that it rejects too, of which the mask says nothing.
+    rejects = (config.policy_loss.rollout_correction or {}).get("rollout_rs") is not None
+    update_tokens = None if tokens_of_all is None or rejects or ranks == 1 else int(tokens_of_all)
     return loss, MEASURED.take_micro_batch(config.policy_loss.histograms, ranks, update_tokens)
 
 

@@ -40,18 +40,20 @@ class UpdateMetrics:
     def reset(self) -> None:
         """Begin another update."""
         self._measured.reset()
-        self._micro_batches = self._sequences = 0
+        self._micro_batches = self._sequences = self._tokens = 0
         self._before: dict[str, float] = {}
 
-    def add(self, tokens: TokenBatch, weight: Tensor, of: int | None = None) -> None:
+    def add(self, tokens: TokenBatch, weight: Tensor, of: int | None = None, counted: Tensor | None = None) -> None:
         """Add tokens of a micro-batch, [B, T], and the objective's gradient weight of each.
 
         Args:
             of: the sequences of an update on this rank, where they are known.
+            counted: the tokens that verl counts, [B, T], bool, those that cannot be measured too; all measured by default.
         """
         if of is not None and self._sequences >= of:
             self.reset()
         self._sequences += len(tokens.mask)
+        self._tokens += int((tokens.mask if counted is None else counted).sum())
         self._measured.update(tokens, weight)
 
     def take_micro_batch(
@@ -64,12 +66,12 @@ class UpdateMetrics:
         Args:
             histograms: whether counts of the histograms are among them, as ``divergence_histogram/000``.
             ranks: over which verl takes the mean.
-            update_tokens: of all ranks; None where they are not known, and each is taken to have as many.
+            update_tokens: that count, of all ranks; None where they are not known, and each is taken to have as many.
         """
         measured = self._measured.compute()
         now = {name: measured.scalars.get(name, 0.0) for name in _names()}
         if update_tokens:
-            share = sum(measured.divergence_histogram) * ranks / update_tokens
+            share = self._tokens * ranks / update_tokens
             now |= {name: share * now[name] for name in MEANS}
         if histograms:
             for name in HISTOGRAMS:

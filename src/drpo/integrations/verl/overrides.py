@@ -47,7 +47,7 @@ _REJECTIONS = {
     "sequence_mean_k3": "seq_mean_k3",
     "sequence_geometric": "seq_mean_k1",
 }
-"""Corrections that are one of verl's ``rollout_rs``, whose tokens leave the denominators of the loss too."""
+"""Corrections that are one of verl's ``rollout_rs``."""
 
 _ADVANTAGES = {
     "mean": ("grpo", False),

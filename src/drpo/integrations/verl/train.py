@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from drpo.data.problems import BUILTIN_MODELS, Problem, tokenize_prompt
 from drpo.errors import TrainingInterruptedError, UserError
 from drpo.files import append_jsonl, read_jsonl, write_json
-from drpo.integrations.verl.cpu.settings import ENVIRONMENT
+from drpo.integrations.verl.cpu.settings import environment as environment_on_cpu
 from drpo.integrations.verl.hydra import compose_main_ppo
 from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, changed, overrides
@@ -160,7 +160,7 @@ def train(planned: Plan, *, overwrite: bool = False) -> dict[str, Any]:
         TrainingInterruptedError: a signal stopped this process.
     """
     _check_devices(planned.config)
-    environment = os.environ | (ENVIRONMENT if planned.config.trainer.device == "cpu" else {})
+    environment = environment_on_cpu() if planned.config.trainer.device == "cpu" else dict(os.environ)
     recipe, folder = planned.recipe, planned.folder
     own, updates = folder.path.absolute() / "verl", recipe.updates_per_rollout
     with folder.locked(), Progress(recipe.rollouts * updates, updates, show=True) as progress:

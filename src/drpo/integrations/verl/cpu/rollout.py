@@ -30,6 +30,8 @@ class Server:
         torch.manual_seed(seed)
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._max_tokens = max_tokens
+        ends = self._model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends])
         self._waiting: dict[float, list[tuple[list[int], asyncio.Future]]] = {}
         self._steps: int | None = None
 
@@ -45,17 +47,17 @@ class Server:
 
     def _sample(self, temperature: float, requests: list[tuple[list[int], asyncio.Future]]) -> None:
         longest = max(len(ids) for ids, _ in requests)
-        config = self._model.generation_config
+        pad = self._model.generation_config.pad_token_id
+        # What stands before a prompt is masked.
+        pad = next(iter(self._ends)) if pad is None else pad
         # Left padding, as Transformers wants it.
         missing = [longest - len(ids) for ids, _ in requests]
-        input_ids = torch.tensor(
-            [[config.pad_token_id] * n + ids for n, (ids, _) in zip(missing, requests, strict=True)]
-        )
+        input_ids = torch.tensor([[pad] * n + ids for n, (ids, _) in zip(missing, requests, strict=True)])
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in missing])
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode(), record_log_probs(self._model) as recorder:
             output = self._model.generate(
-                input_ids=input_ids, attention_mask=mask, max_new_tokens=self._max_tokens,
+                input_ids=input_ids, attention_mask=mask, max_new_tokens=self._max_tokens, pad_token_id=pad,
                 **(drawn if temperature > 0 else {"do_sample": False}),
             )  # fmt: skip
         completions = [self._until_end(row) for row in output[:, longest:].tolist()]
@@ -68,8 +70,8 @@ class Server:
             )
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        end = self._model.generation_config.eos_token_id
-        return ids[: ids.index(end) + 1] if end in ids else ids
+        length = next((place for place, token in enumerate(ids, 1) if token in self._ends), len(ids))
+        return ids[:length]
 
     async def load(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
         self._model.load_state_dict(weights, strict=False)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 
-ENVIRONMENT = {
-    "VERL_USE_EXTERNAL_MODULES": "drpo.integrations.verl.cpu.plugin",
-    "VERL_PLATFORM": "cpu",
-    # The engines are registered for "cuda"; what they compute on is the platform's device.
-    "VERL_ENGINE_DEVICE": "cuda",
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""What verl and its workers have to find in theirs."""
+PLUGIN = "drpo.integrations.verl.cpu.plugin"
 
 
 def environment() -> dict[str, str]:
-    """This process's, with that in it."""
-    return os.environ | ENVIRONMENT
+    """This process's, with what verl and its workers have to find in theirs."""
+    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES")
+    needed = {
+        "VERL_USE_EXTERNAL_MODULES": f"{PLUGIN},{modules}" if modules else PLUGIN,
+        "VERL_PLATFORM": "cpu",
+        # The engines are registered for "cuda"; what they compute on is the platform's device.
+        "VERL_ENGINE_DEVICE": "cuda",
+    }
+    return {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **os.environ, **needed}
 
 
 def overrides(workers: int = 1) -> list[str]:
