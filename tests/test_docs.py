@@ -22,7 +22,7 @@ import test_fuzz
 import test_objectives
 from drpo import CORRECTIONS, OBJECTIVES, DRPOConfig, objectives
 from drpo.cli.catalogue import describe_fields
-from drpo.lab.grid import BESIDE, COMPARED, CORE, DELTAS, best_rate
+from drpo.lab.grid import BESIDE, COMPARED, CORE, DELTAS, PENALTIES, PRESETS, best_rate
 from drpo.lab.statistics import area_under, has_collapsed, probability_of_improvement
 from drpo.run.recipe import Recipe
 from drpo.run.specs import TaskSpec
@@ -371,6 +371,30 @@ class TestFindings:
         if setting == "sanity":
             last = [rows[run]["accuracy"][-1] for run in tuned_runs if run.arm not in slow]
             assert 0.925 <= min(last) <= max(last) <= 0.995
+
+    def test_what_the_ablations_show_is_in_the_results(self) -> None:
+        runs, plan = findings.read_runs(), PRESETS["arms"]({})
+        means: dict[tuple[str, float], list[float]] = {}
+        collapsed: dict[tuple[str, float], list[bool]] = {}
+        for run in plan:
+            accuracy = runs[run]["accuracy"]
+            means.setdefault((run.arm, run.learning_rate), []).append(area_under(accuracy))
+            collapsed.setdefault((run.arm, run.learning_rate), []).append(has_collapsed(accuracy))
+        assert {len(of_cell) for of_cell in means.values()} == {3}
+        for rate in (1.4e-4, 2e-4):
+            better = probability_of_improvement(means["drpo(0.2)", rate], means["drpo_unweighted", rate])
+            assert better.low <= 0.5 <= better.high
+            assert not any(collapsed[arm, rate][seed] for arm in ("drpo_kl(5)", "drpo_tv(5)") for seed in range(3))
+            assert max(means["drpo_k3(5)", rate]) < min(means["drpo(0.2)", rate])
+        assert all(all(collapsed[f"{name}(0.08)", 2e-4]) for name in PENALTIES)
+        assert max(*means["drpo_kl(5)", 1.4e-4], *means["drpo_tv(5)", 1.4e-4]) < min(means["drpo(0.2)", 1.4e-4])
+        assert min(means["drpo_tv(5)", 2e-4]) > max(means["drpo(0.2)", 2e-4])
+        parents = (*means["dppo_tv(0.15)", 2e-4], *means["drpo(0.2)", 2e-4])
+        assert max(means["mask_drpo", 2e-4]) < min(parents)
+        assert not any(collapsed["gspo", 2e-4])
+        assert max(means["cispo", 2e-4]) < 0.08
+        before = [runs[run]["accuracy"][0] for run in plan]
+        assert f"one that solves {statistics.median(before):.0%} before".replace("%", " %") in self.PAGE
 
     def test_what_the_runs_show_is_in_the_results(self) -> None:
         cells = findings.read_cells()
