@@ -116,7 +116,7 @@ WITHOUT_WEIGHTS = [
     fault("another peft", install(peft="0.1"), verdict="warning", what="packages: peft is 0.1", fix="pip install 'peft"),
     fault("option of no effect", None, "trainer.beta=0.04", what="beta=0.04 would have no effect"),
     fault("misspelt field", None, "learning_rat=0.1", what="unknown field 'learning_rat'; did you mean 'learning_rate'"),
-    fault("option that has a field", None, "trainer.fp16=true", what="trainer: has 'fp16'; expected train_precision: bf16 at the top of the recipe"),
+    fault("option that has a field", None, "trainer.fp16=true", what="trainer: has 'fp16'; expected train_precision: fp16 at the top of the recipe"),
     fault("shards of a copy", None, "trainer.fsdp=full_shard", "rollout_lag=2", what="trainer.fsdp: rollout_lag would sample"),
     fault("wide delta", None, "objective.delta=12.5", verdict="warning", what="confines the gradient weight to [0.92, 1.08]", fix="objective.delta: 0.2"),
     fault("one update", None, "updates_per_rollout=1", verdict="warning", what="a trust region has nothing to bound", fix="updates_per_rollout: 4"),
