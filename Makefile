@@ -29,25 +29,26 @@ $(VLLM)/installed: tests/support/vllm_cpu/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
-# What is in .venv, under the newest Transformers, which verl does not allow.
-$(NEWEST)/installed: $(VENV)/installed
-	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==5.24.0 tokenizers==0.23.3
+# What is in .venv, with other versions of a few packages: $(call overlay,FOLDER,PACKAGES)
+define overlay
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(2)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-		> $$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_other.pth
+		> $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_other.pth
 	touch $@
+endef
+
+# The newest Transformers, which verl does not allow.
+$(NEWEST)/installed: $(VENV)/installed
+	$(call overlay,$(NEWEST),transformers==5.24.0 tokenizers==0.23.3)
 
 test-newest: $(NEWEST)/installed  ## the trainer's tests on the newest Transformers
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(addprefix tests/test_,auditing.py behaviour.py checkpoint.py \
 		config.py dynamic_sampling.py filters.py policy_head.py rollout_trainer.py shared_prompts.py train.py trainer.py)
 
-# What is in .venv, under the Transformers and the TRL that verl's own extras pin.
+# The Transformers and the TRL that verl's own extras pin.
 $(VERLS)/installed: $(VENV)/installed
-	test -x $(VERLS)/bin/python || $(PYTHON) -m venv $(VERLS)
-	$(VERLS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==5.9.0 trl==0.27.0
-	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-		> $$($(VERLS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_other.pth
-	touch $@
+	$(call overlay,$(VERLS),transformers==5.9.0 trl==0.27.0)
 
 PLUGIN := $(addprefix tests/test_,verl_losses.py parity_verl.py doctor_verl.py)
 test-verl: $(VERLS)/installed  ## the plug-in's tests beside verl's own pins, and without TRL; whether a resolver takes the two together

@@ -181,11 +181,11 @@ def test_the_best_checkpoint_from_before_a_collapse_is_kept_and_named(tmp_path: 
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-14"]
 
 
-@pytest.mark.parametrize("kept", [(10, 20, 30, 40), (20, 40)])
+@pytest.mark.parametrize("saved", [(10, 20, 30, 40), (20, 40)])
 def test_the_best_checkpoint_is_the_same_whichever_others_are_there_and_known_again_in_a_run_that_goes_on(
-    tmp_path: Path, kept: tuple[int, ...]
+    tmp_path: Path, saved: tuple[int, ...]
 ) -> None:
-    for update in kept:
+    for update in saved:
         (tmp_path / f"checkpoint-{update}").mkdir()
     # Ten updates each at 0.1, 0.9, 0.6 and 0.55, of two a rollout.
     state = TrainerState(global_step=40, max_steps=100)

@@ -684,7 +684,7 @@ def test_opsm_drops_bad_sequences_that_the_policy_has_left(
 INSIDE: dict[str, Any] = {
     **dict.fromkeys(("gspo", "gmpo", "icepop"), lambda w: w > 0),
     **dict.fromkeys(("drpo", "spo"), lambda w: w >= 0),
-    # Its region bounds r, and its weight is over r.
+    # Its region bounds r, and its weight is over r; below.
     "p3o": None,
 }
 OUTSIDE: dict[str, Any] = {
@@ -714,6 +714,12 @@ def test_the_gradient_weight_changes_where_a_token_is_outside_of_the_region_and_
         assert OUTSIDE.get(name, lambda w: w == 0)(weight[outside]).all()
         assert outside.any()
         assert not outside.all()
+
+
+def test_p3o_s_region_ends_at_the_effective_sample_size() -> None:
+    # Ratios 1, 2 and 1/2: E = 3.5² / (3 · 5.25) = 7/9.
+    t = tokens([0.4, 0.4, 0.2], [0.4, 0.2, 0.4], [1.0] * 3)
+    assert make_objective("p3o").is_outside(t).tolist() == [[True, True, False]]
 
 
 def test_a_region_beside_another_has_a_side_of_its_own_in_the_formula() -> None:

@@ -6,23 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import islice
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-NO_NAMES: Mapping[str, str] = MappingProxyType({})
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str] = NO_NAMES) -> str:
+def unknown_name(kind: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
     """One line: the unknown name, the nearest known ones, or what it is here if it is one of ``elsewhere``, all known ones."""
     # The columns of a damaged file may be a million.
     choices = list(islice(known, 1000))
     nearest = get_close_matches(name, choices, n=2, cutoff=0.75) or get_close_matches(name, choices, n=1)
     hint = (
         f"; here that is {elsewhere[name]}."
-        if name in elsewhere
+        if elsewhere and name in elsewhere
         else f"; did you mean {' or '.join(map(repr, nearest))}?"
         if nearest
         else ""
@@ -36,7 +32,7 @@ def make(
     registry: Mapping[str, type[T]],
     name: str,
     hyperparameters: Mapping[str, Any],
-    elsewhere: Mapping[str, str] = NO_NAMES,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> T:
     """The dataclass called ``name`` in a registry with these hyperparameters; ``elsewhere`` as in :func:`unknown_name`.
 

@@ -63,14 +63,14 @@ def inspect(
     from drpo.advantage import Advantage
     from drpo.inspect.analyze import analyse, why_not_computed
     from drpo.inspect.region import DELTA_COLUMNS, delta_field, delta_rows
-    from drpo.objectives import OBJECTIVES
+    from drpo.objectives import ELSEWHERE, OBJECTIVES
     from drpo.registry import unknown_name
 
     if advantage not in get_args(Advantage):
         raise UserError(f"--advantage: {unknown_name('advantage', advantage, get_args(Advantage))}")
     objectives = chosen_objectives(list(OBJECTIVES), overrides or [])
     if objective not in objectives:
-        raise UserError(f"--objective: {unknown_name('objective', objective, objectives)}")
+        raise UserError(f"--objective: {unknown_name('objective', objective, objectives, ELSEWHERE)}")
     if choose_delta and delta_field(objectives[objective]) is None:
         others = ", ".join(name for name, o in objectives.items() if delta_field(o) and not why_not_computed(o, True))
         raise UserError(f"--choose-delta: {objective} has no delta; expected --objective with one of {others}")

@@ -37,7 +37,7 @@ class ClipCov(PPO, UpdateObjective):
         COVARIANCE,
         UPDATE,
         EITHER,
-        high=Bound("cov_low and below cov_high, a random share", lambda owner, _: owner.cov_low),
+        high=Bound("cov_low and below cov_high, a random share"),
         beside=PPO.region,
     )
     operator: ClassVar[Operator] = "mask"

@@ -34,9 +34,7 @@ class CPPO(MaskObjective):
         allowance_high: the most.
     """
 
-    region: ClassVar[Region] = Region(
-        SPENT, PREFIX, high=Bound("min(delta, delta + b·Σω − ΣZ)", lambda owner, batch: owner.spending(batch)[1])
-    )
+    region: ClassVar[Region] = Region(SPENT, PREFIX, high=Bound("min(delta, delta + b·Σω − ΣZ)"))
     source: ClassVar[str] = "arXiv 2606.10968, Eq. 8–11"
     anchor: ClassVar[Anchor] = "sampler"
 

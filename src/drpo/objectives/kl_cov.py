@@ -36,7 +36,7 @@ class KLCov(PenaltyObjective, UpdateObjective):
         COVARIANCE,
         UPDATE,
         EITHER,
-        high=Bound("the 1 − share quantile", lambda owner, batch: owner.summary_of(batch)[-1]),
+        high=Bound("the 1 − share quantile"),
     )
 
     share: float = 2e-4

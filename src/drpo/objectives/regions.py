@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -60,19 +59,18 @@ class Bound:
 
     Args:
         written: in a formula.
-        of: its value, given who has the region, and the batch.
+        of: its value, given who has the region, and the batch; None where ``is_outside`` of who has it is its own.
         field: the hyperparameter that it is as it stands; None where it follows from others.
     """
 
     written: str
-    of: Callable[[Any, TokenBatch], Tensor | float]
+    of: Callable[[Any, TokenBatch], Tensor | float] | None = None
     field: str | None = None
 
 
 def at(field: str) -> Bound:
     """The hyperparameter of that name."""
-    read = attrgetter(field)
-    return Bound(field, lambda owner, _: read(owner), field)
+    return Bound(field, lambda owner, _: getattr(owner, field), field)
 
 
 DELTA = at("delta")
@@ -243,7 +241,7 @@ class Region:
             owner: whose hyperparameters the bounds are.
         """
         measured = self.measure(batch)
-        beyond = [measured < self.low.of(owner, batch)] if self.low else []
-        beyond += [measured > self.high.of(owner, batch)] if self.high else []
+        beyond = [measured < self.low.of(owner, batch)] if self.low and self.low.of else []
+        beyond += [measured > self.high.of(owner, batch)] if self.high and self.high.of else []
         outside = self.side.concerns(self.edge.between(batch)) & functools.reduce(torch.logical_or, beyond)
         return outside | self.beside.is_outside(batch, owner) if self.beside else outside

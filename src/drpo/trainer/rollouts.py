@@ -87,15 +87,15 @@ class RolloutSampler:
     def sampling_elsewhere(self, rollout_func: RolloutFunc, needed: Sequence[str]) -> RolloutFunc:
         """The rollout function, held to what is needed of it; what TRL does not know is kept for the batch."""
         checked_func = checked(rollout_func, needed)
-        wanted = {SAMPLING_MASK: self._recorded["support"], ROUTED_EXPERTS: self._recorded["experts"]}
+        is_recorded = {SAMPLING_MASK: self._recorded["support"], ROUTED_EXPERTS: self._recorded["experts"]}
 
         def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
             assert self._rollout is not None
             output = checked_func(prompts, trainer)
-            returned = {name: output[name] for name in wanted if output.get(name) is not None}
-            self._rollout.returned = {name: value for name, value in returned.items() if wanted[name]}
+            returned = {name: output[name] for name in is_recorded if output.get(name) is not None}
+            self._rollout.returned = {name: value for name, value in returned.items() if is_recorded[name]}
             # TRL hands on to the rewards what it does not know.
-            return {name: value for name, value in output.items() if name not in wanted}
+            return {name: value for name, value in output.items() if name not in is_recorded}
 
         return rollout
 
