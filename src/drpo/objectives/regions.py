@@ -234,7 +234,7 @@ class Region:
         return total.exp() if self.statistic.in_logs else total
 
     def is_outside(self, batch: TokenBatch, owner: Any) -> Tensor:
-        """Which tokens are, [B, T], bool. :meth:`Objective.is_outside` is what an objective goes by: a few say more there.
+        """Which tokens are, [B, T], bool. :meth:`drpo.objectives.Objective.is_outside` is what an objective goes by: a few say more there.
 
         Args:
             batch: the tokens.
