@@ -14,7 +14,9 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs_version
+from typer.testing import CliRunner
 
+from drpo.cli.main import app
 from drpo.errors import UserError
 from drpo.files import append_jsonl, write_json
 from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
@@ -23,6 +25,7 @@ from drpo.report.figures import MOST_WEIGHT_TICKS, divergence, tick_whole, weigh
 from drpo.report.html import table
 from drpo.report.page import render
 from drpo.report.read import read_run
+from drpo.report.verl_log import read_verl_log
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import load_recipe
 from support.browser import BROWSER
@@ -433,6 +436,70 @@ def test_a_run_of_verl_says_what_its_rows_are_of(tmp_path: Path) -> None:
     assert note in page
     assert "at the last update of each rollout" not in page
     assert "π/μ of the sampled tokens as the mean over the updates of each rollout" in page
+
+
+def verl_log(path: Path) -> Path:
+    """What verl's logger "file" writes of a validation before training and three rollouts."""
+    histogram = {f"actor/weight_histogram/{index:03d}": 0.0 for index in range(len(WEIGHT_EDGES) + 1)}
+    middle = len(histogram) // 2
+    histogram |= {f"actor/weight_histogram/{middle:03d}": 30.25, f"actor/weight_histogram/{middle - 5:03d}": 10.0}
+    rows: list[dict[str, Any]] = [{"step": 0, "data": {"val-core/aime24/acc/mean@16": 0.125}}]
+    for step in (1, 2, 3):
+        metrics = {"actor/divergence/mean": 1e-4 * step, "actor/ratio/mean": 1.0, "actor/ratio/max": 2.0}
+        rollout = {"critic/score/mean": 0.25 * step, "timing_s/step": 2.0, "actor/grad_norm": 0.5}
+        rows.append({"step": step, "data": metrics | rollout | histogram})
+    rows[-1]["data"]["val-core/aime24/acc/mean@16"] = 0.75
+    append_jsonl(path, *rows)
+    return path
+
+
+def test_a_log_of_main_ppo_has_a_page_without_a_run_folder(tmp_path: Path) -> None:
+    run = read_verl_log(verl_log(tmp_path / "qwen3.jsonl"))
+    assert run.series("reward") == ([1, 2, 3], [0.25, 0.5, 0.75])
+    assert run.series("verl/val-core/aime24/acc/mean@16") == ([0, 3], [0.125, 0.75])
+    # 30.25 and 10 are the means over a rollout's updates, in each of three rollouts.
+    assert sum(run.histogram("weight_histogram")) == 3 * (30 + 10)
+    assert CliRunner().invoke(app, ["report", str(tmp_path / "qwen3.jsonl")]).exit_code == 0
+    page = parse((tmp_path / "qwen3.html").read_text())
+    assert {"qwen3", "3", "6", "not logged"} <= set(page.cells)
+    for heading in (
+        "Reward and held-out accuracy",
+        "Validation by verl",
+        "Distance from the behaviour policy",
+        "Ratio",
+    ):
+        assert heading in page.text
+    assert "as the mean over the updates of each rollout" in page.text
+    both = CliRunner().invoke(
+        app,
+        [
+            "report",
+            str(tmp_path / "qwen3.jsonl"),
+            str(make_run(tmp_path / "run").path),
+            "--output",
+            str(tmp_path / "both.html"),
+        ],
+    )
+    assert both.exit_code == 0
+
+
+@pytest.mark.parametrize("text", ['{"update": 1}\n', '{"step": "1", "data": {}}\n'])
+def test_a_file_that_is_no_log_of_verl_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(
+        UserError, match=r"log\.jsonl, row 1: has no step and data; expected a log of verl's logger file"
+    ):
+        read_verl_log(tmp_path / "log.jsonl")
+
+
+def test_a_run_that_logged_no_histograms_has_a_page_without_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    folder.metrics.unlink()
+    append_jsonl(folder.metrics, *({k: v for k, v in row.items() if "histogram" not in k} for row in rows))
+    page = parse(render([read_run(folder)]))
+    assert "Ratio" in page.text
+    assert "Gradient weights" not in page.text
 
 
 @pytest.mark.parametrize("missing", ["run.json", "recipe.yaml"])

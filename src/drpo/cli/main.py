@@ -60,11 +60,12 @@ def options(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or logs of verl's logger file.", show_default=False)],
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where the page goes; by default RUN/report.html, or report.html for several runs.", show_default=False
+            help="Where the page goes; by default RUN/report.html, beside a log, or report.html for several runs.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -75,13 +76,20 @@ def report(
       drpo report runs/demo
 
       drpo report runs/drpo runs/ppo --output comparison.html
+
+      drpo report my_project/my_experiment.jsonl   # of a run by python -m verl.trainer.main_ppo
     """
-    from drpo.report import write_report
+    from drpo.report.html import write_page
+    from drpo.report.page import render
+    from drpo.report.read import read_run
+    from drpo.report.verl_log import read_verl_log
     from drpo.run.folder import RunFolder
 
-    folders = [RunFolder(path) for path in runs]
-    target = output or (folders[0].report if len(folders) == 1 else Path("report.html"))
-    write_report(folders, target)
+    page = render([read_verl_log(path) if path.is_file() else read_run(RunFolder(path)) for path in runs])
+    first = runs[0]
+    beside = first.with_suffix(".html") if first.is_file() else RunFolder(first).report
+    target = output or (beside if len(runs) == 1 else Path("report.html"))
+    write_page(page, target)
     typer.echo(str(target))
 
 

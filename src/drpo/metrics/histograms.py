@@ -31,6 +31,9 @@ _STEPS = _edges(-13, 4, _COARSE)
 WEIGHT_EDGES = 1 + _WEIGHT_UNIT * _both_sides(_STEPS)
 """Edges of the gradient-weight histogram, two bins a doubling of |w − 1| from 1e-4 on; w = 0 is the middle of a bin."""
 
+LOGGED_BINS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
+"""The bins of the histograms that an update logs, by name."""
+
 
 # Bins go from 0 (below the first edge) to len(edges) (from the last on), as int32 in one dimension; a value on an edge is in
 # the bin that is further from 0. They are read from the leading bits of the numbers, since edges are evenly spaced within

@@ -98,13 +98,20 @@ def learning(runs: Sequence[RunData]) -> go.Figure:
     return tick_whole(style(figure, "rollouts", "mean reward, accuracy")).update_yaxes(rangemode="tozero")
 
 
+def validation(runs: Sequence[RunData]) -> go.Figure:
+    """verl's own validation metrics, by data source."""
+    prefix = "verl/val-core/"
+    names = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name.startswith(prefix))
+    return over_rollouts(runs, {name: name.removeprefix(prefix) for name in names}, "mean over samples")
+
+
 def divergence(runs: Sequence[RunData]) -> go.Figure:
     """|π − μ| over rollouts, and δ of the runs that have one."""
     metrics = {f"divergence/{statistic}": label for statistic, label in STATISTICS.items()}
     figure = over_rollouts(runs, metrics, "|π − μ|", log=True)
     runs_by_delta: dict[float, list[RunData]] = {}
     for run in runs:
-        if run.metrics and (delta := run.objective.edge or 1) < 1:
+        if run.metrics and run.objective and (delta := run.objective.edge or 1) < 1:
             runs_by_delta.setdefault(delta, []).append(run)
     for order, (delta, sharing) in enumerate(runs_by_delta.items() if figure.data else ()):
         rollouts = [run.metrics[place]["rollout"] for run in sharing for place in (0, -1)]
@@ -124,12 +131,14 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
     """How often the objective gave which gradient weight to a token with A ≠ 0, over the whole run."""
     figure = go.Figure()
     labels = _weight_labels()
-    histograms = {index: run.histogram("weight_histogram") for index, run in enumerate(runs) if run.metrics}
+    logged = {index: run.histogram("weight_histogram") for index, run in enumerate(runs)}
+    histograms = {index: counts for index, counts in logged.items() if counts}
     used = [place for place in range(len(labels)) if any(counts[place] for counts in histograms.values())]
     # Bins are wider away from 1: weights are drawn at equal distances, from the lowest seen to the highest.
     shown = slice(min(used), max(used) + 1) if used else slice(0)
     for index, counts in histograms.items():
-        name = runs[index].recipe.objective.name
+        recipe = runs[index].recipe
+        name = recipe.objective.name if recipe else "objective not logged"
         figure.add_bar(
             x=labels[shown],
             y=[count / (sum(counts) or 1) or None for count in counts[shown]],

@@ -41,6 +41,11 @@ _FIGURES: tuple[tuple[str, str, Draw], ...] = (
         figures.learning,
     ),
     (
+        "Validation by verl",
+        "What verl measured on its validation files, whose completions its log does not have.",
+        figures.validation,
+    ),
+    (
         "Distance from the behaviour policy",
         "|π − μ| of the sampled tokens at the last update of each rollout, where π has moved furthest from the policy that sampled them.",
         figures.divergence,
@@ -121,9 +126,12 @@ def _overview(runs: Sequence[RunData]) -> str:
         if run.evaluations:
             heldout = "{completions:,} of {problems:,} problems".format(**run.evaluations[-1])
         done = run.metrics[-1]["rollout"] if run.metrics else 0
-        rollouts = run.recipe.rollouts if run.summary else f"{done} of {run.recipe.rollouts}"
         seconds = run.summary.get("train_seconds", "not finished")
-        settings = [rollouts, run.recipe.updates_per_rollout, seconds, run.recipe.seed]
+        if recipe := run.recipe:
+            rollouts = recipe.rollouts if run.summary else f"{done} of {recipe.rollouts}"
+            settings = [rollouts, recipe.updates_per_rollout, seconds, recipe.seed]
+        else:
+            settings = [done, "not logged", seconds, "not logged"]
         rows.append([run.name, _objective(run), accuracies[0], accuracies[-1], Number(heldout), *settings])
     columns = ["run", "objective", "accuracy before", "accuracy after", "held-out samples", "rollouts"]
     note = '<p class="note">Accuracies have their interval at 95 %, by bootstrap over problems.</p>'
@@ -132,6 +140,8 @@ def _overview(runs: Sequence[RunData]) -> str:
 
 def _objective(run: RunData) -> str:
     recipe = run.recipe
+    if recipe is None:
+        return "not logged"
     factors = [(recipe.objective.name, run.summary.get("objective_kwargs", recipe.objective.hyperparameters))]
     if recipe.correction is not None:
         factors.append((recipe.correction.name, asdict(recipe.correction.make())))
@@ -234,6 +244,8 @@ def _samples(runs: Sequence[RunData]) -> str:
 def _configuration(runs: Sequence[RunData]) -> str:
     parts = []
     for run in runs:
+        if run.recipe is None:
+            continue
         name, recipe, info = (escape(t) for t in (run.name, dump_recipe(run.recipe), json.dumps(run.info, indent=2)))
         parts.append(f"<details open><summary>{name}: recipe</summary><pre>{recipe}</pre></details>")
         parts.append(f"<details><summary>{name}: versions</summary><pre>{info}</pre></details>")

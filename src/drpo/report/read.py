@@ -10,13 +10,11 @@ from typing import Any, TypedDict
 from drpo.errors import UserError
 from drpo.evaluation.statistics import Estimate, estimate
 from drpo.files import iterate_jsonl, read_jsonl
-from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.metrics.histograms import LOGGED_BINS
 from drpo.objectives import Objective
 from drpo.report.tokens import TrainedTokens, read_trained_tokens
 from drpo.run.folder import RunFolder
 from drpo.run.recipe import Recipe, load_recipe
-
-_BINS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 
 
 class Evaluation(TypedDict):
@@ -41,6 +39,7 @@ class RunData:
 
     Args:
         name: of its folder.
+        recipe: None of a log that has none.
         metrics: a row an update.
         evaluations: the held-out evaluations.
         samples: a row a held-out completion.
@@ -51,7 +50,7 @@ class RunData:
     """
 
     name: str
-    recipe: Recipe
+    recipe: Recipe | None
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]
     samples: list[dict[str, Any]]
@@ -61,8 +60,8 @@ class RunData:
     measured: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
-    def objective(self) -> Objective:
-        return self.recipe.objective.make()
+    def objective(self) -> Objective | None:
+        return self.recipe and self.recipe.objective.make()
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Rollouts and the values of a metric, at the last update of each at which it was measured."""
@@ -73,8 +72,8 @@ class RunData:
         return list(by_rollout), list(by_rollout.values())
 
     def histogram(self, key: str) -> list[int]:
-        """The histogram of a metric over all updates."""
-        return [sum(column) for column in zip(*(row[key] for row in self.metrics), strict=True)]
+        """The histogram of a metric over all updates; empty where none logged it."""
+        return [sum(column) for column in zip(*(row[key] for row in self.metrics if key in row), strict=True)]
 
 
 def read_run(folder: RunFolder) -> RunData:
@@ -85,7 +84,7 @@ def read_run(folder: RunFolder) -> RunData:
         return RunData(
             name=folder.path.resolve().name,
             recipe=load_recipe(folder.recipe),
-            metrics=_rows(folder.metrics, update=int, rollout=int, **dict.fromkeys(_BINS, list)),
+            metrics=_rows(folder.metrics, update=int, rollout=int),
             evaluations=_evaluations(folder.evaluations),
             samples=_rows(folder.samples, rollout=int, prompt=str, completion=str, answer=str),
             trained=read_trained_tokens(iterate_jsonl(folder.rollouts)),
@@ -134,8 +133,9 @@ def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:
         for field, kind in fields.items():
             if not isinstance(row, dict) or not isinstance(row.get(field), kind):
                 raise ValueError(f"{path.name}, row {number}: expected an object with {field}, a {kind.__name__}")
-            if field in _BINS and len(row[field]) != _BINS[field]:
+        for name, bins in LOGGED_BINS.items():
+            if name in row and not (isinstance(row[name], list) and len(row[name]) == bins):
                 raise ValueError(
-                    f"{path.name}, row {number}: {field} has {len(row[field])} bins; expected {_BINS[field]}, as this version writes"
+                    f"{path.name}, row {number}: {name} is not a list of {bins} bins, which this version writes"
                 )
     return rows

@@ -18,13 +18,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from drpo.integrations.verl.maxima import is_maximum
 from drpo.metrics import TrustRegionMetrics
-from drpo.metrics.histograms import DIVERGENCE_EDGES, WEIGHT_EDGES
+from drpo.metrics.histograms import LOGGED_BINS
 from drpo.tokens import TokenBatch
 
 MEANS = ("ratio/mean", "divergence/mean", "kl/k1", "kl/k3", "chi_squared")
 """Scalars that are means over all tokens."""
-
-HISTOGRAMS = {"divergence_histogram": len(DIVERGENCE_EDGES) + 1, "weight_histogram": len(WEIGHT_EDGES) + 1}
 
 
 class UpdateMetrics:
@@ -74,7 +72,7 @@ class UpdateMetrics:
             share = self._tokens * ranks / update_tokens
             now |= {name: share * now[name] for name in MEANS}
         if histograms:
-            for name in HISTOGRAMS:
+            for name in LOGGED_BINS:
                 counts = getattr(measured, name)
                 now |= {f"{name}/{index:03d}": float(ranks * count) for index, count in enumerate(counts)}
         before, k = self._before, self._micro_batches + 1

@@ -23,22 +23,14 @@ from drpo.errors import TrainingInterruptedError, UserError
 from drpo.files import append_jsonl, read_jsonl, write_json
 from drpo.integrations.verl.cpu.settings import environment as environment_on_cpu
 from drpo.integrations.verl.hydra import compose_main_ppo
-from drpo.integrations.verl.metrics import HISTOGRAMS
 from drpo.integrations.verl.overrides import as_arguments, changed, overrides
 from drpo.integrations.verl.problems import write_rows
 from drpo.redact import find_secret
+from drpo.report.verl_log import rename_metrics
 from drpo.run.build import apply_task, load_problems
 from drpo.run.folder import RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
-
-_NAMES = {
-    "critic/score/mean": "reward",
-    "actor/loss": "loss",
-    "actor/grad_norm": "grad_norm",
-    "actor/lr": "learning_rate",
-}
-"""Of DRPOTrainer's, for what verl calls otherwise."""
 
 
 class VerlError(Exception):
@@ -279,7 +271,7 @@ class Log:
         if "actor/grad_norm" in data and rollout > self._rollout:
             self._rollout = rollout
             self._seconds += data["timing_s/step"]
-            row = {**where, "seconds": self._seconds, **_row(data, self._updates)}
+            row = {**where, "seconds": self._seconds, **rename_metrics(data, self._updates)}
             append_jsonl(self._folder.metrics, row)
             self._progress.show_update(where["update"], row)
         # A run that goes on evaluates once more what it had evaluated.
@@ -300,23 +292,6 @@ class Log:
         ]
         accuracy = self._folder.append_evaluation(where, samples, self._heldout_samples)
         self._progress.show_accuracy(accuracy, where["update"])
-
-
-def _row(data: dict[str, Any], updates: int) -> dict[str, Any]:
-    """verl's metrics of a rollout under the names that DRPOTrainer's have; histograms count the tokens of all its updates."""
-    row: dict[str, Any] = {}
-    for name, value in data.items():
-        inner = name.removeprefix("actor/")
-        histogram, _, index = inner.partition("/")
-        if name in _NAMES:
-            row[_NAMES[name]] = value
-        elif histogram in HISTOGRAMS:
-            row.setdefault(histogram, [0] * HISTOGRAMS[histogram])[int(index)] = round(value * updates)
-        elif name.startswith("actor/"):
-            row[inner] = value
-        else:
-            row[f"verl/{name}"] = value
-    return row
 
 
 def _last_model(checkpoints: Path) -> Path | None:
