@@ -204,7 +204,12 @@ WRONG = [
         ["actor_rollout_ref.actor.use_dynamic_bsz=false", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7"],
         "stop", "ppo_micro_batch_size_per_gpu=7 does not divide", "ppo_micro_batch_size_per_gpu=1", id="micro-batch",
     ),
-    pytest.param(["actor_rollout_ref.model.path=/no/model"], "warning", "model.path=/no/model: no such file", "every node", id="model"),
+    *(
+        pytest.param(
+            [f"actor_rollout_ref.model.path={path}"], "warning", f"model.path={path}: no such file", "every node", id=path
+        )
+        for path in ("/no/model", "./model", "models/qwen/4b")
+    ),
     pytest.param(
         ["reward.custom_reward_function.path=no_reward.py"], "warning", "path=no_reward.py: no such file", "every node", id="reward"
     ),

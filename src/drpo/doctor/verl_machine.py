@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from drpo.doctor.findings import Finding
 from drpo.doctor.verl_values import get
 
@@ -33,9 +35,20 @@ def check_paths(config: Any) -> Iterator[Finding]:
     """What is on this machine: the verl job may run on another one, so nothing stops here."""
     for key in ("actor_rollout_ref.model.path", "reward.custom_reward_function.path"):
         path = str(get(config, key) or "")
-        is_name = "reward" not in key and not path.startswith((".", "~", "/"))
-        if path and "://" not in path and not is_name and not Path(path).expanduser().exists():
-            yield Finding("warning", f"{key}={path}: no such file on this machine", "a path that every node has")
+        if not path or "://" in path or Path(path).expanduser().exists():
+            continue
+        if "model" in key and is_repo_id(path):
+            continue
+        yield Finding("warning", f"{key}={path}: no such file on this machine", "a path that every node has")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a model of that name could be on the Hugging Face hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_chat_template(config: Any) -> Iterator[Finding]:
