@@ -15,10 +15,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from hydra.utils import instantiate
 from typer.testing import CliRunner
 
 import drpo.integrations.verl
+from drpo import recipes
 from drpo.cli.main import app, main
 from drpo.data.problems import MODEL_PATH
 from drpo.errors import UserError
@@ -34,6 +36,27 @@ from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe, load_recipe
 
 FOLDER = Path("/runs, of (mine)/it's=1")
+
+PAPER = Path(str(recipes.FOLDER)) / "verl"
+
+
+def leaves(node: yaml.Node, path: str = "") -> list[tuple[str, int]]:
+    """The settings in a node of YAML, with the numbers of their lines."""
+    if not isinstance(node, yaml.MappingNode):
+        return [(path, node.end_mark.line)]
+    return [leaf for key, value in node.value for leaf in leaves(value, f"{path}.{key.value}".strip("."))]
+
+
+@pytest.mark.parametrize("file", sorted(PAPER.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_value_of_the_paper_s_recipes_has_its_source_beside_it(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    lines, tree = text.splitlines(), yaml.compose(text)
+    assert tree is not None
+    # Where settings are composed from, what a run is called and the loss by which a file is named.
+    free = ("hydra.", "defaults", "label", "trainer.project_name", "trainer.experiment_name")
+    for setting, line in leaves(tree):
+        if not setting.startswith(free) and not setting.endswith("loss_mode"):
+            assert re.search(r" # \[(paper|code|verl|verl-recipe|ours)\]", lines[line]), f"{setting}: {lines[line]}"
 
 
 def composed(*settings: str, more: tuple[str, ...] = ()) -> Any:
