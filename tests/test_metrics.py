@@ -298,6 +298,18 @@ def test_nothing_to_measure_is_an_empty_measurement(shape: tuple[int, int]) -> N
     assert metrics.compute() == TrustRegion()
 
 
+def test_without_weights_all_but_their_effects_is_measured() -> None:
+    batch, weight = by_hand()
+    of_policies = TrustRegionMetrics()
+    of_policies.update(batch)
+    whole, expected = measured(batch, weight), of_policies.compute()
+    is_effect = {name: name.startswith(("weight/", "regulariser/")) for name in whole.scalars}
+    assert any(is_effect.values())
+    assert expected.scalars == {name: value for name, value in whole.scalars.items() if not is_effect[name]}
+    assert expected.divergence_histogram == whole.divergence_histogram
+    assert not any(expected.weight_histogram)
+
+
 def test_a_reset_forgets_what_was_measured() -> None:
     metrics = TrustRegionMetrics()
     metrics.update(*by_hand())

@@ -57,7 +57,7 @@ class Inspection:
         away: the share of them that moved the way their advantage pushes: A(r − 1) > 0.
         measured: the scalars of :class:`drpo.TrustRegion` that need no objective, over all tokens.
         divergence_histogram: of |π − μ| over all tokens.
-        by_step: the same scalars of each step, if the file has steps.
+        by_step: those of each step that are not by group of tokens, if the file has steps.
         by_age: the same of each age in rollouts, if the file has ages.
         what_if: of every objective that could be computed.
         not_computed: why the others could not.
@@ -117,7 +117,7 @@ def analyse(
     for sequences in rollouts.batches():
         batches: dict[str, TokenBatch] = {anchor: rollouts.padded(sequences, anchor) for anchor in ("sampler", "old")}
         sampled = batches["sampler"]
-        total.update(sampled, torch.ones_like(sampled.logp))
+        total.update(sampled)
         moves_away = sampled.mask & (sampled.advantage * sampled.excess > 0)
         distances.append(sampled.shift.abs()[moves_away])
         region.add(sequences, batches[objectives[region_of].anchor])
@@ -141,7 +141,7 @@ def analyse(
         tokens=tokens,
         steered=steered / tokens,
         away=len(away) / tokens,
-        measured=_of_policies(measured.scalars),
+        measured=measured.scalars,
         divergence_histogram=measured.divergence_histogram,
         by_step=_measured_by(rollouts, rollouts.step) if "step" in rollouts.columns.names else {},
         by_age=_measured_by(rollouts, rollouts.age) if rollouts.age is not None else {},
@@ -198,20 +198,15 @@ def _what_if(objective: Objective, sums: dict[str, Tensor], has_old: bool) -> Wh
     )
 
 
-def _of_policies(scalars: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in scalars.items() if not name.startswith(("weight/", "regulariser/"))}
-
-
 def _measured_by(rollouts: Rollouts, key: Tensor) -> dict[int, dict[str, float]]:
-    """The same scalars of the sequences of each ``key``, [N]."""
-    found = {}
+    """Those of the sequences of each ``key``, [N], that are not by group of tokens."""
+    measured = {}
     for value, batches in groupby(rollouts.batches(key), lambda sequences: int(key[sequences[0]])):
-        metrics = TrustRegionMetrics()
+        metrics = TrustRegionMetrics(by_group=False)
         for sequences in batches:
-            sampled = rollouts.padded(sequences)
-            metrics.update(sampled, torch.ones_like(sampled.logp))
-        found[value] = _of_policies(metrics.compute().scalars)
-    return found
+            metrics.update(rollouts.padded(sequences))
+        measured[value] = metrics.compute().scalars
+    return measured
 
 
 def _delta(away: Tensor, share: float, tokens: int) -> float | None:

@@ -52,16 +52,16 @@ class TrustRegionMetrics:
         self._maxima: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, batch: TokenBatch, weight: Tensor, entropy: Tensor | None = None) -> None:
+    def update(self, batch: TokenBatch, weight: Tensor | None = None, entropy: Tensor | None = None) -> None:
         """Add the tokens of a batch. Distances are of π from the sampler's μ, whatever the batch's anchor; effects by the objective's own ratio.
 
         Args:
             batch: the tokens, [B, T].
-            weight: [B, T], the objective's gradient weight.
+            weight: [B, T], the objective's gradient weight, in every call or in none; without, its effects are not measured.
             entropy: [B, T], of π at each token, in nats; the same choice in every call.
         """
         # MPS has no fp64. Everything is summed in it, and but for k3 nothing else has to be.
-        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        dtype = torch.float32 if batch.logp.device.type == "mps" else torch.float64
         by_objective, batch = batch, batch.against("sampler")
         counted = batch.mask
         excess, divergence, log_ratio = batch.excess, batch.shift.abs(), batch.log_ratio.to(dtype)
@@ -79,7 +79,8 @@ class TrustRegionMetrics:
         sums["tokens"] = counted.sum()
         bins = divergence_bins(divergence)
         sums["divergence_histogram"] = histogram(bins, len(DIVERGENCE_EDGES) + 1, counted, dtype)
-        sums |= _within("effects", effects.sums(by_objective, weight, dtype))
+        if weight is not None:
+            sums |= _within("effects", effects.sums(by_objective, weight, dtype))
         if self._by_group:
             sums |= _within("breakdown", breakdown.sums(batch, dtype))
         maxima = {
@@ -111,13 +112,14 @@ class TrustRegionMetrics:
             return TrustRegion()
         of_groups, of_effects = _of("breakdown", totals), _of("effects", totals)
         extremes_of_groups = _of("breakdown", largest)
-        divergence_histogram = totals.pop("divergence_histogram")
-        weight_histogram = of_effects.pop("weight_histogram")
-        scalars = _scalars(_numbers(totals), _numbers(largest), divergence_histogram)
-        scalars |= effects.scalars(_numbers(of_effects))
+        histograms = {"divergence_histogram": totals.pop("divergence_histogram")}
+        scalars = _scalars(_numbers(totals), _numbers(largest), histograms["divergence_histogram"])
+        if of_effects:
+            histograms["weight_histogram"] = of_effects.pop("weight_histogram")
+            scalars |= effects.scalars(_numbers(of_effects))
         if self._by_group:
             scalars |= breakdown.scalars(of_groups, extremes_of_groups)
-        return TrustRegion(scalars, divergence_histogram.long().tolist(), weight_histogram.long().tolist())
+        return TrustRegion(scalars, **{name: counts.long().tolist() for name, counts in histograms.items()})
 
     def reset(self) -> None:
         self._sums, self._maxima = {}, {}

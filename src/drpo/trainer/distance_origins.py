@@ -43,7 +43,7 @@ class DistanceOrigins:
         for name, (ours, theirs) in pairs.items():
             mask = torch.ones_like(advantage, dtype=torch.bool)
             pair = TokenBatch(ours.unsqueeze(0), theirs.unsqueeze(0), advantage, mask)
-            self._parts.setdefault(name, TrustRegionMetrics()).update(pair, torch.ones_like(advantage))
+            self._parts.setdefault(name, TrustRegionMetrics()).update(pair)
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What was measured since the last call, as ``PART/divergence/mean`` and so on."""
