@@ -67,7 +67,7 @@ def stability_map(arms: Mapping[str, Mapping[tuple[float, int], tuple[float, flo
     """
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
-    figure = make_subplots(rows, columns, subplot_titles=list(arms), horizontal_spacing=0.05, vertical_spacing=0.16)
+    figure = make_subplots(rows, columns, subplot_titles=list(arms), horizontal_spacing=0.05, vertical_spacing=0.2)
     for place, cells in enumerate(arms.values()):
         rates, updates = (sorted(set(axis)) for axis in zip(*cells, strict=True))
         accuracy = np.array([[cells.get((rate, count), (np.nan, np.nan))[0] for rate in rates] for count in updates])
@@ -82,11 +82,11 @@ def stability_map(arms: Mapping[str, Mapping[tuple[float, int], tuple[float, flo
             row=place // columns + 1,
             col=place % columns + 1,
         )
-    figure.update_xaxes(title_text="learning rate", type="category")
+    figure.update_xaxes(title_text="learning rate", type="category", tickangle=0, tickfont={"size": 11})
     figure.update_yaxes(type="category")
     figure.update_yaxes(title_text="updates a rollout", col=1)
     style(figure, height=80 + 260 * rows)
-    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "final<br>accuracy"}}
+    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "final<br>accuracy", "y": 0.45, "len": 0.9}}
     return figure.update_layout(coloraxis=colors, hovermode="closest", margin={"t": 60})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 from collections.abc import Sequence
 from html import escape
@@ -18,6 +19,11 @@ _PLOTLY = Path(__file__).parent / "plotly" / "plotly-basic.min.js"
 """plotly.js with lines and bars alone, a quarter of the whole, in the version of the Python package that tests run with."""
 
 _DRAW = """
+const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), character => character.charCodeAt(0));
+const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+const script = document.createElement("script");
+script.textContent = await new Response(unpacked).text();
+document.head.append(script);
 for (const holder of document.querySelectorAll(".figure")) {
   const figure = JSON.parse(holder.querySelector("script").textContent);
   const target = document.createElement("div");
@@ -47,16 +53,17 @@ def document(heading: str, kind: str, body: str, plotly: str | None = None) -> s
         heading: text.
         kind: of page, for its title.
         body: HTML.
-        plotly: the script that draws; by default one that knows lines and bars alone.
+        plotly: the script that draws, packed in the page to a third of its size; by default one that knows lines and bars alone.
     """
     plotly, title = plotly or _PLOTLY.read_text(encoding="utf-8"), escape(heading)
+    packed = base64.b64encode(gzip.compress(plotly.encode(), mtime=0)).decode()
     policy = f"default-src 'none'; script-src 'sha256-{_digest(plotly)}' 'sha256-{_digest(_DRAW)}'; style-src 'unsafe-inline'; img-src data: blob:"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} - {kind}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f"<body><h1>{title}</h1>{body}\n"
-        f"<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
+        f'<script type="application/gzip" id="plotly">{packed}</script>\n<script type="module">{_DRAW}</script>\n</body></html>\n'
     )
 
 
