@@ -258,6 +258,31 @@ def test_the_template_is_that_of_training(here, drpo, chosen, trained, expected)
     assert result["problems_table"][0]["prompt"] == expected.replace("{prompt}", "1+2=")
 
 
+@pytest.mark.parametrize("source", ["recipe.yaml", "run"])
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_base_model_is_asked_as_the_run_that_it_is_compared_with(here, drpo, vllm, engine, source):  # noqa: F811
+    folder = make_run(here / "run", "task.chat_template=false", "task.stop=','")
+    (here / "recipe.yaml").write_text(folder.recipe.read_text())
+    save_model(here / "base", BOS_IN_TEMPLATE)
+    settings = ["--data", "arithmetic", "--problems", "4", "--reward", "exact_answer", "--engine", engine]
+    for name, more in (("plain", []), ("asked", ["--as", source])):
+        assert drpo("eval", "base", *settings, "--out", name, *more)[0] == 0
+    of_plain, of_asked = (json.loads((here / name / "evaluation.json").read_text()) for name in ("plain", "asked"))
+    assert [of_asked[name] for name in ("chat_template", "stop")] == [False, ","]
+    if engine == "vllm":
+        tokenizer = AutoTokenizer.from_pretrained(here / "base")
+        comma = tokenizer.convert_tokens_to_ids(",")
+        assert [request.get("stop_token_ids") for request in vllm] == [None] * 4 + [[comma]] * 4
+        assert all(request["ignore_eos"] for request in vllm[4:])
+    else:
+        completions = [json.loads(line)["completion"] for line in (here / "asked" / "samples.jsonl").open()]
+        assert all(completion.endswith(",") and completion.count(",") == 1 for completion in completions)
+    assert drpo("compare", "plain", "asked")[2].splitlines() == [
+        "the models were not asked the same: chat_template is True and False",
+        "the models were not asked the same: stop is None and ','",
+    ]
+
+
 def test_what_the_chat_template_is_told_changes_the_prompt(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path, BOS_IN_TEMPLATE))
     assert tokenizer.decode(tokenize_prompt(Problem("1=", "1"), tokenizer)) == "~1="
@@ -425,6 +450,7 @@ def rewards(tmp_path, monkeypatch) -> str:
         (["eval", "arithmetic", "--data", "arithmetic", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs [1]: expected a JSON object"),
         (["eval", "arithmetic", "--data", "arithmetic", "--chat-template-kwargs", "{a"], "--chat-template-kwargs {a: expected a JSON object"),
         (["eval", "arithmetic", "--data", "bad.jsonl"], "bad.jsonl, row 1: is not JSON"),
+        (["eval", "arithmetic", "--data", "arithmetic", "--as", "smollm2-adition"], "smollm2-adition: "),
         (["eval", "./missing", "--data", "arithmetic"], "MODEL: cannot load './missing'"),
         (["eval", "arithmetic", "--data", "arithmetic", "--out", "mine"], "--out mine: is not an evaluation"),
         (["eval", "arithmetic", "--data", "arithmetic", "--out", "bad.jsonl"], "--out bad.jsonl: is a file"),

@@ -46,6 +46,15 @@ def evaluate(
         int | None, typer.Option(help="At most so many of each file.", min=1, show_default=False)
     ] = None,
     reward: Reward = Settings.reward,
+    asked_as: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="RECIPE",
+            help="Ask the model as this recipe, or run, does: its template, chat template and stop. By default as the run that trained it.",
+            show_default=False,
+        ),
+    ] = None,
     template: Template = Settings.template,
     chat_template_kwargs: ChatTemplateKwargs = None,
     max_tokens: MaxTokens = Settings.max_tokens,
@@ -63,10 +72,12 @@ def evaluate(
 
       drpo eval runs/demo --data arithmetic --reward exact_answer --samples 8 --max-tokens 20
 
+      drpo eval HuggingFaceTB/SmolLM2-135M-Instruct --as smollm2-addition --data addition --reward exact_answer --max-tokens 4
+
       drpo eval Qwen/Qwen3-4B-Base --data data/aime24.jsonl --data data/aime25.jsonl --samples 16 --max-tokens 8192
     """
     settings = check_settings(
-        model=model, data=tuple(sources), samples=samples, problems=problems, reward=reward, template=template,
+        model=model, data=tuple(sources), samples=samples, problems=problems, reward=reward, asked_as=asked_as, template=template,
         max_tokens=max_tokens, chat_template_kwargs=chat_template_kwargs, batch_size=batch_size, temperature=temperature, seed=seed, engine=engine,
         precision=precision,
     )  # fmt: skip
@@ -97,6 +108,8 @@ def compare(
     typer.echo(f"first       {_shown(comparison['first'])}")
     typer.echo(f"second      {_shown(comparison['second'])}")
     typer.echo(f"difference  {_shown(comparison['difference'], '+')}")
+    for name, (of_first, of_second) in comparison["asked_otherwise"].items():
+        typer.echo(f"the models were not asked the same: {name} is {of_first!r} and {of_second!r}", err=True)
     typer.echo(f"{comparison['problems']} problems, better on {comparison['better']}, worse on {comparison['worse']}")
 
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from drpo.data.problems import BUILTIN_MODELS, Problem, refuse_longer_prompts, tokenize_prompt
 from drpo.doctor.findings import Finding
 from drpo.errors import UserError
-from drpo.run.build import apply_task
 from drpo.run.checks import end_tokens, refuse_without_end
 from drpo.run.recipe import Recipe
 from drpo.trainer.config import DRPOConfig
@@ -67,7 +66,7 @@ def load_prompting(recipe: Recipe, config: DRPOConfig) -> Prompting:
             f"model: cannot load {recipe.model!r}: expected {', '.join(BUILTIN_MODELS)}, a folder saved by Transformers, or "
             f"a model on the Hugging Face hub ({str(error)[:200]})"
         ) from error
-    apply_task(recipe.task, tokenizer, generation)
+    recipe.task.apply(tokenizer, generation)
     options: Any = config.chat_template_kwargs
     positions = getattr(model.get_text_config(), "max_position_embeddings", None)
     return Prompting(recipe.model, tokenizer, options or {}, end_tokens(tokenizer, generation), positions)

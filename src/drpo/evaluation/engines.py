@@ -17,6 +17,7 @@ from drpo.pretrained import load_pretrained
 from drpo.rollout.decoding import record_log_probs
 from drpo.rollout.sampling import neutral_sampling
 from drpo.run.checks import end_tokens
+from drpo.run.specs import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Engine(Protocol):
     @property
     def description(self) -> dict[str, str]:
         """Name, version and precision, as they go into the result."""
+        ...
+
+    def ask_as(self, task: TaskSpec) -> None:
+        """Ask the model, and end its completions, as a task says, with or without a chat template."""
         ...
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
@@ -78,6 +83,9 @@ class TransformersEngine:
             "precision": self._precision,
             "device": self._model.device.type,
         }
+
+    def ask_as(self, task: TaskSpec) -> None:
+        task.apply(self.tokenizer, self._model.generation_config)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
@@ -117,8 +125,9 @@ class VLLMEngine:
 
         self._precision = precision
         neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+        self._ends: dict[str, Any] = {}
         self._parameters = lambda seed: SamplingParams(
-            temperature=temperature, max_tokens=max_tokens, seed=seed, **neutral
+            temperature=temperature, max_tokens=max_tokens, seed=seed, **neutral, **self._ends
         )
         try:
             self._engine = LLM(model, dtype={"fp32": "float32", "bf16": "bfloat16"}[precision])
@@ -129,6 +138,12 @@ class VLLMEngine:
     @property
     def description(self) -> dict[str, str]:
         return {"name": "vllm", "version": version("vllm"), "torch": torch.__version__, "precision": self._precision}
+
+    def ask_as(self, task: TaskSpec) -> None:
+        task.apply(self.tokenizer)
+        if task.stop is not None:
+            # vLLM knows the end from the model's files, in whose place this one is.
+            self._ends = {"stop_token_ids": [self.tokenizer.eos_token_id], "ignore_eos": True}
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]

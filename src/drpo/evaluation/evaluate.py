@@ -60,7 +60,8 @@ def sample_and_score(
     reward = load_reward(settings.reward)
     run = RunFolder(Path(settings.model))
     is_run = settings.model not in BUILTIN_MODELS and run.is_run
-    settings = _as_trained(settings, load_recipe(run.recipe) if is_run else None)
+    recipe = _recipe_of(settings.asked_as or (settings.model if is_run else None))
+    settings = _as_trained(settings, recipe)
     problems = load(settings)
     digest = hashlib.sha256(json.dumps([problem.as_row() for problem in problems]).encode()).hexdigest()
     fixed = json.loads(json.dumps({**asdict(settings), "data_sha256": digest, "versions": versions()}))
@@ -68,6 +69,8 @@ def sample_and_score(
     # The engine is loaded first: a model that cannot be leaves no folder behind.
     model = str(BUILTIN_MODELS.get(settings.model, run.model if is_run else settings.model))
     engine = ENGINES[settings.engine](model, settings.max_tokens, settings.temperature, settings.precision)
+    if recipe is not None:
+        engine.ask_as(recipe.task)
     fixed["engine_description"] = engine.description
     with folder.locked():
         rows = folder.open(fixed, order, resume=resume, overwrite=overwrite)
@@ -87,6 +90,14 @@ def sample_and_score(
     return result
 
 
+def _recipe_of(source: str | None) -> Recipe | None:
+    """The recipe of a run folder, in a file or of a name; that of nothing is None."""
+    if source is None:
+        return None
+    run = RunFolder(Path(source))
+    return load_recipe(run.recipe if run.is_run else Path(source))
+
+
 def _as_trained(settings: Settings, recipe: Recipe | None) -> Settings:
     """The settings, in which what is left open is as it was when the model was trained."""
     template, template_kwargs = settings.template, settings.chat_template_kwargs
@@ -96,7 +107,8 @@ def _as_trained(settings: Settings, recipe: Recipe | None) -> Settings:
         template_kwargs = recipe.trainer.get("chat_template_kwargs") if recipe else None
         # TRL takes a mapping, or JSON.
         template_kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs or {}
-    return replace(settings, template=template, chat_template_kwargs=template_kwargs)
+    asked = {"chat_template": recipe.task.chat_template, "stop": recipe.task.stop} if recipe else {}
+    return replace(settings, template=template, chat_template_kwargs=template_kwargs, **asked)
 
 
 def _seed(settings: Settings, prompt: str, sample: int) -> int:

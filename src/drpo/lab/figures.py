@@ -86,7 +86,12 @@ def stability_map(arms: Mapping[str, Mapping[tuple[float, int], tuple[float, flo
     figure.update_yaxes(type="category")
     figure.update_yaxes(title_text="updates a rollout", col=1)
     style(figure, height=80 + 260 * rows)
-    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "final<br>accuracy", "y": 0.45, "len": 0.9}}
+    colors = {
+        "colorscale": "Viridis",
+        "cmin": 0,
+        "cmax": 1,
+        "colorbar": {"title": "final<br>accuracy", "y": 0.45, "len": 0.9},
+    }
     return figure.update_layout(coloraxis=colors, hovermode="closest", margin={"t": 60})
 
 

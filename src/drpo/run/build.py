@@ -33,7 +33,6 @@ from drpo.rewards import Reward
 from drpo.run.checks import describe_overlap, end_tokens, refuse_without_end
 from drpo.run.options import build_config
 from drpo.run.recipe import Recipe
-from drpo.run.specs import TaskSpec
 from drpo.trainer.config import DRPOConfig
 from drpo.trainer.trainer import DRPOTrainer
 
@@ -122,7 +121,7 @@ def make_trainer(
     """The trainer of a recipe. Transformers makes its output folder at once, so it gets a passing one."""
     config = make_config(recipe, scratch, processes)
     model, tokenizer = _load_model(recipe)
-    apply_task(recipe.task, tokenizer, model.config, model.generation_config)
+    recipe.task.apply(tokenizer, model.config, model.generation_config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     refuse_without_end(recipe.model, tokenizer, end_tokens(tokenizer, model.generation_config))
     for split, asked in (("train", problems), ("heldout", heldout)):
@@ -153,28 +152,6 @@ def make_trainer(
         ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def apply_task(task: TaskSpec, tokenizer: Any, *configs: Any) -> None:
-    """Have a model asked, and its completions ended, as a task says; saved with both, it is asked so later too.
-
-    Args:
-        task: of a recipe.
-        tokenizer: of the model.
-        configs: of the model and its generation.
-
-    Raises:
-        UserError: an end that is no token of the model.
-    """
-    if not task.chat_template:
-        tokenizer.chat_template = None
-    if task.stop is not None:
-        ids = tokenizer(task.stop, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise UserError(f"task.stop: {task.stop!r} is {len(ids)} tokens of the model; expected one")
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
-        for config in configs:
-            config.eos_token_id = ids[0]
 
 
 def make_config(recipe: Recipe, output_dir: str, processes: int) -> DRPOConfig:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from drpo.errors import UserError
 from drpo.objectives import Correction, Objective, make_correction, make_objective
 from drpo.rewards import REWARDS, Reward, load_reward, make_reward
 
@@ -51,6 +52,26 @@ class TaskSpec(Strict):
         if "{prompt}" not in template:
             raise ValueError("expected text with {prompt} in it")
         return template
+
+    def apply(self, tokenizer: Any, *configs: Any) -> None:
+        """Have a model asked, and its completions ended, as the task says; saved with both, it is asked so later too.
+
+        Args:
+            tokenizer: of the model.
+            configs: of the model and its generation.
+
+        Raises:
+            UserError: an end that is no token of the model.
+        """
+        if not self.chat_template:
+            tokenizer.chat_template = None
+        if self.stop is not None:
+            ids = tokenizer(self.stop, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise UserError(f"task.stop: {self.stop!r} is {len(ids)} tokens of the model; expected one")
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
+            for config in configs:
+                config.eos_token_id = ids[0]
 
 
 class _Named(Strict):

@@ -27,7 +27,7 @@ from drpo.integrations.verl.overrides import as_arguments, changed, overrides
 from drpo.integrations.verl.problems import write_rows
 from drpo.redact import find_secret
 from drpo.report.verl_log import rename_metrics
-from drpo.run.build import apply_task, load_problems
+from drpo.run.build import load_problems
 from drpo.run.folder import RunFolder
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
@@ -88,7 +88,7 @@ def plan(recipe: Recipe, folder: RunFolder, more: Sequence[str] = (), *, resume:
         raise UserError(f"model: {recipe.model} has no tokenizer that can be loaded ({error})") from error
     if recipe.task.stop is not None:
         raise UserError("task.stop: verl ends completions as the model does; leave it out")
-    apply_task(recipe.task, tokenizer)
+    recipe.task.apply(tokenizer)
     # verl cuts what is longer, held-out prompts too.
     longest = max(len(tokenize_prompt(problem, tokenizer)) for problem in (*problems, *heldout))
     settings = overrides(
