@@ -267,7 +267,7 @@ def test_a_base_model_is_asked_as_the_run_that_it_is_compared_with(here, drpo, v
     settings = ["--data", "arithmetic", "--problems", "4", "--reward", "exact_answer", "--engine", engine]
     for name, more in (("plain", []), ("asked", ["--as", source])):
         assert drpo("eval", "base", *settings, "--out", name, *more)[0] == 0
-    of_plain, of_asked = (json.loads((here / name / "evaluation.json").read_text()) for name in ("plain", "asked"))
+    of_asked = json.loads((here / "asked" / "evaluation.json").read_text())
     assert [of_asked[name] for name in ("chat_template", "stop")] == [False, ","]
     if engine == "vllm":
         tokenizer = AutoTokenizer.from_pretrained(here / "base")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from drpo.cli.main import app
@@ -12,6 +16,7 @@ from drpo.errors import UserError
 from drpo.integrations.verl.overrides import overrides
 from drpo.precision import time_in_bf16
 from drpo.run import build
+from drpo.run.checks import describe_load
 from drpo.run.recipe import load_recipe
 from support.rollouts import load_model
 
@@ -22,6 +27,21 @@ def test_a_pass_is_timed_and_leaves_no_gradient() -> None:
     model, _ = load_model()
     assert 0 < time_in_bf16(model) < 100
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hardware_without_bf16_is_not_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load_model()
+    forward, passes = type(model).forward, []
+
+    def slow_in_bf16(self: Any, *inputs: Any, **options: Any) -> Any:
+        passes.append(20 if torch.is_autocast_enabled("cpu") else 1)
+        return forward(self, *inputs, **options)
+
+    monkeypatch.setattr(type(model), "forward", slow_in_bf16)
+    # On this clock a pass takes 1 second in fp32 and 20 in bf16.
+    monkeypatch.setattr(time, "perf_counter", lambda: float(sum(passes)))
+    assert time_in_bf16(model) == 20
+    assert passes == [1, 1, 20]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
@@ -48,3 +68,14 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path: Path, monkeyp
 def test_verl_has_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train_precision: auto"):
         overrides(load_recipe(None, SMALL), tmp_path, train_rows=100, prompt_length=10, plain=True)
+
+
+@pytest.mark.parametrize(("load", "threads", "is_said"), [(0.5, 2, False), (3.0, 2, True), (3.0, 1, False)])
+def test_a_busy_machine_is_said_where_threads_wait(
+    monkeypatch: pytest.MonkeyPatch, load: float, threads: int, is_said: bool
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert ("OMP_NUM_THREADS=1" in describe_load()) == is_said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,11 +130,17 @@ def test_the_built_in_task_is_learned(tmp_path: Path, drpo: Any, capsys: pytest.
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy_before"] <= 0.4
     assert summary["accuracy_after"] >= 0.8
-    printed = capsys.readouterr().out
-    assert (
-        f"held-out accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}, 30 rollouts" in printed
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    last = read_jsonl(run / "metrics.jsonl")[-1]
+    assert lines[0] == f"30 rollouts, {summary['train_seconds']:.0f} s"
+    before, after = (f"{summary[f'accuracy_{when}']:.3f}" for when in ("before", "after"))
+    assert re.fullmatch(
+        rf"held-out accuracy {before} \[0\.\d+, 0\.\d+\] -> {after} \[0\.\d+, \d\.\d+\], with intervals at 95 % over 100 problems",
+        lines[1],
     )
-    assert printed.strip().endswith("report.html")
+    assert lines[2].startswith(f"|π - μ| of the last update: {last['divergence/mean']:.2g} on average, ")
+    assert lines[2].endswith(f"drpo changed {last['regulariser/strength']:.0%} of the plain policy gradient")
+    assert lines[3].endswith("report.html")
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, drpo: Any) -> None:

@@ -22,6 +22,9 @@ BY_TORCHAO = ("fp8", "int8", "mxfp8", "nvfp4")
 _BLOCKS = {"mxfp8": 32, "nvfp4": 16}
 """Neighboring numbers of a row that have a scale of their own."""
 
+HOPELESS = 8
+"""Times as long as in fp32 a first pass in bf16 takes at least where the hardware does not multiply bf16."""
+
 BF16_PAYS = 0.9
 """Share of the time of a pass in fp32 up to which ``auto`` takes bf16."""
 
@@ -65,8 +68,10 @@ def time_in_bf16(model: Any) -> float:
         return time.perf_counter() - began
 
     # The first of each prepares what the others find there.
-    for is_bf16 in (True, False):
-        seconds(is_bf16)
+    in_fp32 = [seconds(False) for _ in range(2)][-1]
+    prepared_in = seconds(True)
+    if prepared_in > HOPELESS * in_fp32:
+        return prepared_in / in_fp32
     return statistics.median(seconds(True) / seconds(False) for _ in range(3))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from drpo.cli.options import RecipeArgument
 from drpo.errors import TrainingInterruptedError, TrainingStoppedError, UserError
 
 if TYPE_CHECKING:
+    from drpo.report.read import RunData
     from drpo.run.folder import RunFolder
     from drpo.run.recipe import Recipe
 
@@ -104,9 +106,12 @@ def train(
         raise typer.Exit(130) from error
     if summary:
         from drpo.report import write_report
+        from drpo.report.read import read_run
 
         write_report([folder], folder.report)
-        _print_summary(summary, folder.report)
+        for line in describe_run(read_run(folder)):
+            typer.echo(line)
+        typer.echo(folder.report)
 
 
 def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -154,9 +159,20 @@ def _check_engine(engine: str, settings: list[str]) -> None:
         raise UserError(f"--verl {settings[0]}: expected with --engine verl")
 
 
-def _print_summary(summary: dict[str, Any], report: Path) -> None:
-    before, after = summary["accuracy_before"], summary["accuracy_after"]
-    accuracy = f"held-out accuracy {before:.3f} -> {after:.3f}, " if before is not None else ""
-    typer.echo(f"{accuracy}{summary['rollouts']} rollouts, {summary['train_seconds']:.0f} s, {report}")
+def describe_run(run: RunData) -> Iterator[str]:
+    """Lines that say whether a run got better, and what its trust region did."""
+    summary = run.summary
+    yield f"{summary['rollouts']} rollouts, {summary['train_seconds']:.0f} s"
+    if evaluations := run.evaluations:
+        accuracies = " -> ".join(
+            "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**e["accuracy"]) for e in (evaluations[0], evaluations[-1])
+        )
+        yield f"held-out accuracy {accuracies}, with intervals at 95 % over {evaluations[-1]['problems']} problems"
+    last = run.metrics[-1]
+    if "divergence/mean" in last and "regulariser/strength" in last:
+        yield (
+            f"|π - μ| of the last update: {last['divergence/mean']:.2g} on average, {last['divergence/p99']:.2g} at the "
+            f"99 % quantile; {summary['objective']} changed {last['regulariser/strength']:.0%} of the plain policy gradient"
+        )
     if summary["untrained"]:
-        typer.echo(summary["untrained"])
+        yield summary["untrained"]

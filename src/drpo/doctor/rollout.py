@@ -59,7 +59,7 @@ def check_rollout(recipe: Recipe, reward: Reward, problems: Sequence[Problem], s
         pays = share <= BF16_PAYS
         yield Finding(
             "ok",
-            f"precision: a pass in bf16 takes {share:.2f} of its time in fp32 here",
+            f"precision: a pass takes {share:.2f} times as long in bf16 as in fp32 here",
             "train_precision: auto" if pays else None,
         )
     causes = ""

@@ -1,9 +1,12 @@
-"""What is known of a run before it begins: whether anything ends a completion, and whether held-out problems are absent from the training data."""
+"""What is known of a run before it begins: whether anything ends a completion, whether held-out problems are absent from the training data, and whether the machine is idle."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from drpo.data.problems import Problem
 from drpo.errors import UserError
@@ -44,3 +47,20 @@ def describe_overlap(train: Sequence[Problem], heldout: Sequence[Problem]) -> st
     held = {problem.prompt for problem in heldout}
     overlap = len(held & {problem.prompt for problem in train})
     return f"task.heldout: {overlap:,} of {len(held):,} prompts are in task.train too" if overlap else ""
+
+
+BUSY = 0.75
+"""Processes a core, over the last minute, from which a machine counts as busy."""
+
+
+def describe_load() -> str:
+    """What a run on the CPU loses to the other processes of the machine, as a sentence; "" where it is idle."""
+    if torch.accelerator.is_available() or torch.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
+        return ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < BUSY * cores:
+        return ""
+    return (
+        f"Other processes are at work here ({load:.1f} on {cores} cores), and PyTorch's threads wait for one another: "
+        "OMP_NUM_THREADS=1 before the command may make the run several times as fast."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from drpo.errors import UserError
 from drpo.files import append_jsonl, read_jsonl, writing
 from drpo.rewards import Reward
 from drpo.run.build import load_problems, make_trainer, quiet_libraries, settle_precision
+from drpo.run.checks import describe_load
 from drpo.run.folder import RunFolder, decisive_fields
 from drpo.run.progress import Progress
 from drpo.run.recipe import Recipe
@@ -28,6 +30,8 @@ from drpo.trainer.trainer import DRPOTrainer
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import RolloutFunc
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -55,6 +59,8 @@ def train(
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     updates = recipe.rollouts * recipe.updates_per_rollout
     recipe = settle_precision(recipe)
+    if state.is_main_process and (load := describe_load()):
+        logger.warning(load)
     with Progress(updates, recipe.updates_per_rollout, show=state.is_main_process) as progress:
         summary = _train(recipe, folder, resume, overwrite, rollout_func, state, progress)
     # A process that exits while gloo's threads still serve another one aborts now and then.
