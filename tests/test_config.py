@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trl import GRPOConfig
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
 from drpo import DRPOConfig, DRPOTrainer
 from drpo.rewards import exact_answer
@@ -86,7 +88,7 @@ def test_refuses_contradictions(tmp_path: Path, settings: dict[str, Any], messag
 def test_refuses_what_it_would_ignore(tmp_path: Path, name: str) -> None:
     default = DRPOConfig.__dataclass_fields__[name].default
     other = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.5
-    with pytest.raises(ValueError, match=f"{name}=.* would have no effect"):
+    with pytest.raises(ValueError, match=f"does not take {name}="):
         config(tmp_path, **{name: other})
 
 
@@ -109,3 +111,36 @@ def test_is_what_the_trainer_asks_for(tmp_path: Path) -> None:
             args=GRPOConfig(str(tmp_path), bf16=False),
             processing_class=tokenizer,
         )  # type: ignore[arg-type]
+
+
+def test_without_a_gpu_the_defaults_train_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert not DRPOConfig(str(tmp_path)).bf16
+    assert DRPOConfig(str(tmp_path), use_cpu=True).bf16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "/no/such/model"}, "model: '/no/such/model' is no folder; expected one, or a name on the hub"),
+        ({"model": Path("no/such/model")}, "model: 'no/such/model' is no folder"),
+        ({"reward_funcs": 3}, "reward_funcs has 3; expected functions"),
+        ({"train_dataset": Dataset.from_list([{"promt": "1="}])}, "no column 'prompt': .*did you mean 'promt'"),
+        (
+            {"train_dataset": Dataset.from_list([{"prompt": "1="}, {"prompt": ""}])},
+            "row 1: prompt is ''; expected text",
+        ),
+        ({"train_dataset": Dataset.from_list([{"prompt": 3}])}, "row 0: prompt is 3; expected text"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda *_, **__: pytest.fail("TRL's trainer was begun"))
+    right = {
+        "model": "arithmetic",
+        "reward_funcs": exact_answer,
+        "train_dataset": Dataset.from_list([{"prompt": "1="}]),
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        DRPOTrainer(args=config(tmp_path), **{**right, **arguments})

@@ -114,7 +114,7 @@ def both(first: Plant, second: Plant) -> Plant:
 WITHOUT_WEIGHTS = [
     fault("another TRL", install(trl="1.15.0"), what="packages: trl is 1.15.0; expected ==1.16.0", fix="pip install 'trl==1.16.0'"),
     fault("another peft", install(peft="0.1"), verdict="warning", what="packages: peft is 0.1", fix="pip install 'peft"),
-    fault("option of no effect", None, "trainer.beta=0.04", what="beta=0.04 would have no effect"),
+    fault("option of no effect", None, "trainer.beta=0.04", what="does not take beta=0.04"),
     fault("misspelt field", None, "learning_rat=0.1", what="unknown field 'learning_rat'; did you mean 'learning_rate'"),
     fault("option that has a field", None, "trainer.fp16=true", what="trainer: has 'fp16'; expected train_precision: fp16 at the top of the recipe"),
     fault("shards of a copy", None, "trainer.fsdp=full_shard", "rollout_lag=2", what="trainer.fsdp: rollout_lag would sample"),

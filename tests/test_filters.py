@@ -112,11 +112,11 @@ def test_a_log_prob_over_the_support_and_its_gradient_are_those_of_the_filtered_
     [
         (
             {"top_p": 0.9},
-            "top_p=0.9 would have no effect in DRPOTrainer: changes the distribution that is sampled from",
+            "does not take top_p=0.9: it changes the distribution that is sampled from",
         ),
         ({"top_k": 5}, "or set replay_support=True to score the tokens that it leaves"),
         ({"min_p": 0.1}, "or set replay_support=True to score the tokens that it leaves"),
-        ({"repetition_penalty": 1.1, "replay_support": True}, "repetition_penalty=1.1 would have no effect"),
+        ({"repetition_penalty": 1.1, "replay_support": True}, "does not take repetition_penalty=1.1"),
         ({"top_p": 0.9, "replay_support": True, "use_vllm": True}, "which TRL does not take from vLLM"),
         ({"top_p": 0.9, "replay_support": True, "objective": "ppo"}, "objective='ppo' needs π_old too"),
         ({"top_p": 2.0, "replay_support": True}, "top_p is 2.0; expected a number between 0 and 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo.errors import UserError
@@ -40,3 +41,12 @@ def load_pretrained(name: str, dtype: torch.dtype, *, field: str, expected: str)
             "expected the weights of a causal language model and the config.json that belongs to them"
         )
     return model, tokenizer
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a model of that name could be on the Hugging Face hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from drpo.doctor.findings import Finding
 from drpo.doctor.verl_values import get
+from drpo.pretrained import is_repo_id
 
 
 def check_reward(config: Any) -> Iterator[Finding]:
@@ -40,15 +39,6 @@ def check_paths(config: Any) -> Iterator[Finding]:
         if "model" in key and is_repo_id(path):
             continue
         yield Finding("warning", f"{key}={path}: no such file on this machine", "a path that every node has")
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a model of that name could be on the Hugging Face hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def check_chat_template(config: Any) -> Iterator[Finding]:

@@ -141,7 +141,7 @@ class DRPOConfig(GRPOConfig):
                 alike = AS_IN_TRL.get(name, {}).items()
                 same = next((options for value, options in alike if value == getattr(self, name)), "")
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} would have no effect in DRPOTrainer: {instead}"
+                    f"DRPOTrainer does not take {name}={getattr(self, name)!r}: {instead}"
                     + (f"; as in TRL: {same}" if same else "")
                 )
         _check_whole_number("updates_per_rollout", self.updates_per_rollout, at_least=1)
@@ -162,6 +162,9 @@ class DRPOConfig(GRPOConfig):
                 "replay_support=True needs the tokens that could be drawn, which TRL does not take from vLLM; "
                 "a rollout_func can return them as sampling_mask"
             )
+        if not (self.bf16 or self.fp16 or self.use_cpu or torch.accelerator.is_available()):
+            # TRL's default is bf16, which Transformers refuses without a GPU.
+            self.bf16 = False
         steps, size = self.steps_per_generation, self.generation_batch_size
         self.steps_per_generation = self.updates_per_rollout * self.gradient_accumulation_steps
         self.generation_batch_size = None

@@ -12,7 +12,7 @@ _OTHER_OBJECTIVE = "belongs to TRL's own losses; choose an objective with object
 _OTHER_CORRECTION = "set correction_kwargs={'cap': ...} of a truncation, {'low': ..., 'high': ...} of a mask"
 _NO_LOG_PROBS = "it returns no log-probs, and the ratio needs those of the sampler"
 _CHANGES_SAMPLING = (
-    "changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
+    "it changes the distribution that is sampled from, while the trainer scores the full one; set it to its default"
 )
 
 REFUSED: dict[str, str] = {

@@ -25,6 +25,7 @@ from drpo.rewards import checked_scores
 from drpo.rollout.audit import Audit
 from drpo.rollout.rollout_func import ROUTED_EXPERTS, SAMPLING_MASK
 from drpo.tokens import TokenBatch
+from drpo.trainer.arguments import check_model, check_prompts, check_rewards
 from drpo.trainer.auditing import RolloutAudits
 from drpo.trainer.batch import RolloutBatch, has_advantage, loss_mask
 from drpo.trainer.checkpointed import CheckpointedTrainer
@@ -85,6 +86,9 @@ class DRPOTrainer(CheckpointedTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: DRPOConfig | None = None, *more: Any, **kwargs: Any
     ) -> None:
+        model = check_model(model)
+        check_rewards([] if reward_funcs is None else reward_funcs)
+        check_prompts(more[0] if more else kwargs.get("train_dataset"))
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DRPO")
