@@ -493,6 +493,8 @@ def test_a_file_that_is_no_log_of_verl_is_refused_in_one_line(tmp_path: Path, te
         UserError, match=r"log\.jsonl, row 1: has no step and data; expected a log of verl's logger file"
     ):
         read_verl_log(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"other\.jsonl: no such file; expected a run folder, or a log of verl's"):
+        read_verl_log(tmp_path / "other.jsonl")
 
 
 def test_a_run_that_logged_no_histograms_has_a_page_without_them(tmp_path: Path) -> None:

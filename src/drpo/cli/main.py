@@ -85,9 +85,9 @@ def report(
     from drpo.report.verl_log import read_verl_log
     from drpo.run.folder import RunFolder
 
-    page = render([read_verl_log(path) if path.is_file() else read_run(RunFolder(path)) for path in runs])
+    page = render([read_verl_log(path) if path.suffix == ".jsonl" else read_run(RunFolder(path)) for path in runs])
     first = runs[0]
-    beside = first.with_suffix(".html") if first.is_file() else RunFolder(first).report
+    beside = first.with_suffix(".html") if first.suffix == ".jsonl" else RunFolder(first).report
     target = output or (beside if len(runs) == 1 else Path("report.html"))
     write_page(page, target)
     typer.echo(str(target))

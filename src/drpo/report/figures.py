@@ -102,7 +102,9 @@ def validation(runs: Sequence[RunData]) -> go.Figure:
     """verl's own validation metrics, by data source."""
     prefix = "verl/val-core/"
     names = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name.startswith(prefix))
-    return over_rollouts(runs, {name: name.removeprefix(prefix) for name in names}, "mean over samples")
+    figure = over_rollouts(runs, {name: name.removeprefix(prefix) for name in names}, "mean over samples")
+    # The name of the only line is not in the caption.
+    return figure.update_layout(showlegend=True)
 
 
 def divergence(runs: Sequence[RunData]) -> go.Figure:

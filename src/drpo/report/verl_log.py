@@ -48,6 +48,8 @@ def read_verl_log(path: Path) -> RunData:
     Raises:
         UserError: the file is another.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a run folder, or a log of verl's logger file")
     metrics: list[dict[str, Any]] = []
     for number, row in enumerate(read_jsonl(path), 1):
         if not (isinstance(row.get("step"), int) and isinstance(row.get("data"), dict)):
