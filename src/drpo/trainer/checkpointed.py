@@ -204,9 +204,11 @@ class CheckpointedTrainer(GRPOTrainer):
 
     def _find_best(self, folder: Path) -> Path | None:
         """The best checkpoint, of which Transformers remembers where it was: not yet finished, or before the run was moved."""
-        if self.state.best_model_checkpoint is None:
+        # Of a run that was moved Transformers 5.24 remembers the number alone.
+        numbered = folder / f"{PREFIX}{self.state.best_global_step}"
+        if self.state.best_model_checkpoint is None and not numbered.is_dir():
             return None
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(self.state.best_model_checkpoint or numbered)
         if best.parent == unfinished(folder) or (folder / best.name).is_dir():
             best = folder / best.name
             self.state.best_model_checkpoint = str(best)
