@@ -167,12 +167,12 @@ def describe_run(run: RunData) -> Iterator[str]:
         accuracies = " -> ".join(
             "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**e["accuracy"]) for e in (evaluations[0], evaluations[-1])
         )
-        yield f"held-out accuracy {accuracies}, with intervals at 95 % over {evaluations[-1]['problems']} problems"
+        yield f"held-out accuracy {accuracies}, 95 % intervals over {evaluations[-1]['problems']} problems"
     last = run.metrics[-1]
     if "divergence/mean" in last and "regulariser/strength" in last:
         yield (
-            f"|π - μ| of the last update: {last['divergence/mean']:.2g} on average, {last['divergence/p99']:.2g} at the "
-            f"99 % quantile; {summary['objective']} changed {last['regulariser/strength']:.0%} of the plain policy gradient"
+            f"|π - μ| of the last update: mean {last['divergence/mean']:.2g}, 99 % quantile {last['divergence/p99']:.2g}; "
+            f"{summary['objective']} changed {last['regulariser/strength']:.0%} of the plain gradient"
         )
     if summary["untrained"]:
         yield summary["untrained"]
