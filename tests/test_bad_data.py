@@ -16,8 +16,10 @@ import pyarrow.parquet
 import pytest
 
 from drpo.data.files import LONGEST_PROBLEM, LONGEST_TEXT, MalformedRowsError, read_problems
+from drpo.data.problems import Problem, refuse_longer_prompts
 from drpo.errors import UserError
 from drpo.inspect.read import read_rollouts
+from support.rollouts import load_model
 from test_cli import contents, drpo, here, refusal  # noqa: F401
 
 GOOD = b'{"prompt": "1+1=", "answer": "2"}'
@@ -249,6 +251,19 @@ def test_a_prompt_longer_than_the_model_reads_is_named_before_anything_is_writte
         "task.train: the prompt of problem 17, '1+1+1+1+1+1+...+1+1+1+1+1+1=', has 8,002 tokens, which"
     )
     assert "the model's 4,096 positions; expected prompts of at most 4,076 tokens" in message
+
+
+@pytest.mark.parametrize("told", [{}, {"long": True}])
+def test_the_chat_template_counts_in_the_length_of_a_prompt(told: dict[str, bool]) -> None:
+    _, tokenizer = load_model()
+    around = "{% if long %}{{ '1+' * 45 }}{% endif %}" if told else "1+" * 45
+    tokenizer.chat_template = around + "{{ messages[0].content }}"
+    # 90 characters of the template and 4 of the prompt, a token each, beside a completion of 10.
+    refuse_longer_prompts([Problem("1+1=", "2")], tokenizer, 104, 10, "task.train", told)
+    with pytest.raises(
+        UserError, match="has 94 tokens, which with max_completion_length 10 are more than the model's 103"
+    ):
+        refuse_longer_prompts([Problem("1+1=", "2")], tokenizer, 103, 10, "task.train", told)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,12 @@ class TestBest:
         best = load_file(moved / "checkpoint-3" / "model.safetensors")
         assert all(torch.equal(trainer.model.state_dict()[name], weight) for name, weight in best.items())
 
+    def test_is_saved_where_an_evaluation_finds_it_between_two_saves(self, problems: Dataset, tmp_path: Path) -> None:
+        # The number of tokens only grows: the first evaluation is the best.
+        trainer = self.make(tmp_path / "run", problems, eval_steps=2, save_steps=4, max_steps=6)
+        trainer.train()
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-2")
+
     def test_that_is_damaged_is_named(self, begun: Path, problems: Dataset) -> None:
         damaged = begun / "checkpoint-3" / "model.safetensors"
         content = bytearray(damaged.read_bytes())

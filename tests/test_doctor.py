@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from drpo.cli.main import main
 from drpo.doctor import Finding, environment
 from drpo.doctor.examine import examine_recipe
+from drpo.doctor.findings import show
 from drpo.doctor.rollout import check_update_numbers
 from drpo.recipes import FOLDER
 from drpo.rollout.recorder import LogProbRecorder
@@ -339,3 +341,21 @@ def test_updates_without_a_gradient_say_so() -> None:
         (finding,) = check_update_numbers([{"loss": 0.0, "grad_norm": norm}] * 2)
         assert finding.verdict == "ok"
         assert ("nothing to train on" in finding.what) == (norm == 0)
+
+
+def test_on_a_terminal_findings_wrap_at_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "dumb")  # without colors, 80 columns wide
+    findings = [Finding("ok", f"{'word ' * 14}and more words", "shorter ones")]
+    for file, lines in (
+        (
+            Terminal(),
+            [f"ok      {'word ' * 14}".rstrip(), "        and more words", "        fix: shorter ones"],
+        ),
+        (io.StringIO(), [f"ok      {findings[0].what}", "        fix: shorter ones"]),
+    ):
+        show(findings, file)
+        assert [line.rstrip() for line in file.getvalue().splitlines()] == lines

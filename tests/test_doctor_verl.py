@@ -225,6 +225,18 @@ WRONG = [
         ["reward.custom_reward_function.path=null"],
         "warning", "is not set: verl scores the data sources that it knows", "pkg://drpo.integrations.verl.grader", id="no-reward",
     ),
+    *(
+        pytest.param([f"{key}={value}"], "stop", f"{key}: unknown {key.rpartition('.')[2]} '{value}'", near, id=key)
+        for key, value, near in (
+            ("algorithm.adv_estimator", "grop", "did you mean 'grpo'"),
+            ("actor_rollout_ref.actor.strategy", "fsdp3", "did you mean 'fsdp"),
+            ("actor_rollout_ref.rollout.name", "hf", "Known: "),
+            ("trainer.logger", "wandbb", "did you mean 'wandb'"),
+        )
+    ),
+    pytest.param(
+        ["trainer.experiment_name=a/b"], "stop", "experiment_name=a/b has a slash", "experiment_name=a-b", id="slash"
+    ),
     pytest.param(
         ["trainer.v1.trainer_mode=fully"], "stop", "unknown trainer 'fully'", "trainer_mode=sync", id="trainer-mode"
     ),

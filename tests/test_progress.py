@@ -64,6 +64,28 @@ def test_what_was_done_before_a_run_was_resumed_takes_no_time(monkeypatch: pytes
     assert printed.getvalue().startswith("rollout 3/4  1 h 06 min, 1 h 06 min left")
 
 
+def test_the_time_left_counts_down_within_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    bar, _ = shown(True, monkeypatch, lambda: now[0])
+    with bar:
+        bar.begin(done=0)
+        now[0] = 60.0
+        assert bar.times(0) == "1 min 00 s"
+        bar.show_update(2, {"divergence/mean": 0.01})
+        # A rollout takes 60 s, and three are left.
+        for seconds, left in ((60.0, "3 min 00 s"), (80.0, "2 min 40 s"), (400.0, "0 s")):
+            now[0] = seconds
+            assert bar.times(1).endswith(f", {left} left")
+
+
+def test_a_rollout_that_measured_no_distance_does_not_show_the_last_one_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar, printed = shown(False, monkeypatch, lambda: 0.0)
+    with bar:
+        bar.show_update(2, {"divergence/mean": 0.01})
+        bar.show_update(4, {})
+    assert ["|π−μ|" in line for line in printed.getvalue().splitlines()] == [True, False]
+
+
 def test_a_terminal_shows_the_phase_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     bar, printed = shown(True, monkeypatch, lambda: 0.0)
     with bar:

@@ -464,7 +464,7 @@ def test_a_log_of_main_ppo_has_a_page_without_a_run_folder(tmp_path: Path) -> No
     assert sum(run.histogram("weight_histogram")) == 3 * (30 + 10)
     assert CliRunner().invoke(app, ["report", str(tmp_path / "qwen3.jsonl")]).exit_code == 0
     page = parse((tmp_path / "qwen3.html").read_text())
-    assert {"qwen3", "3", "6", "not logged"} <= set(page.cells)
+    assert {f"{tmp_path.name}/qwen3", "3", "6", "not logged"} <= set(page.cells)
     for heading in (
         "Reward and held-out accuracy",
         "Validation by verl",
@@ -486,15 +486,39 @@ def test_a_log_of_main_ppo_has_a_page_without_a_run_folder(tmp_path: Path) -> No
     assert both.exit_code == 0
 
 
-@pytest.mark.parametrize("text", ['{"update": 1}\n', '{"step": "1", "data": {}}\n'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"update": 1}\n', '{"step": "1", "data": {}}\n', '{"step": true, "data": {}}\n', '{"step": -1, "data": {}}\n'],
+)
 def test_a_file_that_is_no_log_of_verl_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(
         UserError, match=r"log\.jsonl, row 1: has no step and data; expected a log of verl's logger file"
     ):
         read_verl_log(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "data": {"actor/weight_histogram/-1": 2.0}}\n')
+    with pytest.raises(UserError, match=r"row 1: actor/weight_histogram/-1 is no bin"):
+        read_verl_log(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no rows"):
+        read_verl_log(tmp_path / "log.jsonl")
     with pytest.raises(UserError, match=r"other\.jsonl: no such file; expected a run folder, or a log of verl's"):
         read_verl_log(tmp_path / "other.jsonl")
+
+
+def test_weights_of_no_token_have_no_figure(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    folder.metrics.unlink()
+    append_jsonl(folder.metrics, *({**row, "weight_histogram": [0] * len(row["weight_histogram"])} for row in rows))
+    assert not weight_distribution([read_run(folder)]).data
+
+
+def test_what_is_no_number_in_a_log_of_verl_is_left_out(tmp_path: Path) -> None:
+    text = '{"step": 1, "data": {"timing_s/step": null, "critic/score/mean": 0.5, "actor/loss": NaN, "note": "x"}}\n'
+    (tmp_path / "log").write_text(text)
+    run = read_verl_log(tmp_path / "log")
+    assert run.metrics == [{"update": 1, "rollout": 1, "reward": 0.5}]
 
 
 def test_a_run_that_logged_no_histograms_has_a_page_without_them(tmp_path: Path) -> None:

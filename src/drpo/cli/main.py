@@ -85,9 +85,9 @@ def report(
     from drpo.report.verl_log import read_verl_log
     from drpo.run.folder import RunFolder
 
-    page = render([read_verl_log(path) if path.suffix == ".jsonl" else read_run(RunFolder(path)) for path in runs])
+    page = render([read_run(RunFolder(path)) if path.is_dir() else read_verl_log(path) for path in runs])
     first = runs[0]
-    beside = first.with_suffix(".html") if first.suffix == ".jsonl" else RunFolder(first).report
+    beside = RunFolder(first).report if first.is_dir() else first.with_suffix(".html")
     target = output or (beside if len(runs) == 1 else Path("report.html"))
     write_page(page, target)
     typer.echo(str(target))
@@ -104,6 +104,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
     except Exception as error:
         if not isinstance(error, UserError) or os.environ.get("DRPO_DEBUG") == "1":
             # The message of a library's error may quote a request with its token.

@@ -109,9 +109,9 @@ def train(
         from drpo.report.read import read_run
 
         write_report([folder], folder.report)
+        typer.echo(f"{summary['rollouts']} rollouts, {summary['train_seconds']:.0f} s, {folder.report}")
         for line in describe_run(read_run(folder)):
             typer.echo(line)
-        typer.echo(folder.report)
 
 
 def _train(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -162,7 +162,6 @@ def _check_engine(engine: str, settings: list[str]) -> None:
 def describe_run(run: RunData) -> Iterator[str]:
     """Lines that say whether a run got better, and what its trust region did."""
     summary = run.summary
-    yield f"{summary['rollouts']} rollouts, {summary['train_seconds']:.0f} s"
     if evaluations := run.evaluations:
         accuracies = " -> ".join(
             "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**e["accuracy"]) for e in (evaluations[0], evaluations[-1])

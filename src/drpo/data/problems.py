@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,12 @@ def tokenize_prompt(problem: Problem, tokenizer: Any, **chat_template_kwargs: An
 
 
 def refuse_longer_prompts(
-    problems: Sequence[Problem], tokenizer: Any, positions: int | None, completion: int, field: str
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    positions: int | None,
+    completion: int,
+    field: str,
+    chat_template_kwargs: Mapping[str, Any],
 ) -> None:
     """Refuse a prompt that leaves a model less positions than a completion may take; training would go on beyond them, quietly.
 
@@ -84,16 +89,20 @@ def refuse_longer_prompts(
         positions: of the model; None for any number.
         completion: tokens of the longest completion.
         field: where the problems are from, for messages.
+        chat_template_kwargs: what the chat template is told.
 
     Raises:
         UserError: naming the first such problem.
     """
+    if positions is None:
+        return
+    around = len(tokenize_prompt(Problem("0", ""), tokenizer, **chat_template_kwargs))
     for number, problem in enumerate(problems, 1):
-        # A token is a byte at least: most prompts need no tokens to be short enough, whatever a chat template adds.
+        # A token is a byte at least: most prompts need no tokens to be short enough, with what a chat template adds.
         size = sum(len(message["content"].encode()) for message in problem.messages)
-        if positions is None or 2 * size + completion < positions:
+        if 2 * size + around * len(problem.messages) + completion < positions:
             continue
-        tokens = len(tokenize_prompt(problem, tokenizer))
+        tokens = len(tokenize_prompt(problem, tokenizer, **chat_template_kwargs))
         if tokens + completion > positions:
             raise UserError(
                 f"{field}: the prompt of problem {number}, {reprlib.repr(problem.prompt)}, has {tokens:,} tokens, which with "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from drpo.redact import redact
@@ -43,9 +45,13 @@ def show(findings: Sequence[Finding], file: TextIO, as_json: bool = False) -> in
     if as_json:
         print(redact(json.dumps([asdict(finding) for finding in findings], indent=2)), file=file)
     else:
-        console = Console(file=file, highlight=False, soft_wrap=True)
+        # Where it is read by a program a finding is one line, however long.
+        console = Console(file=file, highlight=False, width=None if file.isatty() else sys.maxsize)
+        table = Table.grid("", "")
+        table.columns[0].width = 8
         for finding in findings:
-            console.print(Text(f"{finding.verdict:8}", _STYLES[finding.verdict]) + Text(redact(finding.what)))
+            table.add_row(Text(finding.verdict, _STYLES[finding.verdict]), Text(redact(finding.what)))
             if finding.fix:
-                console.print(Text(f"{'':8}fix: {redact(finding.fix)}", "dim"))
+                table.add_row("", Text(f"fix: {redact(finding.fix)}", "dim"))
+        console.print(table)
     return int(any(finding.verdict == "stop" for finding in findings))

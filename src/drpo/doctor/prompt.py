@@ -199,4 +199,5 @@ def check_prompts(
         shown = tokenizer.decode(ids)
         yield Finding("ok", f"prompt: {shown if len(shown) <= 100 else f'{shown[:50]} ... {shown[-50:]}'!r}")
     for split, asked in (("train", problems), ("heldout", heldout)):
-        refuse_longer_prompts(asked, tokenizer, prompting.positions, config.max_completion_length or 0, f"task.{split}")
+        completion, options = config.max_completion_length or 0, prompting.template_options
+        refuse_longer_prompts(asked, tokenizer, prompting.positions, completion, f"task.{split}", options)

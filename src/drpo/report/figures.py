@@ -138,7 +138,7 @@ def weight_distribution(runs: Sequence[RunData]) -> go.Figure:
     used = [place for place in range(len(labels)) if any(counts[place] for counts in histograms.values())]
     # Bins are wider away from 1: weights are drawn at equal distances, from the lowest seen to the highest.
     shown = slice(min(used), max(used) + 1) if used else slice(0)
-    for index, counts in histograms.items():
+    for index, counts in histograms.items() if used else ():
         recipe = runs[index].recipe
         name = recipe.objective.name if recipe else "objective not logged"
         figure.add_bar(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from drpo.files import read_jsonl
 from drpo.metrics.histograms import LOGGED_BINS
 from drpo.report.read import RunData
 from drpo.report.tokens import read_trained_tokens
+
+LARGEST_STEP = 2**53
 
 _NAMES = {
     "critic/score/mean": "reward",
@@ -26,14 +29,22 @@ def rename_metrics(data: dict[str, Any], updates: int = 1) -> dict[str, Any]:
     Args:
         data: what verl gave its loggers.
         updates: on the rollout; the histograms, of which verl logs the mean, then count the tokens of all of them.
+
+    Raises:
+        ValueError: a histogram of another version.
     """
     row: dict[str, Any] = {}
     for name, value in data.items():
+        # A number that is none is logged as null.
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            continue
         inner = name.removeprefix("actor/")
         histogram, _, index = inner.partition("/")
         if name in _NAMES:
             row[_NAMES[name]] = value
         elif histogram in LOGGED_BINS:
+            if not (index.isdecimal() and int(index) < LOGGED_BINS[histogram]):
+                raise ValueError(f"{name} is no bin; expected {LOGGED_BINS[histogram]} of them, as this version logs")
             row.setdefault(histogram, [0] * LOGGED_BINS[histogram])[int(index)] = round(value * updates)
         elif name.startswith("actor/"):
             row[inner] = value
@@ -52,12 +63,19 @@ def read_verl_log(path: Path) -> RunData:
         raise UserError(f"{path}: no such file; expected a run folder, or a log of verl's logger file")
     metrics: list[dict[str, Any]] = []
     for number, row in enumerate(read_jsonl(path), 1):
-        if not (isinstance(row.get("step"), int) and isinstance(row.get("data"), dict)):
+        step, data = row.get("step"), row.get("data")
+        if type(step) is not int or not 0 <= step < LARGEST_STEP or not isinstance(data, dict):
             raise UserError(f"{path}, row {number}: has no step and data; expected a log of verl's logger file")
-        metrics.append({"update": row["step"], "rollout": row["step"], **rename_metrics(row["data"])})
+        try:
+            metrics.append({"update": step, "rollout": step, **rename_metrics(data)})
+        except ValueError as error:
+            raise UserError(f"{path}, row {number}: {error}") from error
+    if not metrics:
+        raise UserError(f"{path}: has no rows; expected a log of verl's logger file")
     seconds = sum(row.get("verl/timing_s/step", 0.0) for row in metrics)
     return RunData(
-        name=path.stem,
+        # As verl calls it, PROJECT/EXPERIMENT: runs of one experiment in several projects are told apart.
+        name=f"{path.resolve().parent.name}/{path.stem}",
         recipe=None,
         metrics=metrics,
         evaluations=[],

@@ -27,7 +27,9 @@ LEAVE_AT = 1 / 8
 """Ended rows are taken out once they are this share of the batch; each time the cache of the others is copied."""
 
 _OF_TOKENS = ("attention_mask", "position_ids")
-_OTHERS = ("past_key_values", "use_cache", "logits_to_keep")
+_CACHE = ("past_key_values", "cache")
+"""The cache of a generation in Transformers, to 5.23 and after."""
+_OTHERS = (*_CACHE, "use_cache", "logits_to_keep")
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of a cache whose rows can be selected by index."""
 
@@ -168,7 +170,7 @@ class Decoding:
             if may_leave and ended.sum() >= LEAVE_AT * len(rows):
                 staying = (~ended).nonzero().squeeze(1)
                 rows, sequences, ended = rows[staying], sequences[staying], ended[staying]
-                model_kwargs["past_key_values"].batch_select_indices(staying)
+                _cache_of(model_kwargs).batch_select_indices(staying)
                 model_kwargs |= {name: model_kwargs[name][staying] for name in _OF_TOKENS if name in model_kwargs}
             next_length = 1 if model_kwargs["use_cache"] else None
             inputs = model.prepare_inputs_for_generation(sequences, next_sequence_length=next_length, **model_kwargs)
@@ -212,13 +214,17 @@ def share_prompts(
         return None
     prefix = dict(zip(named, prompts[:, :, :last].unbind(dim=1), strict=True))
     model._prefill(prefix.pop("input_ids"), generation_config, {**model_kwargs, **prefix})
-    model_kwargs["past_key_values"].batch_select_indices(group)
+    _cache_of(model_kwargs).batch_select_indices(group)
     return group
+
+
+def _cache_of(model_kwargs: dict[str, Any]) -> Any:
+    return next((model_kwargs[name] for name in _CACHE if name in model_kwargs), None)
 
 
 def _keeps_rows_apart(model_kwargs: dict[str, Any]) -> bool:
     """Whether all that a generation keeps of its rows are tokens and keys and values, none of them yet."""
-    cache = model_kwargs.get("past_key_values")
+    cache = _cache_of(model_kwargs)
     return (
         isinstance(cache, DynamicCache)
         and not cache.get_seq_length()

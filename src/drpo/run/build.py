@@ -6,7 +6,7 @@ import logging
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
@@ -124,8 +124,9 @@ def make_trainer(
     recipe.task.apply(tokenizer, model.config, model.generation_config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     refuse_without_end(recipe.model, tokenizer, end_tokens(tokenizer, model.generation_config))
+    options = cast(dict[str, Any], config.chat_template_kwargs or {})
     for split, asked in (("train", problems), ("heldout", heldout)):
-        refuse_longer_prompts(asked, tokenizer, positions, recipe.max_completion_length, f"task.{split}")
+        refuse_longer_prompts(asked, tokenizer, positions, recipe.max_completion_length, f"task.{split}", options)
     if overlap := describe_overlap(problems, heldout):
         logger.warning("%s; accuracy on them says little of others.", overlap)
     try:

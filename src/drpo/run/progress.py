@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 
@@ -31,10 +32,10 @@ class Progress(Bar):
         console = Console(quiet=not show)
         columns = [
             TextColumn("{task.description:10}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("rollouts"),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             _Times(self),
         ]
         super().__init__(*columns, console=console, disable=not (show and console.is_terminal), get_time=clock)
@@ -42,6 +43,7 @@ class Progress(Bar):
         self._rollouts = total // updates_per_rollout
         self._shown: dict[str, float] = {}
         self._clock, self._began, self._done_before, self._said = clock, math.nan, 0, -1
+        self._counted, self._counted_at = 0, math.nan
         self._task = self.add_task("loading", total=self._rollouts, status="")
 
     def begin(self, done: int) -> None:
@@ -59,8 +61,11 @@ class Progress(Bar):
             self._shown["reward"] = logs["reward"]
         rollout, is_within = divmod(update, self._updates_per_rollout)
         # At the last update of a rollout, where it is largest; at the first it is rounding.
-        if not is_within and (divergence := logs.get("divergence/mean")) is not None:
-            self._shown["|π−μ|"] = divergence
+        if not is_within:
+            self._shown.pop("|π−μ|", None)
+            if (divergence := logs.get("divergence/mean")) is not None:
+                self._shown["|π−μ|"] = divergence
+            self._counted, self._counted_at = rollout - self._done_before, self._clock()
         self.update(self._task, completed=rollout, status=self._status())
         if not is_within:
             self._say(rollout)
@@ -78,9 +83,13 @@ class Progress(Bar):
         """The time since training began and what is left of it, after so many rollouts; "" before."""
         if math.isnan(self._began):
             return ""
-        elapsed, done = self._clock() - self._began, completed - self._done_before
-        left = f", {_duration(elapsed / done * (self._rollouts - completed))} left" if done > 0 else ""
-        return f"{_duration(elapsed)}{left}"
+        now = self._clock()
+        if not self._counted:
+            return _duration(now - self._began)
+        # By the pace of the rollouts that are over: what one that is not has taken so far says nothing of the pace.
+        pace = (self._counted_at - self._began) / self._counted
+        left = max(0.0, pace * (self._rollouts - completed) - (now - self._counted_at))
+        return f"{_duration(now - self._began)}, {_duration(left)} left"
 
     def _say(self, rollout: int) -> None:
         self._said = rollout
@@ -100,7 +109,7 @@ class _Times(ProgressColumn):
         self._progress = progress
 
     def render(self, task: Task) -> Text:
-        return Text(self._progress.times(task.completed))
+        return Text(self._progress.times(task.completed), no_wrap=True)
 
 
 def _duration(seconds: float) -> str:

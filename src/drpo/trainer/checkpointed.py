@@ -156,6 +156,13 @@ class CheckpointedTrainer(GRPOTrainer):
 
     # Saving.
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As Transformers', which saves a new best one only where it saves anyhow."""
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        if is_best and self.args.load_best_model_at_end and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True
+        return is_best
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(unfinished(Path(folder))) if self._is_saving else folder

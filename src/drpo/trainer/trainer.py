@@ -145,6 +145,17 @@ class DRPOTrainer(CheckpointedTrainer):
         self.stateful |= {"guard": self._guard, "audits": self._audits, "idle": self._idle}
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL's, which does not name a model that is a folder."""
+        super().create_model_card(*args, **kwargs)
+        name = Path(str(self.bare_model.config._name_or_path))
+        if self.is_world_process_zero() and name.is_dir():
+            folder = Path(str(self.args.output_dir))
+            text = (folder / "README.md").read_text(encoding="utf-8")
+            text = text.replace("[None](https://huggingface.co/None)", f"`{name.name}`")
+            text = text.replace('model="None"', f'model="{folder.name}"')
+            (folder / "README.md").write_text(text, encoding="utf-8")
+
     def _send_telemetry(self) -> None:
         """TRL reports each trainer it builds; a run of this library talks to nobody but the model hub."""
 
