@@ -502,7 +502,8 @@ def mixture_of_experts() -> Qwen3MoeForCausalLM:
 
 
 OVERRIDDEN = {
-    "__init__", "_calculate_rewards", "_compute_loss", "_finalize_training", "_generate_and_score_completions",
+    "__init__", "_calculate_rewards", "_compute_loss", "_determine_best_metric", "_finalize_training",
+    "_generate_and_score_completions", "create_model_card",
     "_generate_single_turn", "_get_grad_norm", "_get_output_dir", "_get_per_token_logps_and_entropies", "_get_train_sampler",
     "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_log_metric", "_maybe_log_save_evaluate",
     "_prepare_inputs", "_push_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint", "_save_optimizer_and_scheduler",

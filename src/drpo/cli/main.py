@@ -85,9 +85,9 @@ def report(
     from drpo.report.verl_log import read_verl_log
     from drpo.run.folder import RunFolder
 
-    page = render([read_run(RunFolder(path)) if path.is_dir() else read_verl_log(path) for path in runs])
+    page = render([read_verl_log(path) if os.path.isfile(path) else read_run(RunFolder(path)) for path in runs])
     first = runs[0]
-    beside = RunFolder(first).report if first.is_dir() else first.with_suffix(".html")
+    beside = first.with_suffix(".html") if os.path.isfile(first) else RunFolder(first).report
     target = output or (beside if len(runs) == 1 else Path("report.html"))
     write_page(page, target)
     typer.echo(str(target))

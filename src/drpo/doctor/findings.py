@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from drpo.redact import redact
@@ -45,13 +45,14 @@ def show(findings: Sequence[Finding], file: TextIO, as_json: bool = False) -> in
     if as_json:
         print(redact(json.dumps([asdict(finding) for finding in findings], indent=2)), file=file)
     else:
-        # Where it is read by a program a finding is one line, however long.
-        console = Console(file=file, highlight=False, width=None if file.isatty() else sys.maxsize)
-        table = Table.grid("", "")
-        table.columns[0].width = 8
+        console = Console(file=file, highlight=False, soft_wrap=True)
+        # On a terminal text wraps beside its verdict; where a program reads it a finding is one line, however long.
+        width = console.width - 8 if file.isatty() else sys.maxsize
         for finding in findings:
-            table.add_row(Text(finding.verdict, _STYLES[finding.verdict]), Text(redact(finding.what)))
+            lines = [(line, "") for line in textwrap.wrap(redact(finding.what), width)]
             if finding.fix:
-                table.add_row("", Text(f"fix: {redact(finding.fix)}", "dim"))
-        console.print(table)
+                lines += [(line, "dim") for line in textwrap.wrap(f"fix: {redact(finding.fix)}", width)]
+            for number, (line, style) in enumerate(lines):
+                verdict = "" if number else finding.verdict
+                console.print(Text(f"{verdict:8}", _STYLES[finding.verdict]) + Text(line, style))
     return int(any(finding.verdict == "stop" for finding in findings))

@@ -59,8 +59,6 @@ def read_verl_log(path: Path) -> RunData:
     Raises:
         UserError: the file is another.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a run folder, or a log of verl's logger file")
     metrics: list[dict[str, Any]] = []
     for number, row in enumerate(read_jsonl(path), 1):
         step, data = row.get("step"), row.get("data")
