@@ -44,7 +44,7 @@ $(NEWEST)/installed: $(VENV)/installed
 
 test-newest: $(NEWEST)/installed  ## the trainer's tests on the newest Transformers
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(addprefix tests/test_,auditing.py behaviour.py checkpoint.py \
-		config.py dynamic_sampling.py filters.py policy_head.py rollout_trainer.py shared_prompts.py train.py trainer.py)
+		config.py decoding.py dynamic_sampling.py filters.py policy_head.py rollout_trainer.py shared_prompts.py train.py trainer.py)
 
 # The Transformers and the TRL that verl's own extras pin.
 $(VERLS)/installed: $(VENV)/installed
