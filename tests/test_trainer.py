@@ -553,6 +553,24 @@ class TestTRL:
         assert "outputs.log_probs[:, -logits_to_keep:]" in source
         assert "outputs.entropy[:, -logits_to_keep:]" in source
 
+    @pytest.mark.parametrize("named", ["folder", "hub"])
+    def test_the_model_card_names_the_model(self, tmp_path: Path, problems: Dataset, named: str) -> None:
+        model, tokenizer = load_model()
+        (tmp_path / "my-model").mkdir()
+        model.config._name_or_path = str(tmp_path / "my-model") if named == "folder" else "someone/my-model"
+        trainer = DRPOTrainer(
+            model=model,
+            reward_funcs=exact_answer,
+            args=config(tmp_path / "out"),
+            train_dataset=problems,
+            processing_class=tokenizer,
+        )
+        trainer.create_model_card(model_name="out")
+        card = (tmp_path / "out" / "README.md").read_text()
+        name = "`my-model`" if named == "folder" else "[someone/my-model](https://huggingface.co/someone/my-model)"
+        assert f"fine-tuned version of {name}" in card
+        assert "None" not in card.partition("## Training procedure")[0]
+
     def test_options_that_are_refused_exist(self) -> None:
         assert set(REFUSED) <= set(GRPOConfig.__dataclass_fields__)
 

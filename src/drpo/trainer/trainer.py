@@ -146,13 +146,12 @@ class DRPOTrainer(CheckpointedTrainer):
         self._aux_loss = torch.zeros((), device=self.accelerator.device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As TRL's, which does not name a model that is a folder."""
+        """As TRL's, which names neither a model that is a folder nor one that is not on the hub yet."""
         super().create_model_card(*args, **kwargs)
-        name = Path(str(self.bare_model.config._name_or_path))
-        if self.is_world_process_zero() and name.is_dir():
-            folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            folder, model = Path(str(self.args.output_dir)), Path(str(self.bare_model.config._name_or_path))
             text = (folder / "README.md").read_text(encoding="utf-8")
-            text = text.replace("[None](https://huggingface.co/None)", f"`{name.name}`")
+            text = text.replace("[None](https://huggingface.co/None)", f"`{model.name}`")
             text = text.replace('model="None"', f'model="{folder.name}"')
             (folder / "README.md").write_text(text, encoding="utf-8")
 
