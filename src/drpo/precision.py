@@ -23,7 +23,7 @@ _BLOCKS = {"mxfp8": 32, "nvfp4": 16}
 """Neighboring numbers of a row that have a scale of their own."""
 
 HOPELESS = 8
-"""Times as long as in fp32 a first pass in bf16 takes at least where the hardware does not multiply bf16."""
+"""A first pass in bf16 that takes so many times as long as one in fp32 is not repeated."""
 
 BF16_PAYS = 0.9
 """Share of the time of a pass in fp32 up to which ``auto`` takes bf16."""

@@ -161,11 +161,11 @@ def _check_engine(engine: str, settings: list[str]) -> None:
 
 def describe_run(run: RunData) -> Iterator[str]:
     """Lines that say whether a run got better, and what its trust region did."""
+    from drpo.report.page import show_interval
+
     summary = run.summary
     if evaluations := run.evaluations:
-        accuracies = " -> ".join(
-            "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**e["accuracy"]) for e in (evaluations[0], evaluations[-1])
-        )
+        accuracies = " -> ".join(show_interval(evaluations[place]["accuracy"]) for place in (0, -1))
         yield f"held-out accuracy {accuracies}, 95 % intervals over {evaluations[-1]['problems']} problems"
     last = run.metrics[-1]
     if "divergence/mean" in last and "regulariser/strength" in last:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from drpo.doctor.findings import Finding, Verdict
 from drpo.doctor.recipe import ANCHORS, describe_objective
 from drpo.doctor.verl_machine import check_chat_template, check_paths, check_reward
-from drpo.doctor.verl_values import ACTOR, CORRECTION, LOSS, ROLLOUT, check_values, get
+from drpo.doctor.verl_values import ACTOR, CORRECTION, LOSS, ROLLOUT, check_names, check_values, get
 from drpo.doctor.verl_worker import check_worker
 from drpo.errors import UserError
 from drpo.registry import unknown_name
@@ -53,7 +53,7 @@ def examine_config(config: Any) -> list[Finding]:
         return wrong
     checks = (
         *(_check_loss, _check_settings, _check_anchor, _check_routers, _check_update, _check_micro_batches),
-        *(_check_trainer, _check_names, check_paths, check_reward, check_chat_template),
+        *(_check_trainer, check_names, check_paths, check_reward, check_chat_template),
     )
     findings = [finding for check in checks for finding in check(config)]
     if all(finding.verdict != "stop" for finding in findings):
@@ -317,36 +317,6 @@ def _check_trainer(config: Any) -> Iterator[Finding]:
                 f"{key}={steps} updates of {batch} prompts are not the {prompts} of data.train_batch_size",
                 f"{key}={prompts // batch}",
             )
-
-
-STRATEGIES = ("fsdp", "fsdp2", "fsdp_turbo", "megatron", "automodel", "torchtitan", "veomni")
-"""verl's training engines; it registers those alone whose packages are installed."""
-
-
-def _check_names(config: Any) -> Iterator[Finding]:
-    """What verl looks up by a name only once it runs."""
-    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
-    from verl.utils.tracking import Tracking
-    from verl.workers.rollout.replica import RolloutReplicaRegistry
-
-    known: dict[str, Iterable[str]] = {
-        "algorithm.adv_estimator": ADV_ESTIMATOR_REGISTRY,
-        f"{ACTOR}.strategy": STRATEGIES,
-        # That of drpo.integrations.verl.cpu is registered in its workers alone.
-        f"{ROLLOUT}.name": (*RolloutReplicaRegistry._registry, "transformers"),
-        "trainer.logger": Tracking.supported_backend,
-    }
-    for key, names in known.items():
-        value = get(config, key)
-        for name in [value] if isinstance(value, str) or value is None else value:
-            if str(name) not in names:
-                yield Finding("stop", f"{key}: {unknown_name(key.rpartition('.')[2], str(name), names)}")
-    if "/" in (experiment := str(get(config, "trainer.experiment_name"))):
-        yield Finding(
-            "stop",
-            f"trainer.experiment_name={experiment} has a slash: checkpoints are nested, and the logger file has no such folder",
-            f"trainer.experiment_name={experiment.replace('/', '-')}",
-        )
 
 
 def _check_as_verl_does(config: Any) -> Iterator[Finding]:

@@ -1,12 +1,13 @@
-"""Whether the settings that the doctor reads are of the kind that verl computes with; every other check presupposes it."""
+"""Whether the settings that the doctor reads are of the kind that verl computes with; every other check presupposes it; and whether verl has what they name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from drpo.doctor.findings import Finding
+from drpo.registry import unknown_name
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -83,3 +84,33 @@ def check_values(config: Any) -> Iterator[Finding]:
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         yield Finding("stop", str(error).splitlines()[0], "a value in place of what refers to nothing")
+
+
+STRATEGIES = ("fsdp", "fsdp2", "fsdp_turbo", "megatron", "automodel", "torchtitan", "veomni")
+"""verl's training engines; it registers those alone whose packages are installed."""
+
+
+def check_names(config: Any) -> Iterator[Finding]:
+    """What verl looks up by a name only once it runs."""
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+    from verl.utils.tracking import Tracking
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    known: dict[str, Iterable[str]] = {
+        "algorithm.adv_estimator": ADV_ESTIMATOR_REGISTRY,
+        f"{ACTOR}.strategy": STRATEGIES,
+        # That of drpo.integrations.verl.cpu is registered in its workers alone.
+        f"{ROLLOUT}.name": (*RolloutReplicaRegistry._registry, "transformers"),
+        "trainer.logger": Tracking.supported_backend,
+    }
+    for key, names in known.items():
+        value = get(config, key)
+        for name in [value] if isinstance(value, str) or value is None else value:
+            if str(name) not in names:
+                yield Finding("stop", f"{key}: {unknown_name(key.rpartition('.')[2], str(name), names)}")
+    if "/" in (experiment := str(get(config, "trainer.experiment_name"))):
+        yield Finding(
+            "stop",
+            f"trainer.experiment_name={experiment} has a slash: checkpoints are nested, and the logger file has no such folder",
+            f"trainer.experiment_name={experiment.replace('/', '-')}",
+        )

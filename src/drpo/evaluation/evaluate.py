@@ -107,8 +107,8 @@ def _as_trained(settings: Settings, recipe: Recipe | None) -> Settings:
         template_kwargs = recipe.trainer.get("chat_template_kwargs") if recipe else None
         # TRL takes a mapping, or JSON.
         template_kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs or {}
-    asked = {"chat_template": recipe.task.chat_template, "stop": recipe.task.stop} if recipe else {}
-    return replace(settings, template=template, chat_template_kwargs=template_kwargs, **asked)
+    of_recipe = {"chat_template": recipe.task.chat_template, "stop": recipe.task.stop} if recipe else {}
+    return replace(settings, template=template, chat_template_kwargs=template_kwargs, **of_recipe)
 
 
 def _seed(settings: Settings, prompt: str, sample: int) -> int:

@@ -66,14 +66,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     if same[0] != same[1]:
         place = next((i for i, (a, b) in enumerate(zip(*same, strict=False), 1) if a != b), min(map(len, same)) + 1)
         raise UserError(f"{first} and {second}: problem {place} differs; expected evaluations of the same problems")
-    asked = {name: [result.get(name) for result in results] for name in PROMPTING}
+    prompting = {name: [result.get(name) for result in results] for name in PROMPTING}
     rates = [[row["correct"] / row["samples"] for row in table] for table in tables]
     return {
         "first": results[0]["average"],
         "second": results[1]["average"],
         "difference": paired(rates[0], rates[1]),
         "problems": len(rates[0]),
-        "asked_otherwise": {name: pair for name, pair in asked.items() if pair[0] != pair[1]},
+        "asked_otherwise": {name: pair for name, pair in prompting.items() if pair[0] != pair[1]},
         "better": sum(b > a for a, b in zip(*rates, strict=True)),
         "worse": sum(b < a for a, b in zip(*rates, strict=True)),
     }

@@ -121,7 +121,7 @@ def render(runs: Sequence[RunData]) -> str:
 def _overview(runs: Sequence[RunData]) -> str:
     rows = []
     for run in runs:
-        accuracies = [_interval(row["accuracy"]) for row in run.evaluations] or ["not measured"]
+        accuracies = [show_interval(row["accuracy"]) for row in run.evaluations] or ["not measured"]
         heldout = "–"
         if run.evaluations:
             heldout = "{completions:,} of {problems:,} problems".format(**run.evaluations[-1])
@@ -189,7 +189,7 @@ def _evaluations(runs: Sequence[RunData]) -> str:
                     name,
                     len(evaluation.get("problems_table", ())),
                     k,
-                    *map(_interval, estimates),
+                    *map(show_interval, estimates),
                     evaluation.get("truncated"),
                     evaluation.get("no_answer"),
                     f"{engine.get('name')} {engine.get('version')}, {engine.get('precision')}",
@@ -200,7 +200,8 @@ def _evaluations(runs: Sequence[RunData]) -> str:
     return section("Evaluations", note, table([*columns, "no answer", "engine"], rows))
 
 
-def _interval(estimate: Mapping[str, Any] | None) -> Number:
+def show_interval(estimate: Mapping[str, Any] | None) -> Number:
+    """A mean with its interval; a dash for none."""
     return Number("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**estimate) if estimate else "–")
 
 

@@ -13,6 +13,7 @@ from drpo.report.read import RunData
 from drpo.report.tokens import read_trained_tokens
 
 LARGEST_STEP = 2**53
+"""A browser has no greater whole number."""
 
 _NAMES = {
     "critic/score/mean": "reward",

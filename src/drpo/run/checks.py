@@ -62,5 +62,5 @@ def describe_load() -> str:
         return ""
     return (
         f"Other processes are at work here ({load:.1f} on {cores} cores), and PyTorch's threads wait for one another: "
-        "OMP_NUM_THREADS=1 before the command may make the run several times as fast."
+        "OMP_NUM_THREADS=1 before the command may make the run faster."
     )
